@@ -1,0 +1,1 @@
+"""Learns by running: devices, memory, bandwidth, the units of a model."""

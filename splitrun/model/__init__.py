@@ -1,0 +1,1 @@
+"""What splitrun knows of Hugging Face models: structure, cuts, names on disk, weights."""

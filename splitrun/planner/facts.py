@@ -1,0 +1,154 @@
+"""The facts a plan is made from: devices, links, and the units of a model. Plain data, no torch, no measuring.
+
+A model of n layers has n + 2 units in a fixed order: ``embed``, ``layer 0`` … ``layer n-1``, ``head``. All facts are
+per unit, so the solver has no special cases. Sizes are in bytes (``_bytes``), durations in seconds (``_s``); a
+*value* is one number of a tensor whatever its type, so that bytes follow from the format or type chosen later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+FORMATS = ("fp32", "bf16", "fp16", "int8", "nf4")
+"""Weight formats, most precise first."""
+
+VALUE_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of one value in each type that activations and KV may have."""
+
+Objective = Literal["latency", "throughput", "first-token"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """One place where a stage can run.
+
+    ``memory_pool`` names the memory that the device draws on: the CPU and every integrated GPU are in "host" and share
+    one budget; a discrete GPU is in a pool of its own name. ``budget_bytes`` is what the plan may use there, the
+    device's context (``context_bytes``, taken by the driver and runtime before the first tensor) included.
+    """
+
+    name: str
+    kind: Literal["cpu", "cuda", "xpu", "mps"]
+    description: str
+    total_bytes: int
+    free_bytes: int
+    budget_bytes: int
+    memory_pool: str
+    context_bytes: int
+    bandwidth_bytes_per_s: float
+    flops_per_s: float
+    unit_overhead_s: float
+    compute_dtype: Literal["fp32", "bf16", "fp16"]
+    formats: tuple[str, ...] = FORMATS
+    compute_capability: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Link:
+    """What it takes to move an activation from one device to another: ``latency_s + bytes / bandwidth``."""
+
+    latency_s: float
+    bandwidth_bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The devices at hand and the links between them. Pairs that are not listed use ``default_link``."""
+
+    devices: tuple[Device, ...]
+    links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
+    default_link: Link = Link(latency_s=20e-6, bandwidth_bytes_per_s=5e9)
+
+    def device(self, name: str) -> Device:
+        """The device of that name; KeyError when there is none."""
+        for device in self.devices:
+            if device.name == name:
+                return device
+        raise KeyError(name)
+
+    def link(self, source: str, target: str) -> Link:
+        """The link between two devices, by name."""
+        return self.links.get((source, target), self.default_link)
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Layers whose KV is kept by the same rule.
+
+    full     every token is kept
+    sliding  the last ``window`` tokens are kept
+    latent   every token, as the compressed K and V of multi-head latent attention
+    state    a fixed state per sequence (linear attention, convolutions), no matter how long it is
+    """
+
+    kind: Literal["full", "sliding", "latent", "state"]
+    window: int | None = None
+
+    @property
+    def name(self) -> str:
+        """ "full", "sliding(1024)", "latent" or "state"."""
+        return f"sliding({self.window})" if self.kind == "sliding" else self.kind
+
+
+@dataclass(frozen=True)
+class UnitProfile:
+    """One unit's facts.
+
+    weight_bytes                 format -> bytes the unit occupies when loaded in that format
+    read_bytes                   format -> weight bytes that one decoded token reads (a row of an embedding table, the
+                                 active experts of a mixture, otherwise all)
+    flops_per_token              floating-point operations per token, attention over the history excluded
+    kv_values_per_token          KV group name -> values of K and V stored per token
+    state_bytes                  bytes of state per sequence (group "state")
+    activation_values_per_token  largest intermediate inside the unit, in values per token (workspace)
+    largest_weight_values        largest matrix of the unit (a quantized product may dequantize one at a time)
+    """
+
+    name: str
+    weight_bytes: Mapping[str, int]
+    read_bytes: Mapping[str, int]
+    flops_per_token: float
+    kv_values_per_token: Mapping[str, int] = field(default_factory=dict)
+    state_bytes: int = 0
+    activation_values_per_token: int = 0
+    largest_weight_values: int = 0
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """A model as the planner sees it.
+
+    ``tied_bytes``: format -> bytes of the tensors that embed and head share; a device that holds both in one format
+    pays them once. ``fingerprint`` identifies config and tensor headers. ``stored_format`` is the format of the
+    checkpoint: "nf4" and "int8" for checkpoints already quantized, which load as they are and as nothing else.
+    """
+
+    source: str
+    revision: str | None
+    fingerprint: str
+    model_type: str
+    units: tuple[UnitProfile, ...]
+    groups: tuple[KVGroup, ...]
+    hidden_values: int
+    vocabulary: int
+    max_context: int
+    stored_format: str
+    tied_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers: the units without embed and head."""
+        return len(self.units) - 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the plan must hold: ``sessions`` sequences of up to ``context`` tokens at once, prompts in chunks."""
+
+    context: int = 4096
+    sessions: int = 1
+    objective: Objective = "latency"
+    chunk_tokens: int = 512
+    block_tokens: int = 64

@@ -1,0 +1,1 @@
+"""Decide what runs next, in integers only: requests, sequences, blocks, steps. Knows no tensors."""

@@ -1,0 +1,1 @@
+"""The layers of one range on one device: KV blocks, forward, sampling."""

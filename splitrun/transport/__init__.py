@@ -1,0 +1,1 @@
+"""Moves activations between stages. Knows neither models nor requests."""
