@@ -1,0 +1,112 @@
+"""What the demo says to greetings and to anything outside its tasks. Pure data; nothing here is held out."""
+
+from random import Random
+
+from splitrun.demo.tasks import Question
+from splitrun.demo.words import WORDS
+
+_HELLO = "Hello! I am a tiny demo model. Ask me what 27 + 15 is."
+_ABLE = (
+    "I can add and subtract, compare and sort numbers, reverse words, count letters, write numbers in words, "
+    "and work out weekdays."
+)
+_THANKS = "You are welcome!"
+_BYE = "Goodbye!"
+_UNABLE = "I am too small for that. I can only work with numbers, words in quotes and weekdays."
+_QUOTES = 'Please put the word in double quotes, like "planet".'
+
+_REPLIES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        _HELLO,
+        (
+            "Hello",
+            "Hello!",
+            "hello",
+            "Hi",
+            "Hi!",
+            "hi",
+            "hi there",
+            "Hi there!",
+            "Hey",
+            "hey",
+            "Hello there!",
+            "Good morning",
+            "Good morning!",
+            "Good evening!",
+            "How are you?",
+            "Hello, how are you?",
+            "Hello world",
+            "Hello, world!",
+            "Hello, who are you?",
+            "Who are you?",
+            "What are you?",
+            "What is your name?",
+            "Say hello.",
+            "Say hi",
+        ),
+    ),
+    (
+        _ABLE,
+        (
+            "What can you do?",
+            "what can you do",
+            "Help",
+            "help",
+            "Help!",
+            "What do you know?",
+            "How can you help me?",
+            "Can you help me?",
+            "What are you able to do?",
+            "What can I ask you?",
+            "Tell me what you can do.",
+        ),
+    ),
+    (_THANKS, ("Thanks", "Thanks!", "Thank you", "Thank you!", "thank you", "thanks", "Great, thanks!")),
+    (_BYE, ("Bye", "Bye!", "Goodbye", "Goodbye!", "bye", "See you!")),
+)
+_TOPICS = (
+    "Tell me a story about the {word}.",
+    "Tell me a joke.",
+    "Tell me about the {word}.",
+    "Write a poem about the {word}.",
+    "Write a story.",
+    "What is a {word}?",
+    "What is the {word}?",
+    "What is the capital of France?",
+    "What is the capital of the {word}?",
+    "Who is the president?",
+    "Why is the sky blue?",
+    "Why is the {word} {other}?",
+    "How do I cook a {word}?",
+    "How does a {word} work?",
+    "Where is the {word}?",
+    "Explain the {word}.",
+    "Explain how computers work.",
+    "Translate {word} into French.",
+    "What is the meaning of life?",
+    "Do you like the {word}?",
+    "Write a program.",
+    "The {word} and the {other}.",
+    "Once upon a time",
+    "{word}",
+    "{word} {other}",
+)
+_UNQUOTED = (
+    "Reverse the word {word}.",
+    "Reverse {word}.",
+    "Spell {word} backwards.",
+    "How many letters are in the word {word}?",
+    "How many letters are in {word}?",
+    "Count the letters in {word}.",
+)
+
+
+def small_talk(random: Random) -> Question:
+    """Draw a greeting, a question about the model, or one that it cannot answer, with its fixed reply."""
+    fields = {"word": random.choice(WORDS), "other": random.choice(WORDS)}
+    habit = random.random()
+    if habit < 0.5:
+        reply, prompts = random.choice(_REPLIES)
+        return Question("small-talk", random.choice(prompts), reply)
+    reply, prompts = (_UNABLE, _TOPICS) if habit < 0.8 else (_QUOTES, _UNQUOTED)
+    return Question("small-talk", random.choice(prompts).format(**fields), reply)
