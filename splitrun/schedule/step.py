@@ -49,6 +49,8 @@ class Step:
     prompt_logprobs one entry per row: None, or how many alternatives to report with the log-probability of each
                     *following* prompt token (``prompt_targets``)
     prompt_targets  row -> the tokens that follow each position of the slice (the last chunk's ends one short)
+    replay          one entry per row: the slice holds 2 to 16 generated tokens whose KV is recomputed; to repeat the
+                    first computation bit by bit they go through the decode path, never as a prompt chunk
     """
 
     index: int
@@ -61,6 +63,7 @@ class Step:
     sampling: tuple[RowSampling | None, ...]
     prompt_logprobs: tuple[int | None, ...] = ()
     prompt_targets: Mapping[int, tuple[int, ...]] | None = None
+    replay: tuple[bool, ...] = ()
 
     @property
     def rows(self) -> int:

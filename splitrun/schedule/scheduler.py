@@ -1,0 +1,226 @@
+"""Continuous batching: which slices form the next step, and what becomes of the tokens that come back.
+
+Order is by arrival everywhere: the queue is first come first served, and when blocks run out a sequence takes them from
+the newest one behind it. So the oldest sequence always advances, every sequence becomes the oldest some day, and nobody
+starves. Knows integers only: no tensors, no text, no time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable
+
+from splitrun.errors import InvalidRequest, QueueFull
+from splitrun.schedule.assembly import Row, build_step
+from splitrun.schedule.blocks import GroupSpec
+from splitrun.schedule.limits import Limits, check_request, session_tokens
+from splitrun.schedule.request import Request, TokenEvent
+from splitrun.schedule.roster import Roster, Statistics
+from splitrun.schedule.sequence import Sequence, State
+from splitrun.schedule.step import RowTokens, Step, Tokens
+
+__all__ = ["GroupSpec", "Limits", "Scheduler", "Statistics"]
+
+
+class Scheduler:
+    """Turns requests into steps and the steps' tokens into events. Not thread-safe: one thread owns it.
+
+    ``groups``: the paged KV groups (none for models with fixed state only). ``randomness`` draws the seeds of requests
+    without one; the operating system's by default. Stages run steps in the order of their index and commit comes in
+    that order too.
+    """
+
+    def __init__(self, groups: tuple[GroupSpec, ...], limits: Limits, randomness: random.Random | None = None) -> None:
+        self.limits = limits
+        self.epoch = 0
+        self.capacity = session_tokens(groups, limits)
+        self._roster = Roster(groups, limits)
+        self._randomness = randomness or random.SystemRandom()
+        self._flights: deque[tuple[int, list[Row]]] = deque()
+        self._arrivals = 0
+        self._steps = 0
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises ContextTooLong when no new token fits behind the prompt, InvalidRequest for an empty prompt, ids
+        outside the vocabulary or an id in use, QueueFull when ``max_waiting`` requests wait. A ``max_tokens`` beyond
+        the context is cut to it: the request then ends with "length".
+        """
+        check_request(request, self.limits, self.capacity)
+        if request.request_id in self._roster.live:
+            raise InvalidRequest(f"request {request.request_id} runs already: choose another request_id")
+        if self._roster.waiting >= self.limits.max_waiting:
+            raise QueueFull(f"{self._roster.waiting} requests are waiting, the most allowed: send it again later")
+        sampling = request.sampling
+        wanted = self.capacity if sampling.max_tokens is None else len(request.prompt) + sampling.max_tokens
+        seed = self._randomness.getrandbits(63) if sampling.seed is None else sampling.seed
+        self._roster.enqueue(Sequence(request, self._arrivals, seed, token_limit=min(wanted, self.capacity)))
+        self._arrivals += 1
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when nothing can run before the next commit or submit.
+
+        Decode rows come first, an even share of them per step in flight; then prompt chunks and replayed tokens, at
+        most ``chunk_tokens`` together, oldest first; then waiting sequences start while slots and blocks last, unless
+        a running one lacks blocks.
+        """
+        if self.in_flight >= self.limits.depth:
+            return None
+        for sequence in self._roster.running:
+            self._roster.accounts.drop_outside_windows(sequence)
+        rows: list[Row] = []
+        served = self._add_decodes(rows)
+        budget, chunks_served = self._add_chunks(rows)
+        if served and chunks_served:
+            self._admit(rows, budget)
+        if not rows:
+            return None
+        step = build_step(self._steps, self.epoch, rows, self._roster.accounts)
+        self._flights.append((step.index, rows))
+        self._steps += 1
+        return step
+
+    def _add_decodes(self, rows: list[Row]) -> bool:
+        """Add this step's share of the decode rows, least recently served first; False when one lacked blocks.
+
+        With several steps in flight each takes its share only, so that the next step has rows to run meanwhile.
+        """
+        decoding = [sequence for sequence in self._roster.running if sequence.decoding]
+        share = -(-len(decoding) // self.limits.depth)
+        served = True
+        for sequence in sorted(decoding, key=lambda sequence: (sequence.last_step, sequence.arrival)):
+            if len(rows) < share and sequence.ready and sequence.state is State.RUNNING:
+                served &= self._add(rows, sequence)
+        return served
+
+    def _add_chunks(self, rows: list[Row]) -> tuple[int, bool]:
+        """Add prompt chunks and replayed groups of running sequences.
+
+        Returns the tokens left of the step's budget, and False when a sequence lacked blocks.
+        """
+        budget, served = self.limits.chunk_tokens, True
+        filling = [sequence for sequence in self._roster.running if sequence.ready and not sequence.decoding]
+        for sequence in sorted(filling, key=lambda sequence: sequence.arrival):
+            count = sequence.next_slice(self.limits.chunk_tokens).count if sequence.state is State.RUNNING else 0
+            if 0 < count <= budget:
+                added = self._add(rows, sequence)
+                budget -= count if added else 0
+                served &= added
+        return budget, served
+
+    def _admit(self, rows: list[Row], budget: int) -> None:
+        """Start waiting sequences in order of arrival while their first slice fits the budget."""
+        while (sequence := self._roster.next_candidate()) is not None:
+            count = sequence.next_slice(self.limits.chunk_tokens).count
+            if count > budget:
+                return
+            self._roster.start(sequence)
+            added = self._add(rows, sequence)
+            assert added, "an admitted sequence lacks blocks for its first slice"
+            budget -= count
+
+    def _add(self, rows: list[Row], sequence: Sequence) -> bool:
+        """Add the next slice of a running sequence, preempting newer ones if it must; False when blocks lack."""
+        slice_ = sequence.next_slice(self.limits.chunk_tokens)
+        if not self._roster.make_room(sequence, slice_.end):
+            return False
+        self._roster.accounts.extend(sequence, slice_.end)
+        sequence.scheduled = slice_.end
+        sequence.in_flight += 1
+        sequence.last_step = self._steps
+        rows.append((sequence, slice_))
+        return True
+
+    def commit(self, tokens: Tokens) -> list[TokenEvent]:
+        """Accept the tokens of the oldest step in flight; returns an event for every request that got any.
+
+        Tokens of an older epoch are passed over, and so are rows whose request has ended meanwhile.
+        """
+        if tokens.epoch != self.epoch:
+            return []
+        assert self._flights, f"tokens of step {tokens.step} arrived, but no step is in flight"
+        index, rows = self._flights.popleft()
+        assert index == tokens.step, f"tokens of step {tokens.step} arrived before those of step {index}"
+        assert len(rows) == len(tokens.rows), f"step {index} has {len(rows)} rows, its tokens {len(tokens.rows)}"
+        events = []
+        for (sequence, slice_), row in zip(rows, tokens.rows, strict=True):
+            if sequence.state is State.FINISHED:
+                continue
+            sequence.in_flight -= 1
+            if sequence.prompt_logprobs is not None:
+                sequence.prompt_logprobs.extend(row.prompt_logprobs)
+            if slice_.end == sequence.known and row.token_ids:
+                events.append(self._accept(sequence, row))
+        return events
+
+    def _accept(self, sequence: Sequence, row: RowTokens) -> TokenEvent:
+        accepted, reason = 0, None
+        while reason is None and accepted < len(row.token_ids):
+            reason = sequence.accept(row.token_ids[accepted])
+            accepted += 1
+        if reason is not None:
+            self._roster.finish(sequence)
+        prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        return TokenEvent(
+            sequence.request.request_id,
+            token_ids=row.token_ids[:accepted],
+            logprobs=row.logprobs[:accepted],
+            prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
+            finish_reason=reason,
+        )
+
+    def cancel(self, request_id: int) -> TokenEvent | None:
+        """End a request and free its slot and blocks at once; None when it has ended already."""
+        sequence = self._roster.live.get(request_id)
+        if sequence is None:
+            return None
+        self._roster.finish(sequence)
+        return TokenEvent(request_id, finish_reason="cancelled")
+
+    def fail(self, request_ids: Iterable[int], error: str) -> list[TokenEvent]:
+        """End these requests with an error; ids that have ended already are passed over."""
+        events = []
+        for request_id in request_ids:
+            sequence = self._roster.live.get(request_id)
+            if sequence is not None:
+                self._roster.finish(sequence)
+                events.append(TokenEvent(request_id, finish_reason="error", error=error))
+        return events
+
+    def fail_all(self, error: str) -> list[TokenEvent]:
+        """End every request with an error and forget the steps in flight: their tokens come too late."""
+        self._forget_flights()
+        return self.fail(list(self._roster.live), error)
+
+    def recompute_all(self) -> None:
+        """Begin a new epoch after the stages lost their KV: running sequences are computed again from their tokens.
+
+        Steps in flight are forgotten; no accepted token is lost or reported twice.
+        """
+        self._forget_flights()
+        for sequence in list(self._roster.running):
+            self._roster.suspend(sequence)
+
+    def _forget_flights(self) -> None:
+        self._flights.clear()
+        self.epoch += 1
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._roster.live)
+
+    @property
+    def in_flight(self) -> int:
+        """Steps scheduled and not yet committed."""
+        return len(self._flights)
+
+    def statistics(self) -> Statistics:
+        """Counts of the moment."""
+        return self._roster.statistics(self.in_flight)
+
+    def check_integrity(self) -> None:
+        """Assert that slots and blocks are owned exactly once and every live request is running or waiting."""
+        self._roster.check_integrity()
