@@ -1,0 +1,161 @@
+"""Text to token ids and back, the chat template, and what the model's files say about ending and sampling.
+
+Wraps the tokenizer of transformers; never runs code from the model's repository. A directory without a usable
+tokenizer still loads: prompts of token ids work, and text is refused with the reason. Knows nothing of the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from splitrun.errors import InvalidRequest
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The character with which byte-level BPE (GPT-2) writes each byte, inverted: printable bytes stand for
+    themselves, the others for the code points from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or an empty one where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _ids(value: object) -> list[int]:
+    """Token ids from a field that may be absent, a number or a list."""
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
+
+
+class Tokenizer:
+    """Text and token ids of one model. Safe to use from several threads.
+
+    ``eos_token_ids`` end a generation; ``special_token_ids`` never show in text; ``sampling_defaults`` holds those of
+    temperature, top_k, top_p, min_p and repetition_penalty that the model's generation_config.json sets.
+    ``missing_reason`` is empty when text works.
+    """
+
+    def __init__(self, backend: Any, directory: Path, missing_reason: str = "") -> None:
+        self._backend = backend
+        self.missing_reason = missing_reason
+        generation = _read_json(directory / "generation_config.json")
+        config = _read_json(directory / "config.json")
+        ends = _ids(generation.get("eos_token_id", config.get("eos_token_id")))
+        self.special_token_ids: frozenset[int] = frozenset()
+        self._byte_level = False
+        if backend is not None:
+            ends += _ids(backend.eos_token_id)
+            added = backend.added_tokens_decoder
+            special = [index for index, token in added.items() if token.special]
+            self.special_token_ids = frozenset([*special, *backend.all_special_ids])
+            self._added = frozenset(added)
+            self._byte_level = '"ByteLevel"' in _decoder_description(backend)
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
+        self.sampling_defaults = _sampling_defaults(generation)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer in a model directory; only reads local files."""
+        directory = Path(path)
+        if not any((directory / name).exists() for name in _FILES):
+            return cls(None, directory, f"{directory} holds no tokenizer: send prompts as token ids")
+        from transformers import AutoTokenizer
+
+        try:
+            backend = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            return cls(None, directory, f"the tokenizer in {directory} cannot be loaded ({reason}): send token ids")
+        return cls(backend, directory)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``encode_chat`` can work."""
+        return self._backend is not None and bool(self._backend.chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text, with the model's own prefix (such as a beginning-of-sequence id) unless switched off."""
+        if self._backend is None:
+            raise InvalidRequest(self.missing_reason)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}") from error
+        return [int(index) for index in self._backend.encode(text, add_special_tokens=add_special_tokens)]
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+    ) -> list[int]:
+        """The ids of a conversation through the model's chat template, ready for the assistant's answer.
+
+        ``options`` reach the template (such as ``enable_thinking``). Raises InvalidRequest when the model has no
+        template or the template refuses the messages.
+        """
+        if self._backend is None:
+            raise InvalidRequest(self.missing_reason)
+        if not self.has_chat_template:
+            raise InvalidRequest("this model has no chat template: use /v1/completions with a plain prompt")
+        settings: dict[str, Any] = {"add_generation_prompt": True, **options, "tokenize": False}
+        try:
+            text = self._backend.apply_chat_template([dict(m) for m in messages], tools=tools or None, **settings)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise InvalidRequest(f"the model's chat template refused the messages: {reason}") from error
+        return self.encode(str(text), add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens hidden. Broken characters become U+FFFD; "" without a tokenizer."""
+        visible = [index for index in token_ids if index not in self.special_token_ids]
+        if self._backend is None or not visible:
+            return ""
+        return str(self._backend.decode(visible, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def token_text(self, token_id: int) -> str:
+        """One token as log-probability lists show it: special ones by name, half characters as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which may be part of a character only."""
+        piece = None if self._backend is None else self._backend.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return f"token_id:{token_id}".encode()
+        if token_id in self._added:
+            return str(piece).encode()
+        if self._byte_level and all(character in _BYTE_OF_CHARACTER for character in piece):
+            return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
+        match = _BYTE_PIECE.fullmatch(piece)
+        return bytes([int(match[1], 16)]) if match else str(piece).replace("\u2581", " ").encode()
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
+
+
+def _decoder_description(backend: Any) -> str:
+    """The decoder of a tokenizers backend as JSON, "" for one written in Python."""
+    rust = getattr(backend, "backend_tokenizer", None)
+    state = rust.decoder.__getstate__() if rust is not None and rust.decoder is not None else b""
+    return state.decode("utf-8", errors="replace") if isinstance(state, bytes) else str(state)
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float]:
+    """What generation_config.json says about sampling; greedy when it switches sampling off explicitly."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    found = {name: value for name in names if (value := generation.get(name)) is not None}
+    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    return {"temperature": 0.0} if generation.get("do_sample") is False else numbers
