@@ -1,0 +1,66 @@
+"""Entry point of the command line: runs a command and turns what it raises into one line and an exit status.
+
+Status 0 is success, 2 bad input, 1 a failure at run time, 130 an interrupt. A traceback is shown only with
+``--debug``, which may stand anywhere before a bare ``--``. Knows no command.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+from splitrun.errors import SplitrunError
+
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that ``arguments`` (default: the process's) name; returns its exit status."""
+    words, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
+    if not debug:
+        sys.excepthook = _report_unexpected
+    from splitrun.cli.app import app
+
+    try:
+        app(args=words, prog_name="splitrun")
+    except SplitrunError as error:
+        if debug:
+            raise
+        print(f"splitrun: {one_line(str(error))}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `splitrun run ... | head`: that is no fault, and later flushes at
+        # interpreter exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + getattr(signal, "SIGPIPE", 13)
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    return 0
+
+
+def one_line(message: str) -> str:
+    """The message with every run of white space made one blank."""
+    return " ".join(message.split())
+
+
+def _without_debug(words: list[str]) -> tuple[list[str], bool]:
+    end = words.index("--") if "--" in words else len(words)
+    kept = [word for word in words[:end] if word != "--debug"]
+    return kept + words[end:], len(kept) < end
+
+
+def _report_unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error that nobody translated as one line; Python then exits with status 1."""
+    print(
+        f"splitrun: unexpected {kind.__name__}: {one_line(str(error))}; the same command with --debug shows where",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Arguments and options that several commands share, each written once. Knows no command."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="'demo', a model directory, or a Hugging Face Hub id.")
+]
+ModelOrPlacement = Annotated[
+    str,
+    typer.Argument(metavar="MODEL|PLACEMENT", help="'demo', a model directory, a Hub id, or a placement file (.yaml)."),
+]
+MemoryOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--memory",
+        metavar="DEVICE=SIZE,...",
+        help="Devices to use and their budgets, such as cuda:0=4GiB,cpu=8GiB. DEVICE alone takes what is free there. "
+        "Default: every device, with what is free.",
+    ),
+]
+ContextOption = Annotated[
+    int | None, typer.Option("--context", min=1, help="Tokens per sequence, prompt and answer. Default: 4096 or less.")
+]
+SessionsOption = Annotated[int, typer.Option("--sessions", min=1, help="Sequences that must fit at once.")]
+ObjectiveOption = Annotated[
+    Literal["latency", "throughput", "first-token"], typer.Option("--objective", help="What the plan makes small.")
+]
+WeightsOption = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"],
+    typer.Option("--weights", help="Weight format; auto picks the most precise that fits."),
+]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
+LoadOption = Annotated[
+    Literal["weights", "dummy"], typer.Option("--load", help="dummy: random weights, for measuring speed.")
+]
+
+
+def is_placement(text: str) -> bool:
+    """Whether an argument names a placement file rather than a model."""
+    return text.endswith((".yaml", ".yml"))

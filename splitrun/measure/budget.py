@@ -1,0 +1,75 @@
+"""Budgets: what ``--memory`` asks for, and what a device gives when nobody asks. Pure arithmetic and text.
+
+``cuda:0=4GiB,cpu=8GiB`` names the devices to use and their budgets; a name without a size takes the default there. A
+device that is not named is not used; without ``--memory`` every device is used. ``cpu:1``, ``cpu:2``, … are further
+workers on the same processors, each with a budget of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from splitrun.errors import InvalidPlacement
+from splitrun.quantities import format_bytes, parse_bytes
+
+AUTOMATIC = "auto"
+VIRTUAL_CPU = re.compile(r"cpu:[1-9]\d{0,2}")
+HOST_MARGIN = (10, 512 << 20)
+"""One part in 10 of what is free, at least 512 MiB, stays with the rest of the system: it shares this memory."""
+DEVICE_MARGIN = (20, 256 << 20)
+"""One part in 20, at least 256 MiB: fragmentation, and the screen where one is attached."""
+
+
+def parse_memory(texts: Iterable[str] | None) -> dict[str, str | int] | None:
+    """The budgets that the command line names, None when it names none; raises InvalidPlacement."""
+    parts = [part.strip() for text in texts or () for part in text.split(",") if part.strip()]
+    if not parts:
+        return None
+    budgets: dict[str, str | int] = {}
+    for part in parts:
+        name, separator, size = (piece.strip() for piece in part.partition("="))
+        if not name or (separator and not size):
+            raise InvalidPlacement(f"--memory: {part!r} is not DEVICE=SIZE; write it like cuda:0=4GiB,cpu=8GiB")
+        if name in budgets:
+            raise InvalidPlacement(f"--memory: {name} is named twice; give each device one budget")
+        budgets[name] = size or AUTOMATIC
+    return budgets
+
+
+def default_budget_bytes(free_bytes: int, host: bool) -> int:
+    """What a plan may use of ``free_bytes``: all but the margin, and never less than half of what is free."""
+    parts, least = HOST_MARGIN if host else DEVICE_MARGIN
+    return max(free_bytes // 2, free_bytes - max(free_bytes // parts, least))
+
+
+def named_budgets(
+    memory: Mapping[str, str | int], totals: Mapping[str, int], defaults: Mapping[str, int]
+) -> dict[str, int]:
+    """Device -> budget in bytes for the devices that ``memory`` names.
+
+    ``totals`` and ``defaults`` are total bytes and default budget of every device of this machine. Raises
+    InvalidPlacement for an unknown device, an unreadable size, and a budget beyond the device's memory.
+    """
+    if not memory:
+        raise InvalidPlacement("memory names no device; leave it out to use every device")
+    budgets: dict[str, int] = {}
+    for name, size in memory.items():
+        known = "cpu" if VIRTUAL_CPU.fullmatch(name) else name
+        if known not in totals:
+            raise InvalidPlacement(f"there is no device {name!r} here; there is {', '.join(totals)} (splitrun doctor)")
+        budgets[name] = defaults[known] if size == AUTOMATIC else _size(name, size)
+        if budgets[name] > totals[known]:
+            raise InvalidPlacement(
+                f"{name} has {format_bytes(totals[known])} of memory, not {size}; lower its budget in --memory"
+            )
+        if budgets[name] == 0:
+            raise InvalidPlacement(f"a budget of 0 for {name}: leave the device out to keep it unused")
+    return budgets
+
+
+def _size(name: str, size: str | int) -> int:
+    try:
+        return parse_bytes(size)
+    except ValueError as error:
+        raise InvalidPlacement(f"budget of {name}: {error}") from error

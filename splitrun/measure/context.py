@@ -1,0 +1,91 @@
+"""What CUDA itself takes of a card before the first tensor: the context with its loaded kernels.
+
+It is the difference in what the driver reports free, before and after this process computes its first product there.
+The driver's own view is read through NVML, which needs no context. Where the process already has a context, the figure
+is remembered from an earlier run or a documented default. Knows nothing of budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT_CONTEXT_BYTES = 512 << 20
+"""Where it cannot be measured: between the 200 MiB of a small old card and the 600 MiB of a data-centre one."""
+PLAUSIBLE_BYTES = (16 << 20, 2 << 30)
+"""A difference outside is another process's doing."""
+
+DriverFree = Callable[[str], int | None]
+"""A card's UUID -> bytes that the driver reports free; None when it does not answer."""
+
+
+@dataclass(frozen=True)
+class CardMemory:
+    """``free_bytes`` is what this process could have, its context included. ``measured``: the context was, here."""
+
+    free_bytes: int
+    context_bytes: int
+    measured: bool
+
+
+def card_memory(torch: Any, index: int, driver_free: DriverFree, known_context_bytes: int | None = None) -> CardMemory:
+    """Create the context of card ``index`` where there is none yet, and say what it took."""
+    cuda = torch.cuda
+    fresh = not _has_context(torch, index)
+    before = driver_free(str(getattr(cuda.get_device_properties(index), "uuid", ""))) if fresh else None
+    product = torch.ones((64, 64), device=f"cuda:{index}", dtype=torch.float16)
+    product = product @ product
+    cuda.synchronize(index)
+    del product
+    cuda.empty_cache()
+    now = int(cuda.mem_get_info(index)[0]) + int(cuda.memory_reserved(index))
+    if before is not None and PLAUSIBLE_BYTES[0] <= before - now <= PLAUSIBLE_BYTES[1]:
+        return CardMemory(before, before - now, measured=True)
+    context = DEFAULT_CONTEXT_BYTES if known_context_bytes is None else known_context_bytes
+    return CardMemory(now + context, context, measured=False)
+
+
+def _has_context(torch: Any, index: int) -> bool:
+    if not torch.cuda.is_initialized():
+        return False
+    ask = getattr(torch._C, "_cuda_hasPrimaryContext", None)
+    return True if ask is None else bool(ask(index))
+
+
+def nvml_free(uuid: str) -> int | None:
+    """What NVIDIA's management library reports free on the card; None without the library or the card."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        text = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(text)).free)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def driver_cards() -> list[tuple[str, int]]:
+    """(name, total bytes) of every NVIDIA card that the driver knows, whatever torch can do with it."""
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [(str(pynvml.nvmlDeviceGetName(h)), int(pynvml.nvmlDeviceGetMemoryInfo(h).total)) for h in handles]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()

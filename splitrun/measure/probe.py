@@ -1,0 +1,183 @@
+"""Probe: this machine's devices, memory, budgets, speeds and links, as the planner's facts.
+
+``survey`` asks what is there, ``probe`` makes a `Cluster` of it. Where the facts come from is a `Machine`, so that
+tests describe machines that they do not run on. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from splitrun.measure import speed
+from splitrun.measure.accelerators import Accelerator, list_accelerators
+from splitrun.measure.budget import VIRTUAL_CPU, default_budget_bytes, named_budgets
+from splitrun.measure.cache import Cache, cache_folder
+from splitrun.measure.context import DriverFree, card_memory, nvml_free
+from splitrun.measure.host import (
+    HostMemory,
+    Processor,
+    ReadFile,
+    allowed_processors,
+    read_file,
+    read_host_memory,
+    read_processor,
+)
+from splitrun.planner.facts import FORMATS, Cluster, Device, Link
+
+HOST_POOL = "host"
+UNIT_OVERHEAD_S: Mapping[str, float] = {"cpu": 0.5e-3, "cuda": 0.4e-3, "xpu": 0.8e-3, "mps": 0.8e-3}
+"""Seconds per unit and token beside reading its weights: launching the small operations of one layer."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the facts come from: files, torch, the driver, stop-watches, and what earlier runs measured."""
+
+    torch: Any
+    cache: Cache
+    read: ReadFile = read_file
+    allowed: Callable[[], frozenset[int]] = allowed_processors
+    driver_free: DriverFree = nvml_free
+    host_speed: Callable[[Any, int, int], speed.Speed] = speed.host_speed
+    device_speed: Callable[[Any, str, str, str, int], speed.Speed] = speed.device_speed
+    host_link: Callable[[Any, str, str, bool], Link] = speed.host_link
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is there. ``contexts`` are the measured context bytes of the accelerators that can be used."""
+
+    processor: Processor
+    memory: HostMemory
+    accelerators: tuple[Accelerator, ...]
+    contexts: Mapping[str, int] = field(default_factory=dict)
+
+
+def this_machine(refresh: bool = False) -> Machine:
+    """The machine at hand. ``refresh``: measure again what earlier runs measured."""
+    import torch
+
+    return Machine(torch=torch, cache=Cache(cache_folder(), refresh))
+
+
+def probe(memory: Mapping[str, str | int] | None = None, machine: Machine | None = None) -> Cluster:
+    """The devices of this machine with their budgets; see ``budget.py`` for what ``memory`` may say.
+
+    Raises InvalidPlacement when ``memory`` names a device that is not there, or more than it has.
+    """
+    machine = machine or this_machine()
+    found = survey(machine)
+    usable = {item.name: item for item in found.accelerators if item.fault is None}
+    totals = {"cpu": found.memory.total_bytes} | {name: item.total_bytes for name, item in usable.items()}
+    defaults = {"cpu": default_budget_bytes(found.memory.free_bytes, host=True)}
+    defaults |= {name: default_budget_bytes(item.free_bytes, item.integrated) for name, item in usable.items()}
+    budgets = defaults if memory is None else named_budgets(memory, totals, defaults)
+    devices: list[Device] = []
+    links: dict[tuple[str, str], Link] = {}
+    for name, budget in budgets.items():
+        if name in usable:
+            devices.append(_accelerator_device(machine, found, usable[name], budget))
+            links |= _links(machine, usable[name], [other for other in budgets if other not in usable])
+        else:
+            devices.append(_cpu_device(machine, found, name, budget))
+    return Cluster(tuple(devices), links)
+
+
+def survey(machine: Machine) -> Survey:
+    """Describe the machine. Creates the context of every card that can be used, and measures it."""
+    processor, memory = read_processor(machine.read, machine.allowed()), read_host_memory(machine.read)
+    contexts: dict[str, int] = {}
+    accelerators = []
+    for found in list_accelerators(machine.torch):
+        item = found
+        if item.fault is None and item.kind == "cuda":
+            item, contexts[item.name] = _with_context(machine, item)
+        if item.integrated:
+            item = replace(item, free_bytes=min(item.free_bytes, memory.free_bytes))
+        accelerators.append(item)
+    return Survey(processor, memory, tuple(accelerators), contexts)
+
+
+def _with_context(machine: Machine, item: Accelerator) -> tuple[Accelerator, int]:
+    key = f"context {_conditions(machine, item)}"
+    kept = machine.cache.get(key)
+    known = int(kept["context_bytes"]) if kept and "context_bytes" in kept else None
+    try:
+        memory = card_memory(machine.torch, int(item.name.partition(":")[2]), machine.driver_free, known)
+    except RuntimeError as error:
+        reason = str(error).split("\n", 1)[0][:200]
+        return replace(item, fault=f"{item.name} failed its first computation: {reason}"), 0
+    if memory.measured:
+        machine.cache.put(key, {"context_bytes": memory.context_bytes})
+    return replace(item, free_bytes=memory.free_bytes), memory.context_bytes
+
+
+def _conditions(machine: Machine, item: Accelerator) -> str:
+    version = machine.torch.version
+    runtime = getattr(version, "cuda", None) or getattr(version, "hip", None) or getattr(version, "xpu", None) or ""
+    return f"{item.description} {item.identity} torch {machine.torch.__version__} {runtime}".strip()
+
+
+def _cpu_device(machine: Machine, found: Survey, name: str, budget: int) -> Device:
+    processor, memory = found.processor, found.memory
+    figures = machine.cache.get_or_measure(
+        f"host {processor.name} {processor.cores} cores torch {machine.torch.__version__}",
+        ("bandwidth_bytes_per_s", "flops_per_s"),
+        lambda: vars(machine.host_speed(machine.torch, processor.cores, memory.free_bytes)),
+    )
+    return Device(
+        name=name,
+        kind="cpu",
+        description=f"{processor.name}, {processor.cores} core{'s' * (processor.cores != 1)}",
+        total_bytes=memory.total_bytes,
+        free_bytes=memory.free_bytes,
+        budget_bytes=budget,
+        memory_pool=name if VIRTUAL_CPU.fullmatch(name) else HOST_POOL,
+        context_bytes=0,
+        unit_overhead_s=UNIT_OVERHEAD_S["cpu"],
+        compute_dtype="bf16",
+        bandwidth_bytes_per_s=figures["bandwidth_bytes_per_s"],
+        flops_per_s=figures["flops_per_s"],
+    )
+
+
+def _accelerator_device(machine: Machine, found: Survey, item: Accelerator, budget: int) -> Device:
+    figures = machine.cache.get_or_measure(
+        f"device {_conditions(machine, item)}",
+        ("bandwidth_bytes_per_s", "flops_per_s"),
+        lambda: vars(machine.device_speed(machine.torch, item.kind, item.name, item.half_type, item.free_bytes)),
+    )
+    other_half: Literal["bf16", "fp16"] = "bf16" if item.half_type == "fp16" else "fp16"
+    return Device(
+        name=item.name,
+        kind=item.kind,
+        description=item.description,
+        total_bytes=item.total_bytes,
+        free_bytes=item.free_bytes,
+        budget_bytes=budget,
+        memory_pool=HOST_POOL if item.integrated else item.name,
+        context_bytes=found.contexts.get(item.name, 0),
+        unit_overhead_s=UNIT_OVERHEAD_S[item.kind],
+        compute_dtype=item.half_type,
+        formats=tuple(name for name in FORMATS if item.half_type == "bf16" or name != other_half),
+        compute_capability=item.compute_capability,
+        bandwidth_bytes_per_s=figures["bandwidth_bytes_per_s"],
+        flops_per_s=figures["flops_per_s"],
+    )
+
+
+def _links(machine: Machine, item: Accelerator, hosts: list[str]) -> dict[tuple[str, str], Link]:
+    """Links between a card and every CPU device: the same wires whichever worker uses them."""
+    inward, outward = _link(machine, item, to_device=True), _link(machine, item, to_device=False)
+    return {(host, item.name): inward for host in hosts} | {(item.name, host): outward for host in hosts}
+
+
+def _link(machine: Machine, item: Accelerator, to_device: bool) -> Link:
+    figures = machine.cache.get_or_measure(
+        f"link {'to' if to_device else 'from'} {_conditions(machine, item)}",
+        ("latency_s", "bandwidth_bytes_per_s"),
+        lambda: vars(machine.host_link(machine.torch, item.kind, item.name, to_device)),
+    )
+    return Link(figures["latency_s"], figures["bandwidth_bytes_per_s"])
