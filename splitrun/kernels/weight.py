@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+DEQUANTIZED_VALUES = {"cpu": 1 << 22, "gpu": 1 << 26}
+"""Values that a product dequantizes at a time, so that no product needs more memory than this many values."""
+
 
 class Weight(ABC):
     """A matrix (out, in), or a stack of them (experts, rows, columns), in a storage format.
@@ -60,8 +63,17 @@ class Weight(ABC):
 
         Like torch, it asks that ``x`` has the compute dtype and lies on the same device.
         """
-        product = functional.linear(x, self.dequantize(), bias)
-        return product if out is None else out.copy_(product)
+        step = max(1, DEQUANTIZED_VALUES["cpu" if self.device.type == "cpu" else "gpu"] // self.shape[1])
+        if self.shape[0] <= step:
+            product = functional.linear(x, self.dequantize(), bias)
+            return product if out is None else out.copy_(product)
+        if out is None:
+            out = x.new_empty(*x.shape[:-1], self.shape[0])
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            part_bias = None if bias is None else bias[start:stop]
+            out[..., start:stop] = functional.linear(x, self.part(start, stop).dequantize(), part_bias)
+        return out
 
     def __getitem__(self, index: Any) -> Any:
         """An int or slice along the first axis shares the storage; a tensor of ids gathers; others dequantize."""

@@ -1,0 +1,82 @@
+"""The table of weight formats: their bytes, their classes, and which tensors a format covers.
+
+A format covers the weights of linear layers (nn.Linear and GPT-2's Conv1D), embedding tables of tokens, the output
+head, and stacks of expert matrices; nf4 only where a row is a multiple of 64 values. Everything else keeps the compute
+dtype: norms, biases, convolutions, position tables, routers, and what nf4 cannot divide. This module knows modules by
+their type only; which embedding holds positions and how many experts there are, its caller says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from splitrun.kernels.int8 import Int8Weight
+from splitrun.kernels.nf4 import Nf4Weight
+from splitrun.kernels.nf4_definition import BLOCK
+from splitrun.kernels.weight import Weight
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dense formats: a plain tensor of that type."""
+
+QUANTIZED: dict[str, type[Nf4Weight] | type[Int8Weight]] = {"int8": Int8Weight, "nf4": Nf4Weight}
+"""Quantized formats: a `Weight`."""
+
+
+def applied_format(shape: Iterable[int], format: str, covered: bool = True) -> str | None:
+    """The quantized format that a tensor of this shape really gets; None: it stays in the compute dtype."""
+    size = tuple(shape)
+    if format not in QUANTIZED or not covered or len(size) < 2:
+        return None
+    return None if format == "nf4" and size[-1] % BLOCK else format
+
+
+def weight_bytes(
+    shape: Iterable[int], format: str, compute_dtype: str | torch.dtype = torch.bfloat16, covered: bool = True
+) -> int:
+    """Bytes that a tensor of this shape occupies when loaded in a format.
+
+    A dense format is its own type; under a quantized one, what it does not cover is kept in ``compute_dtype``.
+    """
+    size = torch.Size(shape)
+    quantized = applied_format(size, format, covered)
+    if quantized is not None:
+        return QUANTIZED[quantized].stored_bytes(size)
+    dtype = DTYPES.get(format) or (DTYPES[compute_dtype] if isinstance(compute_dtype, str) else compute_dtype)
+    return size.numel() * dtype.itemsize
+
+
+def quantize(tensor: Tensor, format: str, compute_dtype: torch.dtype) -> Weight | Tensor:
+    """The tensor in a format, on its device; a plain tensor of the compute dtype where the format does not apply."""
+    quantized = applied_format(tensor.shape, format)
+    if quantized is None:
+        return tensor.to(compute_dtype)
+    weight = QUANTIZED[quantized].empty(tensor.shape, compute_dtype, tensor.device)
+    weight.store(0, tensor)
+    return weight
+
+
+def covered(
+    module: nn.Module,
+    attribute: str,
+    tensor: Tensor | Weight,
+    experts: Collection[int] = (),
+    tokens: nn.Module | None = None,
+) -> bool:
+    """Whether quantized formats cover a module's parameter.
+
+    ``experts`` holds the model's numbers of experts: a linear layer of exactly that many outputs is a router. With
+    ``tokens`` given, that is the one embedding table which counts; without, every table does.
+    """
+    if attribute in module._buffers:
+        return False
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        outputs = tensor.shape[0] if isinstance(module, nn.Linear) else tensor.shape[-1]
+        return attribute == "weight" and tensor.ndim == 2 and outputs > 1 and outputs not in experts
+    if isinstance(module, nn.Embedding):
+        return attribute == "weight" and (tokens is None or module is tokens)
+    if isinstance(module, nn.modules.conv._ConvNd) or tensor.ndim != 3:
+        return False
+    return min(tensor.shape[1:]) > 1 and (not experts or tensor.shape[0] in experts)
