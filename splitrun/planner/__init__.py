@@ -1,1 +1,1 @@
-"""Decide which device computes which units, and explain it. Pure: no torch, no measuring, no files but the placement."""
+"""Decide which device computes which units, and explain it. Pure: no torch, no measuring; files: the placement."""

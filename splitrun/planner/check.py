@@ -1,0 +1,66 @@
+"""Does a placement still suit the model and the machine? Pure: compares facts, changes nothing."""
+
+from __future__ import annotations
+
+from splitrun.planner.facts import Cluster
+from splitrun.planner.placement import Placement
+from splitrun.quantities import format_bytes
+
+
+def stale_reasons(
+    placement: Placement, profile_fingerprint: str | None, layers: int, cluster: Cluster, file: str = "FILE"
+) -> list[str]:
+    """One sentence, with the command that mends it, for each way in which the placement no longer holds.
+
+    Looks at: the model's fingerprint (when both sides have one) and number of layers, devices that are not here, and
+    budgets larger than what is free, summed over devices that share one memory. Empty: all is well.
+    """
+    command = _plan_again(placement, file)
+    reasons = []
+    recorded = placement.model.fingerprint
+    if recorded and profile_fingerprint and recorded != profile_fingerprint:
+        reasons.append(f"the model {placement.model.source} changed since it was planned; plan again: {command}")
+    if placement.layers != layers:
+        reasons.append(
+            f"the placement splits {placement.layers} layers, but {placement.model.source} has {layers}; "
+            f"plan again: {command}"
+        )
+    here = {device.name: device for device in cluster.devices}
+    for name in placement.device_names:
+        if name not in here:
+            reasons.append(f"device {name} is not here (here: {', '.join(here) or 'none'}); plan again: {command}")
+    reasons += _budget_reasons(placement, cluster, command)
+    return reasons
+
+
+def _budget_reasons(placement: Placement, cluster: Cluster, command: str) -> list[str]:
+    reasons = []
+    promised: dict[str, int] = {}
+    free: dict[str, int] = {}
+    names: dict[str, list[str]] = {}
+    for device in cluster.devices:
+        if not placement.has_device(device.name) or device.name not in placement.devices:
+            continue
+        budget, pool = placement.devices[device.name], device.memory_pool
+        # devices of one memory draw on one budget, so the largest counts and not the sum
+        promised[pool] = max(promised.get(pool, 0), budget)
+        free[pool] = max(free.get(pool, 0), device.free_bytes)
+        names.setdefault(pool, []).append(device.name)
+    for pool, budget in promised.items():
+        if budget > free[pool]:
+            where = " and ".join(names[pool])
+            reasons.append(
+                f"the plan may use {format_bytes(budget)} on {where}, but {format_bytes(free[pool])} is free; "
+                f"free some memory or plan again: {command}"
+            )
+    return reasons
+
+
+def _plan_again(placement: Placement, file: str) -> str:
+    workload = placement.workload
+    options = f"--context {workload.context}"
+    if workload.sessions != 1:
+        options += f" --sessions {workload.sessions}"
+    if workload.objective != "latency":
+        options += f" --objective {workload.objective}"
+    return f"splitrun plan {placement.model.source} {options} -o {file}"

@@ -1,0 +1,192 @@
+"""Predicted seconds of units, hops and whole plans, from bandwidths and rates.
+
+A decoded token reads its weights and history once, so a unit takes the longer of moving those bytes and computing,
+plus a fixed overhead; a prompt chunk likewise, its weights read once. Stages of one step follow each other; nothing
+is assumed to overlap but the steps of different sessions (throughput). Knows nothing of budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from splitrun.planner import kv
+from splitrun.planner.estimate import Estimate, StageEstimate
+from splitrun.planner.facts import VALUE_BYTES, Cluster, Device, ModelProfile, Workload
+from splitrun.planner.memory import compute_dtype, placement_memory, unit_memory
+from splitrun.planner.placement import Placement, StageSpec
+
+PROMPT_TOKENS = 512
+"""Length of the reference prompt (or the context, where that is shorter)."""
+ENGINE_DEVICE = "cpu"
+"""Token ids start and end here: the engine's scheduler is on the host."""
+TOKEN_BYTES = 4
+
+
+def reference_prompt(workload: Workload) -> int:
+    """Tokens of the prompt that first-token figures are for."""
+    return min(PROMPT_TOKENS, workload.context)
+
+
+def reference_history(workload: Workload) -> int:
+    """Tokens in the cache that decoding figures are for: a session half way through its context."""
+    return workload.context // 2
+
+
+def decode_s(
+    profile: ModelProfile, unit: int, device: Device, weights: str, workload: Workload, kv_dtype: str, rows: int = 1
+) -> float:
+    """Seconds for one token of each of ``rows`` sequences, each with the reference history."""
+    facts = profile.units[unit]
+    weight_bytes = min(facts.weight_bytes[weights], facts.read_bytes[weights] * rows)
+    history = kv.history_bytes(facts, profile.groups, reference_history(workload), kv_dtype)
+    moving = (weight_bytes + rows * history) / device.bandwidth_bytes_per_s
+    return max(moving, rows * facts.flops_per_token / device.flops_per_s) + device.unit_overhead_s
+
+
+def prefill_s(
+    profile: ModelProfile, unit: int, device: Device, weights: str, workload: Workload, kv_dtype: str
+) -> float:
+    """Seconds for the reference prompt, chunk after chunk; the head computes its last row only."""
+    facts = profile.units[unit]
+    if unit == len(profile.units) - 1:
+        return decode_s(profile, unit, device, weights, workload, kv_dtype)
+    prompt = reference_prompt(workload)
+    chunks = -(-prompt // workload.chunk_tokens)
+    tokens = prompt / chunks
+    weight_bytes = min(facts.weight_bytes[weights], facts.read_bytes[weights] * tokens)
+    history = kv.history_bytes(facts, profile.groups, prompt // 2, kv_dtype)
+    moving = (weight_bytes + history) / device.bandwidth_bytes_per_s
+    return chunks * (max(moving, tokens * facts.flops_per_token / device.flops_per_s) + device.unit_overhead_s)
+
+
+def objective_rows(workload: Workload) -> int:
+    """Rows in the step that the objective looks at: one user's, or everybody's."""
+    return workload.sessions if workload.objective == "throughput" else 1
+
+
+def unit_s(profile: ModelProfile, unit: int, device: Device, weights: str, workload: Workload, kv_dtype: str) -> float:
+    """Seconds of one unit in what the objective minimises."""
+    if workload.objective == "first-token":
+        return prefill_s(profile, unit, device, weights, workload, kv_dtype)
+    return decode_s(profile, unit, device, weights, workload, kv_dtype, objective_rows(workload))
+
+
+def hop_s(
+    cluster: Cluster, source: str, target: str, token_bytes: int, workload: Workload, prefill: bool, rows: int = 1
+) -> float:
+    """Seconds to hand one step's rows (or the whole prompt) from one device to the next; 0 on the same device."""
+    if source == target:
+        return 0.0
+    link = cluster.link(source, target)
+    if prefill:
+        prompt = reference_prompt(workload)
+        chunks = -(-prompt // workload.chunk_tokens)
+        return chunks * link.latency_s + prompt * token_bytes / link.bandwidth_bytes_per_s
+    return link.latency_s + rows * token_bytes / link.bandwidth_bytes_per_s
+
+
+def activation_bytes(profile: ModelProfile, device: Device, weights: str) -> int:
+    """Bytes of one token's hidden state as that device passes it on."""
+    return profile.hidden_values * VALUE_BYTES[compute_dtype(device, weights)]
+
+
+def stage_kv_dtype(stage: StageSpec, device: Device) -> str:
+    """The type of the stage's KV cache, decided if the placement leaves it open."""
+    return stage.kv.dtype or compute_dtype(device, stage.weights)
+
+
+def path_s(profile: ModelProfile, cluster: Cluster, placement: Placement, prefill: bool, rows: int = 1) -> list[float]:
+    """Seconds of each hop: engine to the first stage, between stages, and back from the last one."""
+    names = [ENGINE_DEVICE, *(stage.device for stage in placement.stages), ENGINE_DEVICE]
+    sizes = [TOKEN_BYTES]
+    for stage in placement.stages[:-1]:
+        sizes.append(activation_bytes(profile, cluster.device(stage.device), stage.weights))
+    sizes.append(TOKEN_BYTES)
+    workload = placement.workload
+    hops = zip(names, names[1:], sizes, strict=False)
+    return [hop_s(cluster, source, target, size, workload, prefill, rows) for source, target, size in hops]
+
+
+def stage_s(
+    profile: ModelProfile, cluster: Cluster, placement: Placement, stage: StageSpec, prefill: bool, rows: int = 1
+) -> float:
+    """Seconds of one stage for a step of ``rows`` rows, or for the reference prompt."""
+    device, workload = cluster.device(stage.device), placement.workload
+    dtype = stage_kv_dtype(stage, device)
+    if prefill:
+        return sum(prefill_s(profile, unit, device, stage.weights, workload, dtype) for unit in stage.units)
+    return sum(decode_s(profile, unit, device, stage.weights, workload, dtype, rows) for unit in stage.units)
+
+
+def busy_s(profile: ModelProfile, cluster: Cluster, placement: Placement, rows: int) -> dict[str, float]:
+    """Device -> seconds it computes per step of ``rows`` rows, all its stages together."""
+    seconds = dict.fromkeys(placement.device_names, 0.0)
+    for stage in placement.stages:
+        seconds[stage.device] += stage_s(profile, cluster, placement, stage, False, rows)
+    return seconds
+
+
+def pass_s(profile: ModelProfile, cluster: Cluster, placement: Placement, prefill: bool, rows: int = 1) -> float:
+    """Seconds from the engine through all stages and back."""
+    stages = (stage_s(profile, cluster, placement, stage, prefill, rows) for stage in placement.stages)
+    return sum(stages) + sum(path_s(profile, cluster, placement, prefill, rows))
+
+
+def score(profile: ModelProfile, cluster: Cluster, placement: Placement) -> float:
+    """Seconds that the placement's objective minimises: a token, the slowest device, or the reference prompt."""
+    objective = placement.workload.objective
+    if objective == "throughput":
+        return max(busy_s(profile, cluster, placement, objective_rows(placement.workload)).values())
+    return pass_s(profile, cluster, placement, prefill=objective == "first-token")
+
+
+def throughput_tokens_per_s(profile: ModelProfile, cluster: Cluster, placement: Placement) -> float:
+    """Tokens per second of all sessions, in the best number of groups that follow each other through the stages."""
+    sessions, best = placement.workload.sessions, 0.0
+    for groups in range(1, min(sessions, len(placement.device_names)) + 1):
+        rows = -(-sessions // groups)
+        slowest = max(busy_s(profile, cluster, placement, rows).values())
+        round_s = max(groups * slowest, pass_s(profile, cluster, placement, False, rows))
+        best = max(best, sessions / round_s)
+    return best
+
+
+def estimate(
+    profile: ModelProfile, cluster: Cluster, placement: Placement, limit: str = "", notes: Iterable[str] = ()
+) -> Estimate:
+    """What the placement is predicted to do on that cluster; KeyError when it names a device that is not there."""
+    workload = placement.workload
+    step_s = pass_s(profile, cluster, placement, prefill=False)
+    first_token_s = pass_s(profile, cluster, placement, prefill=True)
+    rows = []
+    hops = path_s(profile, cluster, placement, prefill=False)[1:]
+    for stage, hop in zip(placement.stages, hops, strict=True):
+        device = cluster.device(stage.device)
+        units = [unit_memory(profile, unit, device, stage.weights, workload, stage.kv) for unit in stage.units]
+        rows.append(
+            StageEstimate(
+                device=stage.device,
+                units=stage.units_text,
+                weights=stage.weights,
+                weight_bytes=sum(unit.weight_bytes for unit in units),
+                kv_bytes=sum(unit.kv_bytes + unit.state_bytes for unit in units),
+                decode_s=stage_s(profile, cluster, placement, stage, prefill=False),
+                prefill_s=stage_s(profile, cluster, placement, stage, prefill=True),
+                hop_s=hop,
+            )
+        )
+    return Estimate(
+        step_s=step_s,
+        decode_tokens_per_s=1.0 / step_s,
+        throughput_tokens_per_s=throughput_tokens_per_s(profile, cluster, placement),
+        time_to_first_token_s=first_token_s,
+        prefill_tokens_per_s=reference_prompt(workload) / first_token_s,
+        history_tokens=reference_history(workload),
+        prompt_tokens=reference_prompt(workload),
+        context=workload.context,
+        sessions=workload.sessions,
+        stages=tuple(rows),
+        devices=placement_memory(profile, cluster, placement),
+        limit=limit,
+        notes=tuple(notes),
+    )

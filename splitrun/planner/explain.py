@@ -1,0 +1,115 @@
+"""A plan in plain text: the stages as a table, the memory of each device as a bar, the predictions, and the reasons.
+
+Reads only the placement and its estimate; knows no terminal, no colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from splitrun.planner.cost import estimate as make_estimate
+from splitrun.planner.estimate import DeviceMemory, Estimate
+from splitrun.planner.facts import Cluster, ModelProfile
+from splitrun.planner.placement import Placement
+from splitrun.quantities import format_bytes, format_rate, format_seconds
+
+BAR_WIDTH = 40
+_ITEMS = (("weights", "█"), ("KV", "▓"), ("workspace", "▒"), ("context", "░"), ("margin", "-"))
+
+
+def explain(placement: Placement, profile: ModelProfile | None = None, cluster: Cluster | None = None) -> str:
+    """The plan in words. With ``profile`` and ``cluster`` figures are made anew, else the stored ones are shown."""
+    stored = placement.estimate
+    if profile is not None and cluster is not None:
+        limit, notes = (stored.limit, stored.notes) if stored else ("", ())
+        stored = make_estimate(profile, cluster, placement, limit, notes)
+    workload = placement.workload
+    sessions = f"{workload.sessions} session" + "s" * (workload.sessions != 1)
+    title = (
+        f"{placement.model.source} · {placement.layers} layers · {sessions} of {workload.context:,} tokens · "
+        f"planned for {workload.objective}"
+    )
+    if stored is None:
+        note = "No estimate is stored. For one: splitrun plan " + placement.model.source
+        return "\n".join([title, "", *_bare_table(placement), "", note])
+    parts = [title, "", *_table(stored), ""]
+    for memory in stored.devices:
+        parts += _bar(memory)
+    legend = "  ".join(f"{mark} {name}" for name, mark in _ITEMS)
+    parts += [f"  {legend}  · free", "", *_predictions(stored)]
+    return "\n".join(parts)
+
+
+def _predictions(stored: Estimate) -> list[str]:
+    lines = [
+        f"Predicted   {format_rate(stored.decode_tokens_per_s)} decoding ({format_seconds(stored.step_s)} per token "
+        f"after {stored.history_tokens:,} tokens)",
+        f"            first token of a {stored.prompt_tokens:,}-token prompt after "
+        f"{format_seconds(stored.time_to_first_token_s)} ({format_rate(stored.prefill_tokens_per_s)})",
+    ]
+    if stored.sessions > 1:
+        rate = format_rate(stored.throughput_tokens_per_s)
+        lines.append(f"            {rate} for all {stored.sessions} sessions together")
+    if stored.limit:
+        lines.append(f"Limited by  {stored.limit}")
+    return lines + [f"Note        {note}" for note in stored.notes]
+
+
+def _table(stored: Estimate) -> list[str]:
+    header = ("stage", "device", "units", "format", "weights", "KV", "per token", "hop")
+    rows = [
+        (
+            str(index),
+            stage.device,
+            stage.units,
+            stage.weights,
+            format_bytes(stage.weight_bytes),
+            format_bytes(stage.kv_bytes),
+            format_seconds(stage.decode_s),
+            format_seconds(stage.hop_s) if stage.hop_s else "",
+        )
+        for index, stage in enumerate(stored.stages)
+    ]
+    return _aligned([header, *rows], right={0, 4, 5, 6, 7})
+
+
+def _bare_table(placement: Placement) -> list[str]:
+    rows = [(str(index), stage.device, stage.units_text, stage.weights) for index, stage in enumerate(placement.stages)]
+    return _aligned([("stage", "device", "units", "format"), *rows], right={0})
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return lines
+
+
+def _bar(memory: DeviceMemory) -> list[str]:
+    """The device's bar against its budget, and its items in figures."""
+    amounts = (
+        memory.weight_bytes,
+        memory.kv_bytes + memory.state_bytes,
+        memory.workspace_bytes,
+        memory.context_bytes,
+        memory.margin_bytes,
+    )
+    scale = max(memory.budget_bytes, memory.total_bytes, 1)
+    bar, edge, drawn = "", 0, 0
+    for amount, (_, mark) in zip(amounts, _ITEMS, strict=True):
+        edge += amount
+        until = round(edge / scale * BAR_WIDTH)
+        bar, drawn = bar + mark * (until - drawn), until
+    bar = bar.ljust(BAR_WIDTH, "·")
+    beyond = memory.total_bytes - memory.budget_bytes
+    over = f": {format_bytes(beyond)} TOO MUCH" if beyond > 0 else ""
+    figures = " · ".join(
+        f"{name} {format_bytes(amount)}" for amount, (name, _) in zip(amounts, _ITEMS, strict=True) if amount
+    )
+    total = f"{format_bytes(memory.total_bytes)} of {format_bytes(memory.budget_bytes)}{over}"
+    return [f"  {memory.device:<8} {bar}  {total}", f"  {'':<8} {figures}", ""]

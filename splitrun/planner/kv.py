@@ -1,0 +1,77 @@
+"""How many KV blocks and bytes a stage needs: integers only. Scheduler and stages are sized from these functions.
+
+Knows which tokens a group keeps; knows nothing of block tables, tiers or tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from splitrun.planner.facts import VALUE_BYTES, KVGroup, UnitProfile, Workload
+
+
+def blocks_per_sequence(group: KVGroup, workload: Workload) -> int:
+    """Blocks that one sequence of ``context`` tokens holds at most at a time.
+
+    A sliding group keeps the ``window - 1`` tokens before the oldest query of a chunk and the chunk itself; one block
+    more because the oldest kept token seldom starts a block. A state group has a slot per session and no blocks.
+    """
+    if group.kind == "state":
+        return 0
+    every = _ceil_div(workload.context, workload.block_tokens)
+    if group.kind != "sliding" or group.window is None:
+        return every
+    kept = group.window - 1 + workload.chunk_tokens
+    return min(every, _ceil_div(kept, workload.block_tokens) + 1)
+
+
+def pool_blocks(group: KVGroup, workload: Workload, device_blocks: int | None = None) -> int:
+    """Blocks in a stage's pool for that group: all sessions at full context, or ``device_blocks`` where given.
+
+    A sliding group never takes more than it needs.
+    """
+    needed = workload.sessions * blocks_per_sequence(group, workload)
+    if device_blocks is None or group.kind == "state":
+        return needed
+    return min(needed, device_blocks) if group.kind == "sliding" else device_blocks
+
+
+def unit_kv_bytes(
+    unit: UnitProfile,
+    groups: Iterable[KVGroup],
+    workload: Workload,
+    dtype: str,
+    device_blocks: int | None = None,
+) -> int:
+    """Bytes of the unit's KV pools, the fixed state of sequences not included (``unit_state_bytes``)."""
+    block_values = sum(
+        unit.kv_values_per_token.get(group.name, 0) * pool_blocks(group, workload, device_blocks) for group in groups
+    )
+    return block_values * workload.block_tokens * VALUE_BYTES[dtype]
+
+
+def unit_state_bytes(unit: UnitProfile, workload: Workload) -> int:
+    """Bytes of the unit's fixed per-sequence state: one slot per session."""
+    return unit.state_bytes * workload.sessions
+
+
+def gathered_kv_bytes(unit: UnitProfile, groups: Iterable[KVGroup], workload: Workload, dtype: str) -> int:
+    """Bytes of the unit's history of every session gathered into contiguous rows, as attention reads it."""
+    values = 0
+    for group in groups:
+        tokens = min(workload.context, blocks_per_sequence(group, workload) * workload.block_tokens)
+        values += unit.kv_values_per_token.get(group.name, 0) * tokens
+    return values * workload.sessions * VALUE_BYTES[dtype]
+
+
+def history_bytes(unit: UnitProfile, groups: Iterable[KVGroup], history_tokens: int, dtype: str) -> int:
+    """Bytes that one token's attention reads of a history of that length, the state (read and written) included."""
+    values = 0
+    for group in groups:
+        kept = history_tokens if group.window is None else min(history_tokens, group.window)
+        values += unit.kv_values_per_token.get(group.name, 0) * kept
+    return values * VALUE_BYTES[dtype] + 2 * unit.state_bytes
+
+
+def _ceil_div(amount: int, size: int) -> int:
+    return -(-amount // size)

@@ -1,0 +1,145 @@
+"""Itemised memory of a plan, per device. Pure arithmetic over the profile; the solver counts with the same functions.
+
+Every item but workspace and margin is a sum over units. Workspace is the largest need of any single unit, because a
+device computes one unit at a time and its allocator reuses what is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from splitrun.planner import kv
+from splitrun.planner.estimate import DeviceMemory as DeviceMemory
+from splitrun.planner.facts import VALUE_BYTES, Cluster, Device, ModelProfile, Workload
+from splitrun.planner.placement import KVSpec, Placement, ValueType
+
+LOGIT_COPIES = 3
+"""Logits in float32, their sorted or filtered copy, and the probabilities."""
+MARGIN_BYTES = {"cpu": 16 << 20}
+DEFAULT_MARGIN_BYTES = 64 << 20
+"""A GPU's matrix library keeps up to 32 MiB, and its allocator rounds segments up."""
+MARGIN_SHARE = 32
+"""One part in so many of weights and KV is lost to rounding of tensors up to allocation blocks."""
+
+
+@dataclass(frozen=True)
+class UnitMemory:
+    """Bytes of one unit on one device; ``workspace_bytes`` is free again when the unit has computed."""
+
+    weight_bytes: int
+    kv_bytes: int
+    state_bytes: int
+    workspace_bytes: int
+
+
+def compute_dtype(device: Device, weights: str) -> ValueType:
+    """The type a stage computes and passes activations in: float32 for float32 weights, else the device's own."""
+    return "fp32" if weights == "fp32" else device.compute_dtype
+
+
+def unit_memory(
+    profile: ModelProfile, unit: int, device: Device, weights: str, workload: Workload, kv_spec: KVSpec
+) -> UnitMemory:
+    """What unit number ``unit`` takes on ``device`` in the format ``weights``."""
+    facts = profile.units[unit]
+    dtype = kv_spec.dtype or compute_dtype(device, weights)
+    return UnitMemory(
+        weight_bytes=facts.weight_bytes[weights],
+        kv_bytes=kv.unit_kv_bytes(facts, profile.groups, workload, dtype, kv_spec.device_blocks),
+        state_bytes=kv.unit_state_bytes(facts, workload),
+        workspace_bytes=workspace_bytes(profile, unit, device, weights, workload, dtype),
+    )
+
+
+def workspace_bytes(
+    profile: ModelProfile, unit: int, device: Device, weights: str, workload: Workload, kv_dtype: str
+) -> int:
+    """Temporary bytes while the unit computes its largest step.
+
+    The sum of: hidden states in and out and the largest intermediate, for a whole chunk (for the head: one row per
+    session); one matrix turned back into the compute type, for int8 and nf4; the history of all sessions gathered for
+    attention, and its mask; for the head the logits in float32, ``LOGIT_COPIES`` times.
+    """
+    facts = profile.units[unit]
+    head = unit == len(profile.units) - 1
+    value_bytes = VALUE_BYTES[compute_dtype(device, weights)]
+    tokens = workload.sessions if head else max(workload.chunk_tokens, workload.sessions)
+    total = tokens * (2 * profile.hidden_values + facts.activation_values_per_token) * value_bytes
+    if weights in ("int8", "nf4"):
+        total += facts.largest_weight_values * value_bytes
+    if facts.kv_values_per_token:
+        total += kv.gathered_kv_bytes(facts, profile.groups, workload, kv_dtype)
+        total += workload.chunk_tokens * workload.context * value_bytes
+    if head:
+        total += workload.sessions * profile.vocabulary * 4 * LOGIT_COPIES
+    return total
+
+
+def margin_bytes(device: Device, held_bytes: int) -> int:
+    """Room for what allocators and libraries take beside ``held_bytes`` of weights, KV and state."""
+    return MARGIN_BYTES.get(device.kind, DEFAULT_MARGIN_BYTES) + held_bytes // MARGIN_SHARE
+
+
+def device_memory(
+    device: Device, budget_bytes: int, units: Sequence[UnitMemory], shared_weight_bytes: int = 0
+) -> DeviceMemory:
+    """The device's bill for those units; ``shared_weight_bytes`` are in two of them and paid once."""
+    weights = sum(unit.weight_bytes for unit in units) - shared_weight_bytes
+    cache, state = sum(unit.kv_bytes for unit in units), sum(unit.state_bytes for unit in units)
+    return DeviceMemory(
+        device=device.name,
+        memory_pool=device.memory_pool,
+        budget_bytes=budget_bytes,
+        weight_bytes=weights,
+        kv_bytes=cache,
+        state_bytes=state,
+        workspace_bytes=max((unit.workspace_bytes for unit in units), default=0),
+        context_bytes=device.context_bytes,
+        margin_bytes=margin_bytes(device, weights + cache + state),
+    )
+
+
+def placement_memory(profile: ModelProfile, cluster: Cluster, placement: Placement) -> tuple[DeviceMemory, ...]:
+    """One bill per device of the placement, in the order of its first stage."""
+    bills = []
+    for name in placement.device_names:
+        device = cluster.device(name)
+        units: list[UnitMemory] = []
+        embed_formats, head_formats = set(), set()
+        for stage in (stage for stage in placement.stages if stage.device == name):
+            arguments = (device, stage.weights, placement.workload, stage.kv)
+            units += [unit_memory(profile, unit, *arguments) for unit in stage.units]
+            embed_formats |= {stage.weights} if stage.embed else set()
+            head_formats |= {stage.weights} if stage.head else set()
+        shared = sum(profile.tied_bytes.get(weights, 0) for weights in embed_formats & head_formats)
+        bills.append(device_memory(device, placement.devices.get(name, device.budget_bytes), units, shared))
+    return tuple(bills)
+
+
+def pool_budgets(cluster: Cluster) -> dict[str, int]:
+    """Bytes that the devices of each memory pool may take together: the largest budget among them."""
+    budgets: dict[str, int] = {}
+    for device in cluster.devices:
+        budgets[device.memory_pool] = max(budgets.get(device.memory_pool, 0), device.budget_bytes)
+    return budgets
+
+
+def over_budget(bills: Iterable[DeviceMemory], pools: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Device -> bytes beyond its budget, or beyond what is left of the budget of a pool that several devices share.
+
+    ``pools`` is ``pool_budgets`` of the cluster; without it a pool's budget is the largest among the bills.
+    """
+    bills = tuple(bills)
+    largest: dict[str, int] = {}
+    for bill in bills:
+        largest[bill.memory_pool] = max(largest.get(bill.memory_pool, 0), bill.budget_bytes)
+    largest |= pools or {}
+    excess: dict[str, int] = {}
+    used: dict[str, int] = {}
+    for bill in bills:
+        used[bill.memory_pool] = used.get(bill.memory_pool, 0) + bill.total_bytes
+        beyond = max(bill.total_bytes - bill.budget_bytes, used[bill.memory_pool] - largest[bill.memory_pool])
+        if beyond > 0:
+            excess[bill.device] = beyond
+    return excess

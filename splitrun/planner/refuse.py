@@ -1,0 +1,98 @@
+"""Say no helpfully: what is missing on each device, and what would fit instead. Pure; only computes the refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from splitrun.errors import DoesNotFit
+from splitrun.planner.facts import FORMATS, Cluster, Device, ModelProfile, Workload
+from splitrun.planner.search import Split, Tables, excess_of, least_excess
+from splitrun.planner.tables import build_tables
+from splitrun.quantities import format_bytes
+
+
+def does_not_fit(profile: ModelProfile, cluster: Cluster, workload: Workload, formats: Sequence[str]) -> DoesNotFit:
+    """The error for a model that fits in none of ``formats`` (most precise first), with the shortfall per device."""
+    usable = [name for name in formats if _able(cluster, name)]
+    if not usable:
+        names = ", ".join(formats)
+        return DoesNotFit(f"{profile.source} does not fit: no device computes {names}; add one with --memory")
+    leanest = min(usable, key=lambda name: sum(unit.weight_bytes[name] for unit in profile.units))
+    devices = _able(cluster, leanest)
+    tables = build_tables(profile, cluster, devices, workload, leanest)
+    split = least_excess(tables).split
+    shortfall = dict.fromkeys((device.name for device in cluster.devices), 0)
+    for device, missing in zip(devices, excess_of(tables, split) if split else [], strict=False):
+        shortfall[device.name] = missing
+    message = (
+        f"{profile.source} does not fit in {leanest} at context {workload.context} x {workload.sessions}: "
+        f"{shortfall_text(tables, split, devices)} short; {_advice(profile, cluster, workload, usable, leanest)}"
+    )
+    return DoesNotFit(message, shortfall)
+
+
+def shortfall_text(tables: Tables, split: Split | None, devices: Sequence[Device]) -> str:
+    """ "1.20 GiB on cuda:0 and 300 MiB on cpu", for the split that misses least in all."""
+    missing = excess_of(tables, split) if split else []
+    short = [(device.name, size) for device, size in zip(devices, missing, strict=False) if size > 0]
+    return " and ".join(f"{format_bytes(size)} on {name}" for name, size in short) or "some memory"
+
+
+def fits(profile: ModelProfile, cluster: Cluster, workload: Workload, weights: str) -> bool:
+    """Whether any plan in that format keeps the budgets."""
+    devices = _able(cluster, weights)
+    if not devices:
+        return False
+    return least_excess(build_tables(profile, cluster, devices, workload, weights)).value == 0
+
+
+def _advice(profile: ModelProfile, cluster: Cluster, workload: Workload, tried: Sequence[str], leanest: str) -> str:
+    """What would fit: fewer bits, a shorter context, fewer sessions, or all of them; else more memory."""
+    leaner = [name for name in FORMATS[FORMATS.index(tried[-1]) + 1 :] if _loadable(profile, name)]
+    context = _longest_context(profile, cluster, workload, leanest)
+    sessions = _largest(
+        workload.sessions - 1, lambda count: fits(profile, cluster, replace(workload, sessions=count), leanest)
+    )
+    enough = next((name for name in leaner if fits(profile, cluster, workload, name)), None)
+    found = [f"--weights {enough}"] if enough else []
+    found += [f"--context {context}"] if context else []
+    found += [f"--sessions {sessions}"] if sessions else []
+    if found:
+        return "it fits with " + " or ".join(found)
+    last = leaner[-1] if leaner else leanest
+    context = _longest_context(profile, cluster, replace(workload, sessions=1), last) or workload.context
+    if fits(profile, cluster, replace(workload, sessions=1, context=context), last):
+        options = [f"--weights {last}"] if leaner else []
+        options += [f"--context {context}"] if context < workload.context else []
+        options += ["--sessions 1"] if workload.sessions > 1 else []
+        return "it fits with " + " ".join(options)
+    return "nothing smaller fits either; give it that much more with --memory, or take a smaller model"
+
+
+def _longest_context(profile: ModelProfile, cluster: Cluster, workload: Workload, weights: str) -> int:
+    """The longest context below the workload's, in whole blocks, that fits; 0 when none does."""
+    size = workload.block_tokens
+    most = (workload.context - 1) // size
+    return size * _largest(
+        most, lambda blocks: fits(profile, cluster, replace(workload, context=blocks * size), weights)
+    )
+
+
+def _largest(most: int, holds: Callable[[int], bool]) -> int:
+    """The largest count in 1 .. most for which ``holds``, which is true up to some count and false beyond; else 0."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def _able(cluster: Cluster, weights: str) -> list[Device]:
+    return [device for device in cluster.devices if weights in device.formats]
+
+
+def _loadable(profile: ModelProfile, weights: str) -> bool:
+    stored = profile.stored_format
+    known = all(weights in unit.weight_bytes for unit in profile.units)
+    return known and (weights == stored or stored not in ("int8", "nf4"))
