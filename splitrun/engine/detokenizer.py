@@ -48,6 +48,9 @@ class Detokenizer:
             return ""
         self._ids.append(token_id)
         text = self._decoder.decode(self._ids)
+        if text == self._shown_text and len(self._ids) > _WINDOW:
+            self._ids.pop()  # an id that shows nothing, such as one beyond the vocabulary
+            return ""
         if not text.endswith(_BROKEN):
             return self._show(text, len(self._ids)) if text else ""
         if len(self._ids) - self._shown < _WINDOW:
@@ -72,7 +75,7 @@ class Detokenizer:
         # The ids just shown become the left context, but only if they show something: an empty context would make
         # the next token the first of a text again.
         context = self._decoder.decode(self._ids[self._shown : count])
-        if context.strip() and not context.startswith(_BROKEN):
+        if context:
             self._ids = self._ids[self._shown :]
             count -= self._shown
             text = context

@@ -1,0 +1,15 @@
+"""What tests of several folders share. Its presence lets them import the modules beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with a tiny tokenizer and chat template, without weights."""
+    from tiny_tokenizers import write_model_directory
+
+    return write_model_directory(tmp_path_factory.mktemp("tiny-model"))
