@@ -63,18 +63,15 @@ class Scheduler:
         """The next step, or None when nothing can run before the next commit or submit.
 
         Decode rows come first, an even share of them per step in flight; then prompt chunks and replayed tokens, at
-        most ``chunk_tokens`` together, oldest first; then waiting sequences start while slots and blocks last, unless
-        a running one lacks blocks.
+        most ``chunk_tokens`` together, oldest first; then waiting sequences start while slots and blocks last.
         """
         if self.in_flight >= self.limits.depth:
             return None
         for sequence in self._roster.running:
             self._roster.accounts.drop_outside_windows(sequence)
         rows: list[Row] = []
-        served = self._add_decodes(rows)
-        budget, chunks_served = self._add_chunks(rows)
-        if served and chunks_served:
-            self._admit(rows, budget)
+        self._add_decodes(rows)
+        self._admit(rows, budget=self._add_chunks(rows))
         if not rows:
             return None
         step = build_step(self._steps, self.epoch, rows, self._roster.accounts)
@@ -82,33 +79,27 @@ class Scheduler:
         self._steps += 1
         return step
 
-    def _add_decodes(self, rows: list[Row]) -> bool:
-        """Add this step's share of the decode rows, least recently served first; False when one lacked blocks.
+    def _add_decodes(self, rows: list[Row]) -> None:
+        """Add this step's share of the decode rows, least recently served first.
 
         With several steps in flight each takes its share only, so that the next step has rows to run meanwhile.
         """
         decoding = [sequence for sequence in self._roster.running if sequence.decoding]
         share = -(-len(decoding) // self.limits.depth)
-        served = True
         for sequence in sorted(decoding, key=lambda sequence: (sequence.last_step, sequence.arrival)):
             if len(rows) < share and sequence.ready and sequence.state is State.RUNNING:
-                served &= self._add(rows, sequence)
-        return served
+                self._add(rows, sequence)
 
-    def _add_chunks(self, rows: list[Row]) -> tuple[int, bool]:
-        """Add prompt chunks and replayed groups of running sequences.
-
-        Returns the tokens left of the step's budget, and False when a sequence lacked blocks.
-        """
-        budget, served = self.limits.chunk_tokens, True
+    def _add_chunks(self, rows: list[Row]) -> int:
+        """Add prompt chunks and replayed groups of running sequences; returns the tokens left of the step's budget."""
+        budget = self.limits.chunk_tokens
         filling = [sequence for sequence in self._roster.running if sequence.ready and not sequence.decoding]
         for sequence in sorted(filling, key=lambda sequence: sequence.arrival):
-            count = sequence.next_slice(self.limits.chunk_tokens).count if sequence.state is State.RUNNING else 0
-            if 0 < count <= budget:
-                added = self._add(rows, sequence)
-                budget -= count if added else 0
-                served &= added
-        return budget, served
+            if sequence.state is State.RUNNING:
+                count = sequence.next_slice(self.limits.chunk_tokens).count
+                if count <= budget and self._add(rows, sequence):
+                    budget -= count
+        return budget
 
     def _admit(self, rows: list[Row], budget: int) -> None:
         """Start waiting sequences in order of arrival while their first slice fits the budget."""
