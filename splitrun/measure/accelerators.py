@@ -18,8 +18,9 @@ _DISCRETE_INTEL = re.compile(r"\b(?:[AB]\d{2,3}M?|Max|Flex|Data Center)\b")
 class Accelerator:
     """One device as its driver describes it.
 
-    ``free_bytes`` is what is free now. ``fault`` says why it cannot be used, None when it can; such a device is shown
-    by ``doctor`` and never planned for. ``compute_capability`` is NVIDIA's.
+    ``free_bytes`` is what is free now (a CUDA card: at most, until the probe has measured its context). ``fault`` says
+    why it cannot be used, None when it can; such a device is shown by ``doctor`` and never planned for.
+    ``compute_capability`` is NVIDIA's. ``half_type`` is the 16-bit type that it computes fast in.
     """
 
     name: str
@@ -53,7 +54,8 @@ def _cuda(torch: Any) -> Iterable[Accelerator]:
             kind="cuda",
             description=str(properties.name),
             total_bytes=int(properties.total_memory),
-            free_bytes=int(torch.cuda.mem_get_info(index)[0]),
+            # Asking the runtime would create the card's context, which is to be measured first (context.py).
+            free_bytes=int(properties.total_memory),
             integrated=bool(getattr(properties, "is_integrated", 0)),
             compute_capability=capability,
             half_type="fp16" if capability is not None and capability < (8, 0) else "bf16",
@@ -66,7 +68,8 @@ def build_fault(name: str, capability: tuple[int, int], architectures: Iterable[
     """Why this build of torch cannot run on a card of that compute capability, None when it can.
 
     ``architectures`` are torch's: "sm_86" is machine code for capability 8.6 and later 8.x, "compute_90" is code
-    that the driver translates for 9.0 and everything later.
+    that the driver translates for 9.0 and everything later; a letter "a" ties code to exactly that capability, "f" to
+    its family.
     """
     architectures = list(architectures)
     for architecture in architectures:
@@ -74,8 +77,10 @@ def build_fault(name: str, capability: tuple[int, int], architectures: Iterable[
         if match is None:
             continue
         built = int(match[2]), int(match[3])
-        exact = match[4] != "" or match[1] == "sm"
-        if built == capability or (built <= capability and (not exact or built[0] == capability[0])):
+        if built == capability:
+            return None
+        same_family = match[1] == "sm" or match[4] == "f"
+        if match[4] != "a" and built <= capability and (not same_family or built[0] == capability[0]):
             return None
     if not architectures:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from splitrun.measure import speed
 from splitrun.measure.accelerators import Accelerator, list_accelerators
@@ -24,7 +24,7 @@ from splitrun.measure.host import (
     read_host_memory,
     read_processor,
 )
-from splitrun.planner.facts import FORMATS, Cluster, Device, Link
+from splitrun.planner.facts import Cluster, Device, Link
 
 HOST_POOL = "host"
 UNIT_OVERHEAD_S: Mapping[str, float] = {"cpu": 0.5e-3, "cuda": 0.4e-3, "xpu": 0.8e-3, "mps": 0.8e-3}
@@ -149,7 +149,6 @@ def _accelerator_device(machine: Machine, found: Survey, item: Accelerator, budg
         ("bandwidth_bytes_per_s", "flops_per_s"),
         lambda: vars(machine.device_speed(machine.torch, item.kind, item.name, item.half_type, item.free_bytes)),
     )
-    other_half: Literal["bf16", "fp16"] = "bf16" if item.half_type == "fp16" else "fp16"
     return Device(
         name=item.name,
         kind=item.kind,
@@ -161,7 +160,6 @@ def _accelerator_device(machine: Machine, found: Survey, item: Accelerator, budg
         context_bytes=found.contexts.get(item.name, 0),
         unit_overhead_s=UNIT_OVERHEAD_S[item.kind],
         compute_dtype=item.half_type,
-        formats=tuple(name for name in FORMATS if item.half_type == "bf16" or name != other_half),
         compute_capability=item.compute_capability,
         bandwidth_bytes_per_s=figures["bandwidth_bytes_per_s"],
         flops_per_s=figures["flops_per_s"],
