@@ -71,6 +71,10 @@ class Int8Weight(Weight):
         stop = start + values.shape[0]
         self.codes[start:stop], self.scales[start:stop] = quantize_int8(values)
 
+    def moved(self, device: torch.device | str) -> Int8Weight:
+        """The same weight with its storage on a device."""
+        return Int8Weight(self.codes.to(device), self.scales.to(device), self.dtype)
+
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""

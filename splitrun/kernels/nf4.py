@@ -47,6 +47,11 @@ class Nf4Weight(Weight):
         stop = start + values.shape[0]
         self.packed[start:stop], self.maxima[start:stop] = quantize_nf4(values)
 
+    def moved(self, device: torch.device | str) -> Nf4Weight:
+        """The same weight with its storage on a device."""
+        table = None if self.table is None else self.table.to(device)
+        return Nf4Weight(self.packed.to(device), self.maxima.to(device), self.dtype, table)
+
     @property
     def block(self) -> int:
         """Values that share a maximum."""

@@ -58,6 +58,14 @@ class Weight(ABC):
     def entry(self, index: int) -> Weight:
         """One entry of a stack, sharing the storage. Only for more than two axes. Shape: shape[1:]."""
 
+    @abstractmethod
+    def store(self, start: int, values: Tensor) -> None:
+        """Set the entries from start along the first axis to values of any floating type. Modifies the weight."""
+
+    @abstractmethod
+    def moved(self, device: torch.device | str) -> Weight:
+        """The same weight with its storage on a device; itself when it is there already."""
+
     def apply(self, x: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """The product ``x @ W.T + bias``. Shape: (..., in) -> (..., out). ``out``, when given, receives the result.
 

@@ -46,6 +46,13 @@ class ZeroWeight(Weight):
         """Zeros of one entry."""
         return ZeroWeight(self.shape[1:], self.dtype, self.device)
 
+    def store(self, start: int, values: Tensor) -> None:
+        """Forget the values."""
+
+    def moved(self, device: torch.device | str) -> ZeroWeight:
+        """The same zeros elsewhere."""
+        return ZeroWeight(self.shape, self.dtype, device)
+
     def apply(self, x: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Zeros, or the bias. Shape: (..., in) -> (..., out)."""
         product = torch.zeros(*x.shape[:-1], self.shape[0], dtype=x.dtype, device=x.device)
