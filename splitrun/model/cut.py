@@ -1,0 +1,202 @@
+"""A contiguous range of a model's units, run by the model's own forward.
+
+The skeleton of the whole model is kept; what is foreign to the range costs nothing. A foreign embedding gives zeros
+from weights that take no memory. Foreign layers before the range hand on the activation that came from the stage
+before; foreign layers behind it pass through. So everything a model does around its layers (multipliers, positions,
+masks, rotary tables) happens once and in its own code, and no architecture needs code here.
+
+Knows nothing of stages, blocks or requests: the caller passes ids, positions, a mask and a transformers cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitrun.errors import UnsupportedModel
+from splitrun.model.skeleton import DTYPES, Skeleton, build_skeleton
+from splitrun.model.structure import ModelStructure, fill_with_zeros
+
+
+@dataclass(frozen=True)
+class CutRange:
+    """Which units: the embedding or not, layers start to stop (half-open), the head or not."""
+
+    embed: bool
+    start: int
+    stop: int
+    head: bool
+
+    def units(self, layers: int) -> list[int]:
+        """Unit numbers: 0 for the embedding, i + 1 for layer i, layers + 1 for the head."""
+        inner = list(range(self.start + 1, self.stop + 1))
+        return ([0] if self.embed else []) + inner + ([layers + 1] if self.head else [])
+
+
+class CutModel:
+    """The forward of a range. Its own parameters are on the meta device until a loader installs them."""
+
+    def __init__(self, config: Any, structure: ModelStructure, cut: CutRange, dtype: str, device: str) -> None:
+        self.structure = structure
+        self.cut = cut
+        self.dtype = DTYPES[dtype]
+        self.device = torch.device(device)
+        self.skeleton: Skeleton = build_skeleton(config, dtype)
+        self.own_names = tuple(structure.names(cut.units(structure.layers)))
+        self._incoming: Tensor | None = None
+        self._captured: Tensor | None = None
+        self._length_dependent = [
+            module
+            for module in self.skeleton.model.modules()
+            if {"dynamic", "longrope"} & set(_values(getattr(module, "rope_type", ())))
+        ]
+        self._make_foreign_units_free()
+        self._wire_layers()
+
+    def finish_loading(self) -> None:
+        """Move the buffers to the device, after the loader has installed the range's own parameters."""
+        for module in self.skeleton.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+
+    @property
+    def rows_alone(self) -> bool:
+        """Whether rows must run one by one: rotary scalings that follow the longest row of a batch."""
+        return bool(self._length_dependent)
+
+    def _restore_frequencies(self) -> None:
+        """Rotary tables that grow with the sequence start each forward as the model was built."""
+        for module in self._length_dependent:
+            for name, buffer in module._buffers.items():
+                if name.endswith("original_inv_freq") and buffer is not None:
+                    setattr(module, name.replace("original_inv_freq", "inv_freq"), buffer)
+            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+                setattr(module, name, getattr(module, name.replace("max_seq_len_cached", "original_max_seq_len"), 0))
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        past: int,
+        cache: Any,
+        incoming: Tensor | None,
+        logits_to_keep: int | Tensor | None,
+    ) -> Tensor:
+        """Run the range.
+
+        ids, positions  Shape: (rows, count)
+        mask            Shape: (rows, past + count), 1 where there is a token; None when all are
+        incoming        the activation from the stage before, Shape: (rows, count, hidden); None with an embedding
+        logits_to_keep  with a head: how many last positions, or which, get logits; None for no logits at all
+
+        Returns the activation behind the last layer, Shape: (rows, count, hidden), or the logits, Shape: (rows,
+        kept, vocabulary). Updates the cache.
+        """
+        arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True, self.skeleton.cache_argument: cache}
+        accepted = self.skeleton.arguments
+        if mask is not None:
+            arguments["attention_mask"] = mask
+        if "position_ids" in accepted:
+            arguments["position_ids"] = positions
+        if "cache_position" in accepted:
+            arguments["cache_position"] = torch.arange(past, past + ids.shape[1], device=ids.device)
+        self._incoming = incoming
+        self._restore_frequencies()
+        try:
+            if self.cut.head and logits_to_keep is not None:
+                if "logits_to_keep" in self.skeleton.head_arguments:
+                    return self._logits(arguments | {"logits_to_keep": logits_to_keep})
+                kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+                return self._logits(arguments)[:, kept]
+            self.skeleton.base(**arguments)
+            assert self._captured is not None
+            return self._captured
+        finally:
+            self._incoming = self._captured = None
+
+    def _logits(self, arguments: dict[str, Any]) -> Tensor:
+        logits: Tensor = self.skeleton.model(**arguments).logits
+        return logits
+
+    def _make_foreign_units_free(self) -> None:
+        own = set(self.own_names)
+        inner = self.skeleton.layers_path + "."
+        foreign = [
+            info.name for info in self.structure.parameters if info.name not in own and not info.name.startswith(inner)
+        ]
+        fill_with_zeros(self.skeleton, foreign, self.device)
+
+    def _wire_layers(self) -> None:
+        start, stop, count = self.cut.start, self.cut.stop, self.structure.layers
+        for index, layer in enumerate(self.skeleton.layers):
+            if not start <= index < stop:
+                layer.forward = self._pass_on(index)
+        if not self.cut.embed:
+            first = self.skeleton.layers[0]
+            first.forward = self._receive(first.forward) if start == 0 and stop > 0 else self._hand_on()
+        if stop < count:
+            layer = self.skeleton.layers[stop]
+            layer.forward = self._capture_input(layer.forward)
+        else:
+            last = self.skeleton.layers[count - 1]
+            last.forward = self._capture_output(last.forward)
+
+    def _returned(self, index: int, hidden: Tensor) -> Any:
+        """What layer ``index`` would return around ``hidden``: the tensor itself or a tuple that begins with it."""
+        length = self.structure.returns[index]
+        return (hidden,) + (None,) * (length - 1) if length else hidden
+
+    def _pass_on(self, index: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self._returned(index, _hidden(args, kwargs))
+
+    def _hand_on(self) -> Callable[..., Any]:
+        """Layer 0 as the source of the activation that came from the stage before."""
+        return lambda *args, **kwargs: self._returned(0, self._received())
+
+    def _receive(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """Layer 0 of the range itself, on the activation instead of the zeros of the foreign embedding."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                return inner(self._received(), *args[1:], **kwargs)
+            return inner(**{**kwargs, "hidden_states": self._received()})
+
+        return forward
+
+    def _capture_input(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._captured = _hidden(args, kwargs)
+            return inner(*args, **kwargs)
+
+        return forward
+
+    def _capture_output(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = inner(*args, **kwargs)
+            self._captured = output[0] if isinstance(output, tuple) else output
+            return output
+
+        return forward
+
+    def _received(self) -> Tensor:
+        if self._incoming is None:
+            raise UnsupportedModel("a stage without embedding was run without an activation")
+        return self._incoming
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _values(kind: Any) -> list[str]:
+    """Rope types of a module: one name, or one per layer type."""
+    if isinstance(kind, dict):
+        return list(kind.values())
+    return [kind] if isinstance(kind, str) else []

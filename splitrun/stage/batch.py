@@ -1,0 +1,140 @@
+"""Turn a step into batches that a transformers model can run: rows of equal new length, histories right-aligned.
+
+Index arithmetic only; the results are tensors on the stage's device. Knows block tables, nothing of who owns them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+
+from splitrun.planner.facts import KVGroup
+from splitrun.schedule.step import Step
+from splitrun.stage.blocks import BlockView
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a step, with the same number of new tokens.
+
+    rows       row numbers in the step
+    tokens     where the batch's tokens lie in the step's packed tensors. Shape: (rows * count,)
+    packed     the slice of the step's tokens when they lie side by side, else None
+    count      new tokens per row
+    past       longest history in the batch; shorter ones are padded on the left
+    ids, positions  Shape: (rows, count)
+    mask       1 where there is a token, None when nothing is padded. Shape: (rows, past + count)
+    slots      state slot per row. Shape: (rows,)
+    views      KV group name -> where to read and write
+    last       whether these are the last tokens of their slices
+    """
+
+    rows: tuple[int, ...]
+    tokens: Tensor
+    packed: slice | None
+    count: int
+    past: int
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    slots: Tensor
+    views: Mapping[str, BlockView]
+    last: bool
+
+
+@dataclass(frozen=True)
+class BatchRules:
+    """What the model asks of a batch.
+
+    has_states       rows with and without history do not mix
+    one_by_one       tokens behind a history are fed singly (states that cannot continue by chunk)
+    rows_alone       one row per batch
+    """
+
+    groups: tuple[KVGroup, ...]
+    block_tokens: int
+    has_states: bool = False
+    one_by_one: bool = False
+    rows_alone: bool = False
+
+
+def split(step: Step, rules: BatchRules, device: torch.device) -> Iterator[Batch]:
+    """The step as batches, in an order that respects histories."""
+    members: dict[tuple[int, ...], list[int]] = {}
+    for row, count in enumerate(step.counts.tolist()):
+        history = int(step.context_lengths[row] > 0) if rules.has_states else 0
+        members.setdefault((count, history, row if rules.rows_alone else 0), []).append(row)
+    for (count, history, _), rows in members.items():
+        if rules.one_by_one and history and count > 1:
+            for offset in range(count):
+                yield _batch(step, rules, device, rows, offset, 1, offset == count - 1)
+        else:
+            yield _batch(step, rules, device, rows, 0, count, True)
+
+
+def _batch(
+    step: Step, rules: BatchRules, device: torch.device, rows: list[int], offset: int, count: int, last: bool
+) -> Batch:
+    starts = step.query_starts[rows].astype(numpy.int64) + offset
+    histories = step.context_lengths[rows].astype(numpy.int64) + offset
+    steps = numpy.arange(count, dtype=numpy.int64)
+    tokens = (starts[:, None] + steps).reshape(-1)
+    positions = histories[:, None] + steps
+    past = int(histories.max())
+    mask = None
+    if rules.groups and int(histories.min()) != past:  # layers of states alone never look at the history
+        padded = numpy.arange(past + count) >= (past - histories)[:, None]
+        mask = torch.from_numpy(padded.astype(numpy.int64)).to(device)
+    contiguous = len(tokens) == 1 or bool((numpy.diff(tokens) == 1).all())
+    return Batch(
+        rows=tuple(rows),
+        tokens=torch.from_numpy(tokens).to(device),
+        packed=slice(int(tokens[0]), int(tokens[-1]) + 1) if contiguous else None,
+        count=count,
+        past=past,
+        ids=torch.from_numpy(step.token_ids[tokens].astype(numpy.int64)).to(device).view(len(rows), count),
+        positions=torch.from_numpy(positions).to(device),
+        mask=mask,
+        slots=torch.from_numpy(step.slots[rows].astype(numpy.int64)).to(device),
+        views={
+            group.name: _view(step, group, rules.block_tokens, rows, histories, positions, device)
+            for group in rules.groups
+            if group.kind != "state"
+        },
+        last=last,
+    )
+
+
+def _view(
+    step: Step,
+    group: KVGroup,
+    block_tokens: int,
+    rows: list[int],
+    histories: numpy.typing.NDArray[numpy.int64],
+    positions: numpy.typing.NDArray[numpy.int64],
+    device: torch.device,
+) -> BlockView:
+    table = step.block_tables[group.name][rows].astype(numpy.int64)
+    window = int(histories.max()) if group.window is None else group.window - 1
+    lengths = numpy.minimum(histories, window)
+    first = histories - lengths
+    pieces = [
+        table[row, first[row] // block_tokens : -(-histories[row] // block_tokens)] if lengths[row] else table[row, :0]
+        for row in range(len(rows))
+    ]
+    written = numpy.take_along_axis(table, positions // block_tokens, axis=1).reshape(-1)
+    sizes = [len(piece) for piece in pieces]
+    indices = torch.from_numpy(numpy.concatenate([*pieces, written, (positions % block_tokens).reshape(-1)])).to(device)
+    *tables, blocks, offsets = indices.split([*sizes, len(written), len(written)])
+    return BlockView(
+        past=int(lengths.max()),
+        lengths=tuple(lengths.tolist()),
+        tables=tuple(tables),
+        skips=tuple((first % block_tokens).tolist()),
+        blocks=blocks,
+        offsets=offsets,
+    )

@@ -1,0 +1,98 @@
+"""Storage of one layer's KV in blocks, and of its states in slots.
+
+Accounting (which block belongs to whom) is the scheduler's; this module only writes and gathers what it is told. The
+layout is [block, head, token, width]: a block is contiguous per head, which gathers several times faster than rows of
+tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """Where one batch of rows reads and writes in one KV group.
+
+    past     history tokens that the gathered tensors hold per row, right-aligned (a sliding group holds its window)
+    lengths  per row: history tokens of this row among them; the rest of the row is padding
+    tables   per row: ids of the blocks that hold those tokens, in order. Shape: (blocks of the row,)
+    skips    per row: tokens at the start of the first of those blocks that are not wanted
+    blocks, offsets  where each new token is written. Shape: (rows * count,)
+    """
+
+    past: int
+    lengths: tuple[int, ...]
+    tables: tuple[Tensor, ...]
+    skips: tuple[int, ...]
+    blocks: Tensor
+    offsets: Tensor
+
+
+class BlockStore:
+    """K and V of one layer."""
+
+    def __init__(
+        self,
+        blocks: int,
+        block_tokens: int,
+        key: tuple[int, int],
+        value: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.keys = torch.zeros((blocks, key[0], block_tokens, key[1]), dtype=dtype, device=device)
+        self.values = torch.zeros((blocks, value[0], block_tokens, value[1]), dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tensors."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def append(self, view: BlockView, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new K and V and return them behind their history. Modifies the blocks.
+
+        Shape: (rows, heads, count, width) -> (rows, heads, past + count, width), padding (zeros) on the left.
+        """
+        return self._append(self.keys, view, keys), self._append(self.values, view, values)
+
+    @staticmethod
+    def _append(pool: Tensor, view: BlockView, new: Tensor) -> Tensor:
+        rows, heads, count, width = new.shape
+        pool[view.blocks, :, view.offsets] = new.transpose(1, 2).reshape(rows * count, heads, width).to(pool.dtype)
+        if view.past == 0:
+            return new
+        whole = new.new_zeros((rows, heads, view.past + count, width))
+        whole[:, :, view.past :] = new
+        for row, (length, table, skip) in enumerate(zip(view.lengths, view.tables, view.skips, strict=True)):
+            if length:
+                history = pool[table].transpose(0, 1).reshape(heads, -1, width)[:, skip : skip + length]
+                whole[row, :, view.past - length : view.past] = history
+        return whole
+
+
+class StateStore:
+    """The states of one layer: one slot per sequence, in tensors named by (kind, index)."""
+
+    def __init__(self, slots: int, states: tuple[tuple[str, int, tuple[int, ...], int], ...]) -> None:
+        self.slots = slots
+        self.shapes = {(kind, index): shape for kind, index, shape, _ in states}
+        self.tensors: dict[tuple[str, int], Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def read(self, name: tuple[str, int], slots: Tensor) -> Tensor:
+        """A copy of some slots. Shape: (rows, *state)."""
+        return self.tensors[name][slots]
+
+    def write(self, name: tuple[str, int], slots: Tensor, state: Tensor) -> None:
+        """Replace some slots; the first write decides type and device. Shape of ``state``: (rows, *state)."""
+        if name not in self.tensors:
+            self.tensors[name] = state.new_zeros((self.slots, *state.shape[1:]))
+        self.tensors[name][slots] = state

@@ -1,0 +1,155 @@
+"""The generic stage: a range of any decoder-only model, run by the model's own code over KV in blocks.
+
+It knows the step and the activation, nothing of requests, of other stages or of how either travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from splitrun.errors import StageError
+from splitrun.model.cut import CutModel
+from splitrun.schedule.request import TokenLogprob
+from splitrun.schedule.step import RowTokens, Step, Tokens
+from splitrun.stage.batch import Batch, BatchRules, split
+from splitrun.stage.blocks import BlockStore, StateStore
+from splitrun.stage.cache import BlockCache
+from splitrun.stage.sampling import prompt_logprobs, sample
+
+
+@dataclass
+class Computed:
+    """What one step gives before sampling.
+
+    activation       Shape: (tokens, hidden); None when the stage has the head
+    logits           row -> logits behind its last token, for the rows that want one. Shape: (vocabulary,)
+    prompt_logprobs  row -> log-probabilities of the prompt tokens that follow its slice
+    """
+
+    activation: Tensor | None = None
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = field(default_factory=dict)
+
+
+class GenericStage:
+    """One stage, loaded and ready. ``run`` is called with steps in order, from one thread."""
+
+    def __init__(
+        self,
+        model: CutModel,
+        cache: BlockCache,
+        stores: dict[int, BlockStore],
+        states: dict[int, StateStore],
+        rules: BatchRules,
+        weight_bytes: int,
+    ) -> None:
+        self.model = model
+        self.rules = rules
+        self.weight_bytes = weight_bytes
+        self._cache = cache
+        self._stores = stores
+        self._states = states
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV blocks and state slots that the stage holds."""
+        stores = [*self._stores.values(), *self._states.values()]
+        return sum(store.nbytes for store in stores)
+
+    def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
+        """Run the step's rows through the range.
+
+        incoming: activation of the stage before, on this device, Shape: (tokens, hidden); None with an embedding.
+        Returns the activation, same shape, or the sampled tokens when the stage has the head. Updates the KV blocks.
+        """
+        computed = self.compute(step, incoming)
+        if not self.model.cut.head:
+            assert computed.activation is not None
+            return computed.activation
+        rows = sorted(computed.logits)
+        chosen: dict[int, RowTokens] = {}
+        if rows:
+            logits = torch.stack([computed.logits[row] for row in rows])
+            sampling = [wanted for row in rows if (wanted := step.sampling[row]) is not None]
+            chosen = dict(zip(rows, sample(logits, sampling), strict=True))
+        empty = RowTokens()
+        return Tokens(
+            step.index,
+            step.epoch,
+            tuple(
+                RowTokens(
+                    chosen.get(row, empty).token_ids,
+                    chosen.get(row, empty).logprobs,
+                    computed.prompt_logprobs.get(row, ()),
+                )
+                for row in range(step.rows)
+            ),
+        )
+
+    @torch.inference_mode()
+    def compute(self, step: Step, incoming: Tensor | None) -> Computed:
+        """As ``run``, up to the logits."""
+        computed = Computed()
+        for batch in split(step, self.rules, self.model.device):
+            hidden = None if incoming is None else _rows_of(incoming, batch).to(self.model.dtype)
+            cache = self._cache.bind(batch)
+            forward = partial(self.model.forward, batch.ids, batch.positions, batch.mask, batch.past, cache, hidden)
+            if self.model.cut.head:
+                _add_logits(computed, step, batch, forward)
+            else:
+                _add_activation(computed, step, batch, forward(None))
+            self._cache.save(cache, batch)
+        return computed
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._stores.clear()
+        self._states.clear()
+        del self.model, self._cache
+
+
+def _rows_of(activation: Tensor, batch: Batch) -> Tensor:
+    """The batch's part of a packed activation. Shape: (tokens, hidden) -> (rows, count, hidden)."""
+    part = activation[batch.packed] if batch.packed is not None else activation[batch.tokens]
+    if part.shape[0] != len(batch.rows) * batch.count:
+        raise StageError(f"an activation of {activation.shape[0]} tokens does not match its step")
+    return part.view(len(batch.rows), batch.count, -1)
+
+
+def _add_activation(computed: Computed, step: Step, batch: Batch, hidden: Tensor) -> None:
+    """Put a batch's rows where they lie in the step. Modifies ``computed``."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    total = int(step.query_starts[-1])
+    if batch.packed is not None and flat.shape[0] == total:
+        computed.activation = flat
+        return
+    if computed.activation is None:
+        computed.activation = flat.new_empty((total, flat.shape[-1]))
+    computed.activation[batch.tokens] = flat
+
+
+def _add_logits(computed: Computed, step: Step, batch: Batch, forward: Callable[[int | Tensor | None], Tensor]) -> None:
+    """Run the batch with only the logits that somebody wants. Modifies ``computed``."""
+    scored = {row for row in batch.rows if step.prompt_logprobs and step.prompt_logprobs[row] is not None}
+    wanted = {row for row in batch.rows if batch.last and step.sampling[row] is not None}
+    if not scored and not wanted:
+        forward(None)
+        return
+    logits = forward(0 if scored else 1)
+    for place, row in enumerate(batch.rows):
+        if row in wanted:
+            computed.logits[row] = logits[place, -1]
+        if row not in scored:
+            continue
+        targets = (step.prompt_targets or {}).get(row, ())
+        offset = int(batch.positions[place, 0]) - int(step.context_lengths[row])
+        targets = targets[offset : offset + batch.count]
+        if targets:
+            top = step.prompt_logprobs[row] or 0
+            found = prompt_logprobs(logits[place, : len(targets)], targets, top)
+            computed.prompt_logprobs[row] = computed.prompt_logprobs.get(row, ()) + found

@@ -1,0 +1,72 @@
+"""Load one stage: cut the model, read its weights, make its KV blocks.
+
+Knows the numbers that a plan decided, not how it decided them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from splitrun.model.cut import CutModel, CutRange
+from splitrun.model.skeleton import DTYPES
+from splitrun.model.structure import ModelStructure
+from splitrun.stage.batch import BatchRules
+from splitrun.stage.blocks import BlockStore, StateStore
+from splitrun.stage.cache import BlockCache
+from splitrun.stage.generic import GenericStage
+
+Fill = Callable[[CutModel], int]
+"""Installs a cut model's own weights and returns their bytes."""
+
+
+@dataclass(frozen=True)
+class StageSize:
+    """What a stage is given: its device and types, blocks per KV group, and slots for states."""
+
+    device: str
+    dtype: str
+    kv_dtype: str
+    blocks: Mapping[str, int]
+    block_tokens: int
+    slots: int
+
+
+def load_stage(
+    config: Any, structure: ModelStructure, cut: CutRange, size: StageSize, fill: Fill, *, one_by_one: bool = False
+) -> GenericStage:
+    """The stage of a range, ready to run.
+
+    ``one_by_one``: states cannot be continued by chunk, so tokens behind a history run singly.
+    """
+    model = CutModel(config, structure, cut, size.dtype, size.device)
+    weight_bytes = fill(model)
+    model.finish_loading()
+    stores, states = _storage(structure, cut, size)
+    rules = BatchRules(
+        groups=tuple(group for group in structure.groups if group.kind != "state"),
+        block_tokens=size.block_tokens,
+        has_states=any(cache.states for cache in structure.caches),
+        one_by_one=one_by_one,
+        rows_alone=model.rows_alone,
+    )
+    cache = BlockCache(model.skeleton.model.config, structure.caches, stores, states)
+    return GenericStage(model, cache, stores, states, rules, weight_bytes)
+
+
+def _storage(
+    structure: ModelStructure, cut: CutRange, size: StageSize
+) -> tuple[dict[int, BlockStore], dict[int, StateStore]]:
+    stores, states = {}, {}
+    for index in range(cut.start, cut.stop):
+        kept = structure.caches[index]
+        if kept.group is not None and kept.key is not None and kept.value is not None:
+            blocks = size.blocks[kept.group.name]
+            dtype, device = DTYPES[size.kv_dtype], torch.device(size.device)
+            stores[index] = BlockStore(blocks, size.block_tokens, kept.key, kept.value, dtype, device)
+        if kept.states:
+            states[index] = StateStore(size.slots, kept.states)
+    return stores, states
