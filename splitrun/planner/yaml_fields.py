@@ -80,6 +80,8 @@ class Field:
         """Bytes, from 4GiB, 350MB or a plain count."""
         node = self._scalar("a size")
         plain = node.style is None and _INTEGER.fullmatch(node.value)
+        if node.tag == "tag:yaml.org,2002:float":
+            self.fail(f"{_shown(node)} is not a size; write it like 4GiB or 350MB")
         try:
             return parse_bytes(int(node.value) if plain else str(node.value))
         except ValueError as fault:
