@@ -142,7 +142,8 @@ class Scheduler:
             sequence.in_flight -= 1
             if sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs.extend(row.prompt_logprobs)
-            if slice_.end == sequence.known and row.token_ids:
+            if slice_.end == sequence.known:
+                assert row.token_ids, f"step {index} chose no token for request {sequence.request.request_id}"
                 events.append(self._accept(sequence, row))
         return events
 

@@ -175,13 +175,14 @@ def test_admission_leaves_the_running_room_to_grow() -> None:
     assert step.counts.tolist() == [4]
 
 
-def test_admission_sets_aside_what_running_prompts_still_need() -> None:
-    scheduler = make(blocks=8, context=32)
-    scheduler.submit(request(0, 24))  # six blocks in three chunks
-    run(scheduler)
-    scheduler.submit(request(1, 12))  # three blocks: six are free now, four of them promised
-    run(scheduler)
-    run(scheduler)
+def test_admission_sets_aside_what_a_sequence_needs_to_be_computed_again() -> None:
+    scheduler = make(blocks=12, chunk_tokens=64)
+    scheduler.submit(request(0, 4, max_tokens=44))
+    for _ in range(41):
+        run(scheduler)
+    scheduler.recompute_all()  # 45 tokens known: twelve blocks, four tokens of them in the next step
+    scheduler.submit(request(1, 4))
+    assert [run(scheduler)[0].counts.tolist() for _ in range(4)] == [[4], [16], [16], [9]]
     assert scheduler.statistics().waiting == 1
 
 
