@@ -13,7 +13,8 @@ def stale_reasons(
     """One sentence, with the command that mends it, for each way in which the placement no longer holds.
 
     Looks at: the model's fingerprint (when both sides have one) and number of layers, devices that are not here, and
-    budgets larger than what is free, summed over devices that share one memory. Empty: all is well.
+    memory: what the plan takes by its estimate, or its whole budget where there is none, against what is free.
+    Empty: all is well.
     """
     command = _plan_again(placement, file)
     reasons = []
@@ -34,26 +35,28 @@ def stale_reasons(
 
 
 def _budget_reasons(placement: Placement, cluster: Cluster, command: str) -> list[str]:
-    reasons = []
-    promised: dict[str, int] = {}
+    predicted = (
+        {memory.device: memory.total_bytes for memory in placement.estimate.devices} if placement.estimate else {}
+    )
+    needed: dict[str, int] = {}
     free: dict[str, int] = {}
     names: dict[str, list[str]] = {}
     for device in cluster.devices:
         if not placement.has_device(device.name) or device.name not in placement.devices:
             continue
-        budget, pool = placement.devices[device.name], device.memory_pool
-        # devices of one memory draw on one budget, so the largest counts and not the sum
-        promised[pool] = max(promised.get(pool, 0), budget)
+        pool, budget = device.memory_pool, placement.devices[device.name]
+        if device.name in predicted:
+            needed[pool] = needed.get(pool, 0) + min(budget, predicted[device.name])
+        else:  # devices of one memory share one budget, so the largest counts and not the sum
+            needed[pool] = max(needed.get(pool, 0), budget)
         free[pool] = max(free.get(pool, 0), device.free_bytes)
         names.setdefault(pool, []).append(device.name)
-    for pool, budget in promised.items():
-        if budget > free[pool]:
-            where = " and ".join(names[pool])
-            reasons.append(
-                f"the plan may use {format_bytes(budget)} on {where}, but {format_bytes(free[pool])} is free; "
-                f"free some memory or plan again: {command}"
-            )
-    return reasons
+    return [
+        f"the plan takes {format_bytes(size)} on {' and '.join(names[pool])}, but {format_bytes(free[pool])} is free; "
+        f"free some memory or plan again: {command}"
+        for pool, size in needed.items()
+        if size > free[pool]
+    ]
 
 
 def _plan_again(placement: Placement, file: str) -> str:

@@ -1,0 +1,82 @@
+"""Whether a placement still suits model and machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from planner_models import GIB, MIB, device, model
+
+from splitrun.planner.check import stale_reasons
+from splitrun.planner.facts import Cluster, Workload
+from splitrun.planner.solve import solve
+
+MACHINE = Cluster((device(), device("cuda:0", budget=GIB, bandwidth=300e9)))
+PLAN = solve(model(layers=8, values=100 * MIB), MACHINE, Workload(), "bf16")
+COMMAND = "splitrun plan some/model --context 4096 -o mine.yaml"
+
+
+def reasons(**change: Any) -> list[str]:
+    facts: dict[str, Any] = {"plan": PLAN, "fingerprint": "sha256:1234", "layers": 8, "cluster": MACHINE}
+    facts |= change
+    return stale_reasons(facts["plan"], facts["fingerprint"], facts["layers"], facts["cluster"], "mine.yaml")
+
+
+def machine(**change: Any) -> Cluster:
+    return Cluster(tuple(replace(place, **change) if place.name == "cuda:0" else place for place in MACHINE.devices))
+
+
+def test_a_fresh_plan_is_not_stale() -> None:
+    assert set(PLAN.device_names) == {"cpu", "cuda:0"}
+    assert reasons() == []
+    assert reasons(fingerprint=None) == []
+    assert reasons(plan=replace(PLAN, model=replace(PLAN.model, fingerprint=None)), fingerprint="sha256:other") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"fingerprint": "sha256:other"}, "the model some/model changed since it was planned"),
+        ({"layers": 9}, "the placement splits 8 layers, but some/model has 9"),
+        ({"cluster": Cluster((device(),))}, "device cuda:0 is not here (here: cpu)"),
+        ({"cluster": machine(free_bytes=500 * MIB)}, "on cuda:0, but 500 MiB is free"),
+    ],
+)
+def test_each_reason_comes_with_the_command(change: dict[str, Any], why: str) -> None:
+    (reason,) = reasons(**change)
+    assert why in reason
+    assert reason.endswith(COMMAND)
+
+
+def test_all_reasons_at_once() -> None:
+    assert len(reasons(fingerprint="x", layers=3, cluster=Cluster(()))) == 4
+
+
+def test_a_budget_without_an_estimate_counts_whole() -> None:
+    plan = replace(PLAN, estimate=None)
+    assert reasons(plan=plan) == []
+    (reason,) = reasons(plan=plan, cluster=machine(free_bytes=1023 * MIB))
+    assert "takes 1.00 GiB on cuda:0, but 1023 MiB is free" in reason
+
+
+def test_the_budget_may_exceed_what_is_free_while_the_plan_does_not() -> None:
+    assert PLAN.estimate is not None
+    need = {bill.device: bill.total_bytes for bill in PLAN.estimate.devices}["cuda:0"]
+    assert need < GIB
+    assert reasons(cluster=machine(free_bytes=need)) == []
+    assert len(reasons(cluster=machine(free_bytes=need - 1))) == 1
+
+
+def test_devices_of_one_memory_count_together() -> None:
+    assert PLAN.estimate is not None
+    need = sum(bill.total_bytes for bill in PLAN.estimate.devices)
+    for spare, count in ((0, 0), (-1, 1)):
+        shared = tuple(replace(place, memory_pool="host", free_bytes=need + spare) for place in MACHINE.devices)
+        assert len(reasons(cluster=Cluster(shared))) == count
+
+
+def test_the_command_repeats_the_workload() -> None:
+    plan = replace(PLAN, workload=Workload(512, 3, "throughput"))
+    (reason,) = reasons(plan=plan, layers=9)
+    assert "splitrun plan some/model --context 512 --sessions 3 --objective throughput -o mine.yaml" in reason
