@@ -7,7 +7,6 @@ and without it. Knows nothing of requests or of HTTP.
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -70,7 +69,8 @@ class Detokenizer:
         """Give out ``text``, which the first ``count`` ids decode to, less what was given out; move the window on."""
         common = len(self._shown_text)
         if not text.startswith(self._shown_text):
-            common = len(os.path.commonprefix([text, self._shown_text]))
+            pairs = enumerate(zip(text, self._shown_text, strict=False))
+            common = next((index for index, (new, old) in pairs if new != old), min(len(text), common))
         piece = text[common:]
         # The ids just shown become the left context, but only if they show something: an empty context would make
         # the next token the first of a text again.

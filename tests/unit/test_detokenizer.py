@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import train
 
 from splitrun.engine.detokenizer import Detokenizer, StopStrings, TextStream
 from splitrun.engine.tokenizer import Tokenizer
-from tiny_tokenizers import train
 
 KINDS = ("byte-level", "byte-fallback", "metaspace", "wordpiece")
 TEXT = st.text(
