@@ -1,5 +1,88 @@
-"""placeholder"""
+"""``splitrun bench``: speed and peak memory, beside other libraries on the same terms; or the demo's exact matches."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from splitrun.cli.options import (
+    LoadOption,
+    MemoryOption,
+    ModelOrPlacement,
+    ObjectiveOption,
+    RevisionOption,
+    WeightsOption,
+    is_placement,
+)
+from splitrun.errors import InvalidPlacement, InvalidRequest, StageError
 
 
-def bench() -> None:
-    """bench."""
+def bench(
+    model: ModelOrPlacement,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate.")] = 64,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Counted rounds; figures are medians.")] = 3,
+    versus: Annotated[
+        list[Literal["accelerate", "transformers"]] | None,
+        typer.Option("--vs", help="Also measure this library, on the same terms. May be given twice."),
+    ] = None,
+    load: LoadOption = "weights",
+    memory: MemoryOption = None,
+    objective: ObjectiveOption = "latency",
+    weights: WeightsOption = "auto",
+    revision: RevisionOption = None,
+    quality: Annotated[bool, typer.Option("--quality", help="demo only: exact matches per weight format.")] = False,
+    questions: Annotated[int, typer.Option("--questions", min=1, help="Held-out questions of --quality.")] = 500,
+    json_output: Annotated[bool, typer.Option("--json", help="End with one JSON line.")] = False,
+) -> None:
+    """Measure a model or placement: time to first token, prompt and decode speed, load time, peak memory."""
+    from splitrun.measure.budget import parse_memory
+
+    budgets = parse_memory(memory)
+    if quality:
+        _quality(model, questions, budgets, json_output)
+        return
+    from splitrun.bench import contest
+
+    if is_placement(model):
+        from splitrun import Placement
+
+        if memory or weights != "auto" or objective != "latency" or revision:
+            raise InvalidPlacement(f"{model} is planned already; edit it, or name the model instead")
+        placement = Placement.load(model)
+    else:
+        options = {"memory": budgets, "context": prompt_tokens + new_tokens, "objective": objective}
+        placement = contest.plan_apart(model, options | {"weights": weights, "revision": revision})
+    if prompt_tokens + new_tokens > placement.workload.context:
+        raise InvalidRequest(
+            f"{prompt_tokens} + {new_tokens} tokens exceed the planned context of {placement.workload.context}; "
+            "lower --prompt-tokens, or plan with a larger --context"
+        )
+    typer.echo(placement.explain(), err=json_output)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "placement.yaml")
+        placement.save(file)
+        terms = contest.make_terms(placement, file, prompt_tokens, new_tokens, repeat, load)
+        results = contest.hold(terms, dict.fromkeys(versus or ()))
+    typer.echo(f"\n{contest.to_table(results)}", err=json_output)
+    if json_output:
+        typer.echo(json.dumps(contest.to_json(results)))
+    if results[0].error:
+        raise StageError(results[0].error)
+
+
+def _quality(model: str, count: int, budgets: dict[str, str | int] | None, json_output: bool) -> None:
+    if model != "demo":
+        raise InvalidRequest("--quality asks the demo's own questions: splitrun bench demo --quality")
+    from dataclasses import asdict
+
+    from splitrun.bench.quality import table, to_text
+
+    entries = table(count, budgets)
+    typer.echo(to_text(entries), err=json_output)
+    if json_output:
+        typer.echo(json.dumps({entry.weights: asdict(entry) | {"share": entry.share} for entry in entries}))

@@ -68,7 +68,11 @@ def probe(memory: Mapping[str, str | int] | None = None, machine: Machine | None
     Raises InvalidPlacement when ``memory`` names a device that is not there, or more than it has.
     """
     machine = machine or this_machine()
-    found = survey(machine)
+    return cluster_of(survey(machine), machine, memory)
+
+
+def cluster_of(found: Survey, machine: Machine, memory: Mapping[str, str | int] | None = None) -> Cluster:
+    """The surveyed devices with budgets and speeds; raises as ``probe``."""
     usable = {item.name: item for item in found.accelerators if item.fault is None}
     totals = {"cpu": found.memory.total_bytes} | {name: item.total_bytes for name, item in usable.items()}
     defaults = {"cpu": default_budget_bytes(found.memory.free_bytes, host=True)}

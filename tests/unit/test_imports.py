@@ -13,10 +13,10 @@ import splitrun
 ROOT = Path(splitrun.__file__).parent
 RANKS = {
     "errors": 0, "quantities": 0, "planner": 1, "schedule": 1, "kernels": 2, "model": 2, "stage": 3, "transport": 4,
-    "measure": 5, "cluster": 6, "engine": 7, "api": 8, "serve": 8, "cli": 9, "__main__": 10, "demo": 10,
+    "measure": 5, "cluster": 6, "engine": 7, "api": 8, "serve": 8, "bench": 9, "cli": 10, "__main__": 11,
+    "demo": 1,
 }  # fmt: skip
-"""Package -> layer. A module imports from layers below its own and from its own package; demo is data that anyone
-names but nobody below the command line imports."""
+"""Package -> layer. A module imports from layers below its own and from its own package."""
 MAY_SHARE_A_LAYER = {("model", "kernels")}
 PURE = ("planner", "schedule", "errors", "quantities")
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

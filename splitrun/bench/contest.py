@@ -1,0 +1,97 @@
+"""Run contestants one after the other, each in a fresh process, on the same terms; compare and show.
+
+This process itself loads nothing and opens no card, so that its memory is in nobody's figures. Knows how to start a
+contestant, not what one does.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from splitrun.bench.terms import Result, Terms, ratios
+from splitrun.planner.placement import Placement
+from splitrun.quantities import format_bytes, format_rate, format_seconds
+
+FOREIGN = ("accelerate", "transformers")
+
+
+def plan_apart(model: str, options: dict[str, Any]) -> Placement:
+    """``api.plan(model, **options)`` in another process: planning opens cards, and their contexts take memory."""
+    from splitrun.api import plan
+
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(plan, model, **options).result()
+
+
+def make_terms(placement: Placement, file: Path, prompt_tokens: int, new_tokens: int, repeat: int, load: str) -> Terms:
+    """The terms for a placement that is saved in ``file``."""
+    from splitrun.model.files import resolve
+
+    files = resolve(placement.model.source, placement.model.revision)
+    return Terms(
+        contestant="splitrun",
+        model=str(files.path),
+        placement_file=str(file),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeat=repeat,
+        load=load,
+        budgets=dict(placement.devices),
+        vocabulary=int(files.config.get_text_config(decoder=True).vocab_size),
+    )
+
+
+def hold(terms: Terms, others: Iterable[str]) -> list[Result]:
+    """The results of splitrun and the others, in that order. A contestant that fails has an ``error``."""
+    return [_play(replace(terms, contestant=name)) for name in ("splitrun", *others)]
+
+
+def _play(terms: Terms) -> Result:
+    command = [sys.executable, "-m", "splitrun.bench.contestant"]
+    outcome = subprocess.run(command, input=json.dumps(terms.to_json()), stdout=subprocess.PIPE, text=True, check=False)
+    lines = outcome.stdout.splitlines()
+    if outcome.returncode != 0 or not lines:
+        error = f"the process ended with status {outcome.returncode} and no result"
+        if outcome.returncode == -9:
+            error += ": the system killed it, most likely for memory"
+        return Result(terms.contestant, terms.prompt_tokens, terms.new_tokens, error=error)
+    return Result(**json.loads(lines[-1]))
+
+
+def to_json(results: list[Result]) -> dict[str, Any]:
+    """splitrun's figures at the top, the others under "vs", with ratios above 1 where splitrun is better."""
+    own, *others = results
+    versus = {other.contestant: other.to_json() | {"ratios": ratios(own, other)} for other in others}
+    return own.to_json() | {"vs": versus}
+
+
+def to_table(results: list[Result]) -> str:
+    """Rows to read: one per contestant."""
+    rows = [("", "first token", "prompt", "decode", "load", "peak memory")]
+    for result in results:
+        if result.error:
+            rows.append((result.contestant, f"failed: {result.error}", "", "", "", ""))
+            continue
+        peaks = ", ".join(f"{device} {format_bytes(peak)}" for device, peak in result.peak_bytes.items())
+        rows.append(
+            (
+                result.contestant,
+                format_seconds(result.ttft_s),
+                format_rate(result.prefill_tokens_per_s),
+                format_rate(result.decode_tokens_per_s),
+                format_seconds(result.load_s),
+                peaks,
+            )
+        )
+    whole = [row for row in rows if not row[1].startswith("failed")]
+    widths = [max(len(row[column]) for row in whole) for column in range(6)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
