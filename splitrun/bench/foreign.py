@@ -49,17 +49,19 @@ def _accelerate(terms: Terms, meter: MemoryMeter) -> tuple[Any, Mapping[str, str
     from accelerate import dispatch_model, infer_auto_device_map
     from transformers import AutoModelForCausalLM
 
-    room: dict[int | str, int] = {"cpu": sum(budget for name, budget in terms.budgets.items() if not _is_card(name))}
+    room: dict[int | str, int] = {}
+    if any(not _is_card(name) for name in terms.budgets):
+        room["cpu"] = sum(budget for name, budget in terms.budgets.items() if not _is_card(name))
     for name, budget in terms.budgets.items():
         if _is_card(name):
             room[int(name.partition(":")[2])] = int((budget - meter.context_bytes(name)) * (1 - WORKSPACE_SHARE))
     if terms.load == "dummy":
         model = _random_model(terms)
-        places = infer_auto_device_map(model, max_memory=room, no_split_module_classes=model._no_split_modules)
+        places = infer_auto_device_map(model, max_memory=room or None, no_split_module_classes=model._no_split_modules)
         model = dispatch_model(model, places)
     else:
         model = AutoModelForCausalLM.from_pretrained(
-            terms.model, dtype=torch.bfloat16, device_map="auto", max_memory=room
+            terms.model, dtype=torch.bfloat16, device_map="auto", max_memory=room or None
         )
     counts: dict[str, int] = {}
     for place in getattr(model, "hf_device_map", {"": "cpu"}).values():

@@ -27,7 +27,7 @@ def play(terms: Terms) -> Result:
         load_s = time.perf_counter() - start
         rounds = [_round(engine.core, terms, number) for number in range(terms.repeat + 1)]
         peaks = meter.peak_bytes()
-    shown = {device: "" for device in placement.device_names}
+    shown = dict.fromkeys(placement.device_names, "")
     for stage in placement.stages:
         shown[stage.device] = f"{shown[stage.device]} + {stage.units_text} {stage.weights}".removeprefix(" + ")
     return summarise(terms, load_s, rounds[1:], peaks, shown)
