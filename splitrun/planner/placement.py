@@ -7,6 +7,7 @@ whether the plan still suits it is asked in ``check.py``. The file form is in ``
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -147,6 +148,12 @@ class Placement:
         from splitrun.planner.placement_file import write  # here, because the writer reads Placement
 
         write(self, Path(path))
+
+    def to_json(self) -> str:
+        """The file's content as one line of JSON."""
+        from splitrun.planner.placement_file import to_mapping  # here, because it reads Placement
+
+        return json.dumps(to_mapping(self), ensure_ascii=False)
 
     def explain(self) -> str:
         """The plan in words, a table and bars, from the stored estimate alone."""

@@ -44,8 +44,7 @@ def read(file: Path) -> Placement:
     if not entries:
         top["stages"].fail("must list at least one stage")
     rows = [_StageRow(entry) for entry in entries]
-    layers = model.layers or max(row.layers[1] for row in rows if row.layers) if any(r.layers for r in rows) else 0
-    layers = model.layers or layers
+    layers = model.layers or max((row.layers[1] for row in rows if row.layers), default=0)
     stages = tuple(row.stage(layers) for row in rows)
     fault = tiling_fault(stages, layers)
     if fault:
@@ -187,26 +186,44 @@ def _estimate(field: Field | None, placement: Placement) -> estimates.Estimate |
     return found if described == actual and size else None
 
 
+def to_mapping(placement: Placement) -> dict[str, Any]:
+    """The file's content as plain mappings and lists, in the file's order."""
+    model, workload = placement.model, placement.workload
+    content: dict[str, Any] = {
+        "version": placement.version,
+        "model": {
+            "source": model.source,
+            "revision": model.revision,
+            "layers": placement.layers,
+            "fingerprint": model.fingerprint,
+        },
+        "workload": {
+            "context": workload.context,
+            "sessions": workload.sessions,
+            "objective": workload.objective,
+            "chunk_tokens": workload.chunk_tokens,
+        },
+        "block_tokens": workload.block_tokens,
+        "stages": [_stage_mapping(stage) for stage in placement.stages],
+    }
+    if placement.devices:
+        content["devices"] = {name: {"memory": _size(budget)} for name, budget in placement.devices.items()}
+    if placement.estimate:
+        content["estimate"] = placement.estimate.to_dict()
+    return content
+
+
 def dump(placement: Placement) -> str:
     """The file's text. Reading it gives an equal placement (the estimate's figures to six digits)."""
-    model, workload = placement.model, placement.workload
-    head: dict[str, Any] = {"source": model.source, "revision": model.revision}
-    head |= {"layers": placement.layers, "fingerprint": model.fingerprint}
-    load = {"context": workload.context, "sessions": workload.sessions, "objective": workload.objective}
-    lines = [
-        f"version: {placement.version}",
-        f"model: {_flow(head)}",
-        f"workload: {_flow(load | {'chunk_tokens': workload.chunk_tokens})}",
-        f"block_tokens: {workload.block_tokens}",
-        "stages:",
-        *(f"  - {_flow(_stage_mapping(stage))}" for stage in placement.stages),
-    ]
-    if placement.devices:
-        budgets = {name: {"memory": _size(budget)} for name, budget in placement.devices.items()}
-        lines.append(f"devices: {_flow(budgets)}")
-    if placement.estimate:
-        plain = {"estimate": placement.estimate.to_dict()}
-        lines.append(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=2000).rstrip())
+    lines = []
+    for key, value in to_mapping(placement).items():
+        if key == "stages":
+            lines += ["stages:", *(f"  - {_flow(stage)}" for stage in value)]
+        elif key == "estimate":
+            plain = {key: value}
+            lines.append(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=2000).rstrip())
+        else:
+            lines.append(f"{key}: {_flow(value) if isinstance(value, dict) else value}")
     return "\n".join(lines) + "\n"
 
 

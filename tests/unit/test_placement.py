@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from planner_models import GIB, device, model
 
 from splitrun.errors import InvalidPlacement, SplitrunError
@@ -147,6 +149,13 @@ def test_a_solved_placement_keeps_its_estimate(tmp_path: Path) -> None:
     loaded = Placement.load(tmp_path / "plan.yaml")
     assert loaded.estimate is not None
     assert loaded.explain() == plan.explain()
+
+
+def test_json_holds_what_the_file_holds(tmp_path: Path) -> None:
+    plan = solve(model(), Cluster((device(),)), Workload())
+    plan.save(tmp_path / "plan.yaml")
+    assert json.loads(plan.to_json()) == yaml.safe_load((tmp_path / "plan.yaml").read_text("utf-8"))
+    assert "\n" not in plan.to_json()
 
 
 @pytest.mark.parametrize(
