@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitrun.kernels.nf4_definition import NF4_TABLE, dequantize_reference
+from splitrun.kernels.nf4_definition import BLOCK, NF4_TABLE, dequantize_reference
 
 
 @cache
@@ -59,24 +59,24 @@ def _trusted(device: torch.device, dtype: torch.dtype) -> bool:
     maxima = torch.linspace(0.01, 3.0, 8, device=device).view(4, 2)
     expected = dequantize_reference(packed, maxima, torch.tensor(NF4_TABLE, device=device), dtype)
     try:
-        return torch.equal(_dequantize(packed, maxima, 64, dtype), expected)
+        return torch.equal(_dequantize(packed, maxima, dtype), expected)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError):
         return False
 
 
-def _dequantize(packed: Tensor, maxima: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+def _dequantize(packed: Tensor, maxima: Tensor, dtype: torch.dtype) -> Tensor:
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     operation = torch.ops.bitsandbytes.dequantize_4bit.default
     flat = packed.reshape(-1, 1)
-    values: Tensor = operation(flat, maxima.reshape(-1), block, "nf4", shape, dtype)
+    values: Tensor = operation(flat, maxima.reshape(-1), BLOCK, "nf4", shape, dtype)
     return values.view(shape)
 
 
-def compiled_dequantize(packed: Tensor, maxima: Tensor, block: int, dtype: torch.dtype) -> Tensor | None:
-    """NF4 values of packed codes. Shape: uint8 (..., n / 2), fp32 (..., n / block) -> (..., n)."""
+def compiled_dequantize(packed: Tensor, maxima: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """NF4 values of packed codes. Shape: uint8 (..., n / 2), fp32 (..., n / 64) -> (..., n)."""
     if not _trusted(packed.device, dtype) or not packed.numel():
         return None
-    return _dequantize(packed.contiguous(), maxima.contiguous(), block, dtype)
+    return _dequantize(packed.contiguous(), maxima.contiguous(), dtype)
 
 
 @cache
@@ -84,12 +84,12 @@ def _code(device: torch.device) -> Tensor:
     return torch.tensor(NF4_TABLE, device=device)
 
 
-def compiled_product(x: Tensor, packed: Tensor, maxima: Tensor, block: int) -> Tensor | None:
+def compiled_product(x: Tensor, packed: Tensor, maxima: Tensor) -> Tensor | None:
     """One row times NF4 codes on a GPU. Shape: (..., in) with one row, uint8 (out, in / 2) -> (..., out)."""
     if packed.ndim != 2 or not _trusted(packed.device, x.dtype):
         return None
     shape = (packed.shape[0], packed.shape[1] * 2)
     operation = torch.ops.bitsandbytes.gemv_4bit.default
     row = x.reshape(1, -1).contiguous()
-    product: Tensor = operation(row, packed.reshape(-1, 1), shape, maxima.reshape(-1), _code(x.device), block)
+    product: Tensor = operation(row, packed.reshape(-1, 1), shape, maxima.reshape(-1), _code(x.device), BLOCK)
     return product.view(*x.shape[:-1], shape[0])

@@ -59,13 +59,13 @@ class Nf4Weight(Weight):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and maxima."""
-        return self.packed.nbytes + self.maxima.nbytes
+        """Bytes of codes, maxima and a table of its own."""
+        return self.packed.nbytes + self.maxima.nbytes + (0 if self.table is None else self.table.nbytes)
 
     def dequantize(self) -> Tensor:
         """All values in the compute dtype. Shape: ``shape``."""
-        if self.table is None:
-            values = compiled_dequantize(self.packed, self.maxima, self.block, self.dtype)
+        if self._standard:
+            values = compiled_dequantize(self.packed, self.maxima, self.dtype)
             if values is not None:
                 return values
         return dequantize_reference(self.packed, self.maxima, self._table(), self.dtype)
@@ -85,12 +85,16 @@ class Nf4Weight(Weight):
 
     def apply(self, x: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """The product ``x @ W.T + bias``; on a GPU one row is multiplied without dequantizing to memory."""
-        if self.device.type == "cuda" and x.numel() == x.shape[-1] and self.table is None and x.dtype == self.dtype:
-            product = compiled_product(x, self.packed, self.maxima, self.block)
+        if self.device.type == "cuda" and x.numel() == x.shape[-1] and self._standard and x.dtype == self.dtype:
+            product = compiled_product(x, self.packed, self.maxima)
             if product is not None:
                 product = product if bias is None else product + bias
                 return product if out is None else out.copy_(product)
         return super().apply(x, out, bias)
+
+    @property
+    def _standard(self) -> bool:
+        return self.table is None and self.block == BLOCK
 
     def _table(self) -> Tensor:
         if self.table is None:
