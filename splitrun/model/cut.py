@@ -54,11 +54,11 @@ class CutModel:
             for module in self.skeleton.model.modules()
             if {"dynamic", "longrope"} & set(_values(getattr(module, "rope_type", ())))
         ]
-        self._make_foreign_units_free()
         self._wire_layers()
 
     def finish_loading(self) -> None:
-        """Move the buffers to the device, after the loader has installed the range's own parameters."""
+        """After the loader has installed the range's own parameters: free the others, move buffers to the device."""
+        self._make_foreign_units_free()
         for module in self.skeleton.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from splitrun.errors import UnsupportedModel
-from splitrun.kernels.formats import covered
 from splitrun.kernels.weight import install
 from splitrun.kernels.zero import ZeroWeight
-from splitrun.model.skeleton import Skeleton, build_skeleton, quiet_transformers
+from splitrun.model.rules import TensorRules
+from splitrun.model.skeleton import DTYPES, Skeleton, build_skeleton, quiet_transformers
 from splitrun.planner.facts import KVGroup
 
 
@@ -92,21 +92,20 @@ class ModelStructure:
 def inspect(config: Any, dtype: str = "bf16") -> ModelStructure:
     """The structure of the model of ``config``. Raises UnsupportedModel with the reason when it cannot be cut."""
     skeleton = build_skeleton(config, dtype)
-    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(skeleton.model)}
+    rules = TensorRules(skeleton.model, DTYPES[dtype])
     ties = _ties(skeleton.model)
-    coverage = {name: covered(*_owner(skeleton.model, name)) for name in shapes}
-    fill_with_zeros(skeleton, shapes)
+    fill_with_zeros(skeleton, rules.shapes)
     trace = _Trace(skeleton)
     cache, vocabulary = trace.run(config)
     count = len(skeleton.layers)
     prefix = skeleton.layers_path + "."
     parameters = []
-    for name, shape in shapes.items():
+    for name, shape in rules.shapes.items():
         if name.startswith(prefix):
             unit = int(name[len(prefix) :].split(".", 1)[0]) + 1
         else:
             unit = 0 if trace.phase.get(name.rpartition(".")[0], "head") == "embed" else count + 1
-        parameters.append(ParameterInfo(name, unit, shape, coverage[name], ties.get(name)))
+        parameters.append(ParameterInfo(name, unit, shape, rules.covers(name), ties.get(name)))
     caches = tuple(_layer_cache(layer) for layer in cache.layers[:count])
     return ModelStructure(
         model_type=config.model_type,
@@ -120,13 +119,16 @@ def inspect(config: Any, dtype: str = "bf16") -> ModelStructure:
 
 
 def fill_with_zeros(skeleton: Skeleton, names: Iterable[str], device: str | torch.device = "cpu") -> None:
-    """Install zeros that take no memory: a ZeroWeight where a format applies, one zero spread out elsewhere."""
+    """Install zeros that take no memory: a ZeroWeight for matrices, one zero spread out elsewhere."""
     for name in names:
-        module, attribute, tensor = _owner(skeleton.model, name)
-        if attribute in module._buffers:
+        path, _, attribute = name.rpartition(".")
+        module = skeleton.model.get_submodule(path)
+        tensor = module._parameters.get(attribute)
+        if tensor is None:
             continue
-        if tensor.ndim >= 2 and covered(module, attribute, tensor):
-            install(module, attribute, ZeroWeight(tensor.shape, tensor.dtype, torch.device(device)))
+        matrix = tensor.ndim >= 3 or (tensor.ndim == 2 and attribute == "weight")
+        if matrix and not isinstance(module, nn.modules.conv._ConvNd):
+            install(module, attribute, ZeroWeight(tensor.shape, tensor.dtype, device))
         else:
             install(module, attribute, torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape))
 
@@ -226,26 +228,6 @@ def _chunked_as_full(config: Any, caches: tuple[LayerCache, ...]) -> tuple[Layer
         LayerCache(full, cache.key, cache.value, cache.states) if index in chunked and cache.key else cache
         for index, cache in enumerate(caches)
     )
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters (tied ones under each name) and persistent buffers."""
-    tensors = list(model.named_parameters(remove_duplicate=False))
-    for path, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                tensors.append((f"{path}.{name}" if path else name, buffer))
-    return tensors
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str, torch.Tensor]:
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    tensor = module._parameters.get(attribute)
-    if tensor is None:
-        tensor = module._buffers[attribute]
-    assert tensor is not None
-    return module, attribute, tensor
 
 
 def _ties(model: Any) -> dict[str, str]:

@@ -186,6 +186,13 @@ class Scheduler:
         self._forget_flights()
         return self.fail(list(self._roster.live), error)
 
+    def fail_step(self, index: int, error: str) -> list[TokenEvent]:
+        """End the requests of a step in flight that a stage could not finish; the others are computed again."""
+        rows = next((rows for flight, rows in self._flights if flight == index), [])
+        events = self.fail([sequence.request.request_id for sequence, _ in rows], error)
+        self.recompute_all()
+        return events
+
     def recompute_all(self) -> None:
         """Begin a new epoch after the stages lost their KV: running sequences are computed again from their tokens.
 

@@ -109,9 +109,10 @@ class BlockCache:
     def bind(self, batch: Batch) -> Cache:
         """The cache for one batch. It must not outlive the batch."""
         layers = []
-        for index, layer in enumerate(self._layers):
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                layer = self._with_states(layer, self._states.get(index), batch)
+        for index, template in enumerate(self._layers):
+            layer = template
+            if isinstance(template, LinearAttentionCacheLayerMixin):
+                layer = self._with_states(template, self._states.get(index), batch)
             if isinstance(layer, _InBlocks):
                 layer.batch = batch
             layers.append(layer)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from splitrun.errors import SplitrunError, UnsupportedModel
@@ -52,7 +53,7 @@ def prove(config: Any, cache_folder: Path | None = None) -> Traits:
     """
     try:
         twin = twin_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         reason = str(error).split("\n")[0][:160]
         raise UnsupportedModel(f"{config.model_type}: no small twin can be made to prove the cut ({reason})") from error
     file = (cache_folder or default_cache_folder()) / f"{_key(twin)}.json"

@@ -1,0 +1,192 @@
+"""The engine: one loop that schedules steps, sends them through the pipeline and hands out the tokens.
+
+Token ids in, token events out; text is somebody else's business. Requests may come from any thread. A step that a
+stage cannot finish costs the requests in it; all others are computed again from their tokens.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from splitrun.engine.interface import BlockUse, EngineStatus, StageStatus
+from splitrun.engine.pipeline import Failure, Pipeline
+from splitrun.errors import StageError, StageLost
+from splitrun.schedule.request import Request, SamplingParams, TokenEvent
+from splitrun.schedule.scheduler import Scheduler
+from splitrun.schedule.step import Tokens
+
+Deliver = Callable[[TokenEvent], None]
+_WARM_UP_ID = -1
+
+
+class EngineCore:
+    """Implements `splitrun.engine.interface.TokenEngine` over a scheduler and a pipeline.
+
+    ``make_pipeline`` is given the callback that takes results. ``stages`` describes the stages for ``status``,
+    ``placement`` is the plan as its file would show it.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        make_pipeline: Callable[[Callable[[Tokens | Failure], None]], Pipeline],
+        stages: tuple[StageStatus, ...],
+        placement: Mapping[str, Any],
+    ) -> None:
+        self._scheduler = scheduler
+        self._stages = stages
+        self._placement = dict(placement)
+        self._inbox: queue.SimpleQueue[Tokens | Failure | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._deliveries: dict[int, Deliver] = {}
+        self._reason = "no token has gone through the stages yet"
+        self._draining = False
+        self._closed = False
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+        self._pipeline = make_pipeline(self._inbox.put)
+        self._thread = threading.Thread(target=self._loop, name="splitrun engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def context(self) -> int:
+        """Tokens that one sequence may hold."""
+        return self._scheduler.capacity
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids run from 0 to this number, exclusive."""
+        return self._scheduler.limits.vocabulary
+
+    def submit(self, request: Request, deliver: Deliver) -> None:
+        """Queue a request; see TokenEngine."""
+        with self._lock:
+            if self._closed or self._draining:
+                raise StageLost("the engine is shutting down: send the request to another server, or again later")
+            self._scheduler.submit(request)
+            self._deliveries[request.request_id] = deliver
+            self._prompt_tokens += len(request.prompt)
+        self._inbox.put(None)
+
+    def cancel(self, request_id: int) -> None:
+        """Forget a request; see TokenEngine."""
+        with self._lock:
+            self._deliveries.pop(request_id, None)
+            self._scheduler.cancel(request_id)
+            self._idle.notify_all()
+        self._inbox.put(None)
+
+    def warm_up(self, timeout_s: float = 600.0) -> None:
+        """Send one real token through all stages. Raises what the stages raise, or StageLost after the timeout."""
+        done: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        self.submit(Request(_WARM_UP_ID, (0,), sampling), done.put)
+        try:
+            event = done.get(timeout=timeout_s)
+        except queue.Empty:
+            raise StageLost(f"no token came through the stages within {timeout_s:.0f} s") from None
+        if event.finish_reason == "error":
+            raise StageLost(event.error or "a stage failed")
+
+    def status(self) -> EngineStatus:
+        """How the engine does now; see TokenEngine."""
+        with self._lock:
+            statistics = self._scheduler.statistics()
+            stages = tuple(
+                replace(
+                    stage,
+                    last_step_ms=clock.last_s * 1e3,
+                    mean_step_ms=clock.total_s * 1e3 / max(clock.steps, 1),
+                )
+                for stage, clock in zip(self._stages, self._pipeline.clocks, strict=True)
+            )
+            reason = self._reason or ("" if self._pipeline.alive and self._thread.is_alive() else "a worker has died")
+            return EngineStatus(
+                healthy=not reason and not self._closed,
+                reason="the engine is closed" if self._closed else reason,
+                context=self.context,
+                vocabulary=self.vocabulary,
+                running=statistics.running,
+                waiting=statistics.waiting,
+                blocks={name: BlockUse(used, total) for name, (used, total) in statistics.blocks.items()},
+                preemptions=statistics.preemptions,
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=self._completion_tokens,
+                stages=stages,
+                placement=self._placement,
+            )
+
+    def drain(self) -> None:
+        """Refuse new requests and return when the running ones have ended."""
+        with self._idle:
+            self._draining = True
+            self._idle.wait_for(lambda: self._closed or not self._scheduler.has_work)
+
+    def close(self) -> None:
+        """End every request, close the stages and free their memory."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            events = self._scheduler.fail_all("the engine was closed")
+            deliveries = self._take_deliveries(events)
+            self._idle.notify_all()
+        self._hand_out(deliveries)
+        self._inbox.put(None)
+        self._thread.join()
+        self._pipeline.close()
+
+    def _loop(self) -> None:
+        while not self._closed:
+            self._handle(self._inbox.get())
+            while not self._inbox.empty():
+                self._handle(self._inbox.get())
+            with self._lock:
+                while not self._closed and (step := self._scheduler.schedule()) is not None:
+                    self._pipeline.submit(step)
+
+    def _handle(self, message: Tokens | Failure | None) -> None:
+        """Commit what came back from the stages; None only wakes the loop."""
+        if message is None:
+            return
+        with self._lock:
+            if self._closed or message.epoch != self._scheduler.epoch:
+                return
+            if isinstance(message, Failure):
+                self._reason = str(message.error)
+                events = self._scheduler.fail_step(message.step, str(message.error))
+            else:
+                self._reason = ""
+                events = self._scheduler.commit(message)
+            deliveries = self._take_deliveries(events)
+            if not self._scheduler.has_work:
+                self._idle.notify_all()
+        self._hand_out(deliveries)
+
+    def _take_deliveries(self, events: list[TokenEvent]) -> list[tuple[Deliver, TokenEvent]]:
+        """Pair events with their receivers and forget those of ended requests. Called under the lock."""
+        pairs = []
+        for event in events:
+            self._completion_tokens += len(event.token_ids)
+            deliver = self._deliveries.get(event.request_id)
+            if event.finish_reason is not None:
+                self._deliveries.pop(event.request_id, None)
+            if deliver is not None:
+                pairs.append((deliver, event))
+        return pairs
+
+    @staticmethod
+    def _hand_out(deliveries: list[tuple[Deliver, TokenEvent]]) -> None:
+        for deliver, event in deliveries:
+            deliver(event)
+
+
+def raise_for(event: TokenEvent) -> None:
+    """Raise StageError when the event ends its request with an error."""
+    if event.finish_reason == "error":
+        raise StageError(event.error or "the request failed in a stage")

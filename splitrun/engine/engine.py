@@ -1,0 +1,174 @@
+"""`splitrun.Engine`: the engine inside a script. Text or token ids in, completions or a stream of events out."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from types import TracebackType
+from typing import Self
+
+from splitrun.engine.assembly import Load, assemble
+from splitrun.engine.core import EngineCore, raise_for
+from splitrun.engine.detokenizer import TextStream
+from splitrun.engine.tokenizer import Tokenizer
+from splitrun.errors import InvalidRequest
+from splitrun.model.files import resolve
+from splitrun.planner.placement import Placement
+from splitrun.schedule.request import Request, SamplingParams, TokenEvent, TokenLogprob
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished completion. ``logprobs`` has an entry per token where they were asked for."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """One step of a stream: the new token (None when only text was left over) and the text that it completed."""
+
+    token_id: int | None
+    text: str
+    finish_reason: str | None = None
+
+
+class Engine:
+    """Loads what a placement says and runs it until closed. A context manager.
+
+    ``placement`` is a Placement or the path of one. ``load`` "dummy" makes random weights. ``depth`` is the number of
+    steps in flight (default: one per device), ``chunk_tokens`` the longest piece of a prompt per step (default: the
+    placement's).
+    """
+
+    def __init__(
+        self,
+        placement: Placement | str | os.PathLike[str],
+        *,
+        load: Load = "weights",
+        depth: int | None = None,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        self.placement = placement if isinstance(placement, Placement) else Placement.load(placement)
+        reference = self.placement.model
+        self.files = resolve(reference.source, reference.revision, weights=load == "weights")
+        self.tokenizer = Tokenizer.load(self.files.path)
+        chunk = chunk_tokens or self.placement.workload.chunk_tokens
+        self.core: EngineCore = assemble(self.placement, self.files, load=load, depth=depth, chunk_tokens=chunk)
+        self._ids = count(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all requests and free the memory."""
+        self.core.close()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Completion]:
+        """Complete the prompts together; ``sampling.n`` completions per prompt, in the prompts' order.
+
+        Raises a RequestError before anything runs when one prompt cannot be served, StageError when a stage fails.
+        """
+        sampling = sampling or SamplingParams()
+        jobs = [
+            self._job(self._prompt_ids(prompt), _nth(sampling, index))
+            for prompt in prompts
+            for index in range(sampling.n)
+        ]
+        started: list[_Job] = []
+        try:
+            for job in jobs:
+                self.core.submit(job.request, job.events.put)
+                started.append(job)
+            return [job.finish(self.core) for job in jobs]
+        except BaseException:
+            for job in started:
+                self.core.cancel(job.request.request_id)
+            raise
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[StreamEvent]:
+        """The completion of one prompt, token by token. Leaving the loop early cancels the request."""
+        job = self._job(self._prompt_ids(prompt), _nth(sampling or SamplingParams(), 0))
+        self.core.submit(job.request, job.events.put)
+        try:
+            yield from job.stream()
+        finally:
+            self.core.cancel(job.request.request_id)
+
+    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt))
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+            raise InvalidRequest("a prompt is a text or a list of token ids")
+        return tuple(prompt)
+
+    def _job(self, ids: tuple[int, ...], sampling: SamplingParams) -> _Job:
+        request = Request(next(self._ids), ids, sampling, tuple(self.tokenizer.eos_token_ids))
+        ends = frozenset(request.eos_token_ids + sampling.stop_token_ids)
+        return _Job(request, TextStream(self.tokenizer, sampling.stop, ends, ids))
+
+
+class _Job:
+    """One request on its way: its events and its text."""
+
+    def __init__(self, request: Request, text: TextStream) -> None:
+        self.request = request
+        self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self._text = text
+        self._last: TokenEvent | None = None
+
+    def stream(self) -> Iterator[StreamEvent]:
+        """Events as text, until the request or its text ends."""
+        for event, text in self._pieces():
+            reason = "stop" if self._text.stopped else event.finish_reason
+            for token_id in event.token_ids[:-1]:
+                yield StreamEvent(token_id, "")
+            yield StreamEvent(event.token_ids[-1] if event.token_ids else None, text, reason)
+
+    def finish(self, core: EngineCore) -> Completion:
+        """Wait for the end."""
+        ids: list[int] = []
+        pieces: list[str] = []
+        logprobs: list[TokenLogprob] = []
+        prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+        reason = ""
+        for event, text in self._pieces():
+            ids += event.token_ids
+            logprobs += event.logprobs
+            prompt_logprobs = event.prompt_logprobs or prompt_logprobs
+            pieces.append(text)
+            reason = "stop" if self._text.stopped else event.finish_reason or ""
+        if self._text.stopped:
+            core.cancel(self.request.request_id)
+        prompt_tokens = len(self.request.prompt)
+        return Completion("".join(pieces), tuple(ids), reason, prompt_tokens, tuple(logprobs), prompt_logprobs)
+
+    def _pieces(self) -> Iterator[tuple[TokenEvent, str]]:
+        ended = False
+        while not ended:
+            event = self.events.get()
+            raise_for(event)
+            text = self._text.push(event.token_ids, event.finish_reason)
+            ended = event.finish_reason is not None or self._text.stopped
+            yield event, text
+
+
+def _nth(sampling: SamplingParams, index: int) -> SamplingParams:
+    """The sampling of the index-th of n completions: the same, with its own seed."""
+    seed = None if sampling.seed is None else sampling.seed + index
+    return replace(sampling, n=1, seed=seed)

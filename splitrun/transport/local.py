@@ -1,0 +1,190 @@
+"""Stages in one process: a thread per device, and hops that carry activations between devices.
+
+Between CPU and GPU an activation goes through pinned buffers that are allocated once, on the worker's own stream. The
+thread that receives waits for the copy's event, not for the device. Knows tensors and devices, neither models nor
+steps.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class Worker:
+    """One thread that owns a device: all work on the device is done there, in the order of posting.
+
+    ``threads`` is the number of CPU threads that its operators use; None leaves torch's default.
+    """
+
+    def __init__(self, device: str, threads: int | None = None) -> None:
+        self.device = device
+        self._threads = threads
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Callable[[Exception], None]] | None]
+        self._tasks = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name=f"splitrun {device}", daemon=True)
+        self._thread.start()
+
+    def post(self, task: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        """Run ``task`` after everything posted before; ``failed`` is told what it raises, on the same thread."""
+        self._tasks.put((task, failed))
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Run ``function`` on the worker, wait, and return its result or raise what it raised."""
+        future: Future[Result] = Future()
+        self.post(lambda: future.set_result(function()), future.set_exception)
+        return future.result()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Finish what was posted, then end the thread."""
+        self._tasks.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _loop(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        if self.device.startswith("cuda"):
+            torch.cuda.set_device(torch.device(self.device))
+            torch.cuda.set_stream(torch.cuda.Stream(torch.device(self.device)))
+        while (entry := self._tasks.get()) is not None:
+            task, failed = entry
+            try:
+                task()
+            except Exception as error:  # the worker boundary: a task's fault must not end the thread
+                failed(error)
+            del task, failed, entry
+
+
+def torch_device(name: str) -> str:
+    """The torch device of a placement's device: every virtual CPU is torch's one CPU."""
+    return "cpu" if name.split(":")[0] == "cpu" else name
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """An activation on its way. ``ready`` is recorded behind the copy that fills ``tensor``; None: it is filled."""
+
+    tensor: Tensor
+    ready: torch.cuda.Event | None = None
+
+
+class Hop(Protocol):
+    """One way between two devices. ``send`` runs on the source's worker, ``receive`` on the target's."""
+
+    def send(self, activation: Tensor) -> Parcel:
+        """Start the activation on its way. Shape: (tokens, hidden), unchanged."""
+
+    def receive(self, parcel: Parcel) -> Tensor:
+        """The activation on the target device. Valid until ``depth`` further ones were received."""
+
+
+class SameMemory:
+    """Both stages read the same memory: nothing moves."""
+
+    def send(self, activation: Tensor) -> Parcel:
+        """The tensor itself."""
+        return Parcel(activation)
+
+    def receive(self, parcel: Parcel) -> Tensor:
+        """The tensor itself."""
+        return parcel.tensor
+
+
+class PinnedRing:
+    """Pinned host buffers used in turn, each of ``tokens`` rows. A buffer is free again once its step has returned."""
+
+    def __init__(self, depth: int, tokens: int, hidden: int, dtype: torch.dtype) -> None:
+        pin = torch.cuda.is_available()
+        self._buffers = [torch.empty((tokens, hidden), dtype=dtype, pin_memory=pin) for _ in range(depth)]
+        self._next = 0
+
+    def take(self, tokens: int) -> Tensor:
+        """The next buffer's first rows. Shape: (tokens, hidden)."""
+        buffer = self._buffers[self._next]
+        self._next = (self._next + 1) % len(self._buffers)
+        return buffer[:tokens]
+
+
+class DeviceToHost:
+    """From a GPU to the CPU through pinned memory."""
+
+    def __init__(self, ring: PinnedRing) -> None:
+        self._ring = ring
+
+    def send(self, activation: Tensor) -> Parcel:
+        """Copy on the source's stream and mark its end."""
+        buffer = self._ring.take(activation.shape[0])
+        buffer.copy_(activation, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Parcel(buffer, ready)
+
+    def receive(self, parcel: Parcel) -> Tensor:
+        """Wait for that copy alone."""
+        if parcel.ready is not None:
+            parcel.ready.synchronize()
+        return parcel.tensor
+
+
+class HostToDevice:
+    """From the CPU to a GPU through pinned memory."""
+
+    def __init__(self, ring: PinnedRing, target: str) -> None:
+        self._ring = ring
+        self._target = torch.device(target)
+
+    def send(self, activation: Tensor) -> Parcel:
+        """Put the activation into pinned memory."""
+        buffer = self._ring.take(activation.shape[0])
+        buffer.copy_(activation)
+        return Parcel(buffer)
+
+    def receive(self, parcel: Parcel) -> Tensor:
+        """Copy on the target's stream: the stage's work queues behind it."""
+        return parcel.tensor.to(self._target, non_blocking=True)
+
+
+class DeviceToDevice:
+    """Between two GPUs: torch copies peer to peer where the cards can, else through the host."""
+
+    def __init__(self, target: str) -> None:
+        self._target = torch.device(target)
+
+    def send(self, activation: Tensor) -> Parcel:
+        """Mark the end of the source's work."""
+        ready = torch.cuda.Event()
+        ready.record()
+        return Parcel(activation, ready)
+
+    def receive(self, parcel: Parcel) -> Tensor:
+        """Copy behind the source's work, without blocking this thread."""
+        if parcel.ready is not None:
+            torch.cuda.current_stream(self._target).wait_event(parcel.ready)
+        return parcel.tensor.to(self._target, non_blocking=True)
+
+
+def hop(source: str, target: str, *, depth: int, tokens: int, hidden: int, dtype: torch.dtype) -> Hop:
+    """The way from one device to another for activations of up to ``tokens`` rows of the source's type."""
+    start, end = torch_device(source), torch_device(target)
+    if start == end:
+        return SameMemory()
+    if end == "cpu":
+        return DeviceToHost(PinnedRing(depth, tokens, hidden, dtype))
+    if start == "cpu":
+        return HostToDevice(PinnedRing(depth, tokens, hidden, dtype), end)
+    return DeviceToDevice(end)
