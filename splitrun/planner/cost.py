@@ -163,12 +163,13 @@ def estimate(
     for stage, hop in zip(placement.stages, hops, strict=True):
         device = cluster.device(stage.device)
         units = [unit_memory(profile, unit, device, stage.weights, workload, stage.kv) for unit in stage.units]
+        shared = profile.tied_bytes.get(stage.weights, 0) if stage.embed and stage.head else 0
         rows.append(
             StageEstimate(
                 device=stage.device,
                 units=stage.units_text,
                 weights=stage.weights,
-                weight_bytes=sum(unit.weight_bytes for unit in units),
+                weight_bytes=sum(unit.weight_bytes for unit in units) - shared,
                 kv_bytes=sum(unit.kv_bytes + unit.state_bytes for unit in units),
                 decode_s=stage_s(profile, cluster, placement, stage, prefill=False),
                 prefill_s=stage_s(profile, cluster, placement, stage, prefill=True),

@@ -95,7 +95,7 @@ def build_placement(
         stages.append(stage(split.head, profile.layers, profile.layers, head=True))
     return Placement(
         version=1,
-        model=ModelRef(profile.source, profile.revision, profile.layers, profile.fingerprint),
+        model=ModelRef(profile.source, profile.revision, profile.layers, profile.fingerprint or None),
         workload=workload,
         stages=tuple(stages),
         devices={devices[number].name: devices[number].budget_bytes for number in used_devices(split)},
