@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -54,6 +55,10 @@ def train(kind: str) -> PreTrainedTokenizerFast:
             vocab_size=500, special_tokens=SPECIAL + byte_pieces, show_progress=False, limit_alphabet=60
         )
     tokenizer.train_from_iterator(CORPUS, trainer)
+    # The trainer calls the byte pieces special; in real vocabularies they are ordinary.
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in SPECIAL]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="<|im_end|>",
         chat_template=CHAT_TEMPLATE,
