@@ -1,0 +1,20 @@
+"""The planner and the scheduler count a session's blocks each for itself: what is planned must be enough."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from splitrun.planner.facts import KVGroup, Workload
+from splitrun.planner.kv import blocks_per_sequence
+from splitrun.schedule.blocks import blocks_per_session
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 128, 511, 512, 513, 4096])
+def test_what_is_planned_is_enough_and_hardly_more(window: int | None) -> None:
+    group = KVGroup("full") if window is None else KVGroup("sliding", window)
+    for context, chunk_tokens, block_tokens in product([64, 600, 8192], [16, 100, 512], [16, 60, 64]):
+        workload = Workload(context=context, chunk_tokens=chunk_tokens, block_tokens=block_tokens)
+        planned = blocks_per_sequence(group, workload)
+        assert 0 <= planned - blocks_per_session(window, context, chunk_tokens, block_tokens) <= 6
