@@ -136,15 +136,19 @@ def weight_files(path: Path) -> list[Path]:
     raise MissingWeights(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}: download the model again")
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, *, weights: bool = True) -> str:
     """ "sha256:…" over config.json and the headers of all safetensors files: cheap, and changes with names and shapes.
 
-    It does not see changed values. A directory without weights (for ``--load dummy``) is known by its config alone.
+    It does not see changed values. ``weights`` False, for dummy loading: the files need not all be there, and then the
+    config alone decides.
     """
     digest = hashlib.sha256()
     digest.update((path / "config.json").read_bytes())
-    has_weights = (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file()
-    for file in weight_files(path) if has_weights else []:
+    named = (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file()
+    files = weight_files(path) if weights or named else []
+    if not weights and not all(file.is_file() for file in files):
+        files = []
+    for file in files:
         header = header_bytes(file)
         digest.update(f"\n{file.name} {len(header)}\n".encode())
         digest.update(header)
