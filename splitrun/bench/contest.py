@@ -35,7 +35,7 @@ def make_terms(placement: Placement, file: Path, prompt_tokens: int, new_tokens:
     """The terms for a placement that is saved in ``file``."""
     from splitrun.model.files import resolve
 
-    files = resolve(placement.model.source, placement.model.revision)
+    files = resolve(placement.model.source, placement.model.revision, weights=load == "weights")
     return Terms(
         contestant="splitrun",
         model=str(files.path),

@@ -23,7 +23,7 @@ WORKSPACE_SHARE = 0.15
 
 def play(terms: Terms) -> Result:
     """Load, run the rounds. Raises what transformers and accelerate raise."""
-    meter = MemoryMeter(torch, terms.budgets)
+    meter = MemoryMeter(terms.budgets)
     start = time.perf_counter()
     with quiet_transformers():
         model, devices = _accelerate(terms, meter) if terms.contestant == "accelerate" else _transformers(terms, meter)

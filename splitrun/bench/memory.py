@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from splitrun.errors import DoesNotFit
-from splitrun.measure.context import DriverFree, card_memory, nvml_free
+from splitrun.measure.probe import Machine, survey, this_machine
 from splitrun.quantities import format_bytes
 
 STATUS = Path("/proc/self/status")
@@ -25,14 +24,15 @@ class MemoryMeter:
     budget less the measured context, so that running over is an error and not a wrong figure.
     """
 
-    def __init__(self, torch: Any, budgets: Mapping[str, int], driver_free: DriverFree = nvml_free) -> None:
-        self._torch = torch
-        self._contexts: dict[str, int] = {}
-        self._free_before: dict[str, int] = {}
-        self._driver_free = driver_free
-        for name, budget in budgets.items():
-            if name.startswith("cuda:"):
-                self._hold(name, budget)
+    def __init__(self, budgets: Mapping[str, int], machine: Machine | None = None) -> None:
+        self._machine = machine or this_machine()
+        cards = [name for name in budgets if name.startswith("cuda:")]
+        # NVML counts what other processes hold too, so the difference to this is an upper bound of our own.
+        self._free_before = {name: self._driver_free(name) for name in cards}
+        contexts = survey(self._machine).contexts if cards else {}
+        self._contexts = {name: contexts.get(name, 0) for name in cards}
+        for name in cards:
+            self._hold(name, budgets[name])
         _reset_high_water()
         self.start_bytes = resident_bytes()
 
@@ -40,30 +40,25 @@ class MemoryMeter:
         """Device -> the most that was held so far."""
         peaks = {"cpu": max(0, high_water_bytes() - self.start_bytes)}
         for name, context in self._contexts.items():
-            index = _index(name)
-            peak = int(self._torch.cuda.max_memory_reserved(index)) + context
-            now = self._driver_free(_uuid(self._torch, index))
-            if now is not None and name in self._free_before:
-                peak = max(peak, self._free_before[name] - now)
-            peaks[name] = peak
+            peak = int(self._machine.torch.cuda.max_memory_reserved(_index(name))) + context
+            before, now = self._free_before[name], self._driver_free(name)
+            peaks[name] = peak if before is None or now is None else max(peak, before - now)
         return peaks
 
     def _hold(self, name: str, budget: int) -> None:
-        index = _index(name)
-        before = self._driver_free(_uuid(self._torch, index))
-        memory = card_memory(self._torch, index, self._driver_free)
-        if budget <= memory.context_bytes:
+        context, cuda = self._contexts[name], self._machine.torch.cuda
+        if budget <= context:
             raise DoesNotFit(
                 f"{name}: the budget of {format_bytes(budget)} does not even hold the card's context of "
-                f"{format_bytes(memory.context_bytes)}; give it more with --memory",
-                {name: memory.context_bytes - budget},
+                f"{format_bytes(context)}; give it more with --memory",
+                {name: context - budget},
             )
-        total = int(self._torch.cuda.mem_get_info(index)[1])
-        fraction = (budget - memory.context_bytes) / total
-        self._torch.cuda.set_per_process_memory_fraction(min(1.0, fraction), index)
-        self._contexts[name] = memory.context_bytes
-        if before is not None and memory.measured:
-            self._free_before[name] = before
+        total = int(cuda.mem_get_info(_index(name))[1])
+        cuda.set_per_process_memory_fraction(min(1.0, (budget - context) / total), _index(name))
+
+    def _driver_free(self, name: str) -> int | None:
+        properties = self._machine.torch.cuda.get_device_properties(_index(name))
+        return self._machine.driver_free(str(getattr(properties, "uuid", "")))
 
     def context_bytes(self, name: str) -> int:
         """The measured context of a card, 0 for anything else."""
@@ -103,7 +98,3 @@ def _psutil_resident() -> int:
 
 def _index(name: str) -> int:
     return int(name.partition(":")[2])
-
-
-def _uuid(torch: Any, index: int) -> str:
-    return str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))

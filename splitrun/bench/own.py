@@ -18,10 +18,8 @@ SILENCE_S = 600.0
 
 def play(terms: Terms) -> Result:
     """Load the placement, run the rounds. Raises what loading or running raises."""
-    import torch
-
     placement = Placement.load(terms.placement_file)
-    meter = MemoryMeter(torch, terms.budgets)
+    meter = MemoryMeter(terms.budgets)
     start = time.perf_counter()
     with Engine(placement, load="dummy" if terms.load == "dummy" else "weights") as engine:
         load_s = time.perf_counter() - start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -27,8 +27,12 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate.")] = 64,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Counted rounds; figures are medians.")] = 3,
     versus: Annotated[
-        list[Literal["accelerate", "transformers"]] | None,
-        typer.Option("--vs", help="Also measure this library, on the same terms. May be given twice."),
+        list[str] | None,
+        typer.Option(
+            "--vs",
+            metavar="accelerate|transformers",
+            help="Also measure this library, on the same terms. May be given twice.",
+        ),
     ] = None,
     load: LoadOption = "weights",
     memory: MemoryOption = None,
@@ -48,6 +52,9 @@ def bench(
         return
     from splitrun.bench import contest
 
+    unknown = [name for name in versus or () if name not in contest.FOREIGN]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(contest.FOREIGN)}", param_hint="--vs")
     if is_placement(model):
         from splitrun import Placement
 
@@ -56,7 +63,7 @@ def bench(
         placement = Placement.load(model)
     else:
         options = {"memory": budgets, "context": prompt_tokens + new_tokens, "objective": objective}
-        placement = contest.plan_apart(model, options | {"weights": weights, "revision": revision})
+        placement = contest.plan_apart(model, options | {"weights": weights, "revision": revision, "load": load})
     if prompt_tokens + new_tokens > placement.workload.context:
         raise InvalidRequest(
             f"{prompt_tokens} + {new_tokens} tokens exceed the planned context of {placement.workload.context}; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from splitrun.cli.options import is_placement
 from splitrun.errors import InvalidPlacement
@@ -23,9 +23,10 @@ class Planning:
     objective: Objective
     weights: str
     revision: str | None
+    load: Literal["weights", "dummy"] = "weights"
 
 
-def plan_or_load(named: str, planning: Planning, allow_missing_weights: bool = False) -> tuple[Placement, bool]:
+def plan_or_load(named: str, planning: Planning) -> tuple[Placement, bool]:
     """The placement that ``named`` leads to, and whether it was planned just now.
 
     A file is checked against this machine and the model; the planning options are for models only. Raises
@@ -38,7 +39,7 @@ def plan_or_load(named: str, planning: Planning, allow_missing_weights: bool = F
     if is_placement(named):
         _refuse_options(named, planning)
         placement = splitrun.Placement.load(named)
-        api.check(placement, named)
+        api.check(placement, named, load=planning.load)
         return placement, False
     return (
         api.plan(
@@ -49,6 +50,7 @@ def plan_or_load(named: str, planning: Planning, allow_missing_weights: bool = F
             objective=planning.objective,
             weights=planning.weights,
             revision=planning.revision,
+            load=planning.load,
         ),
         True,
     )

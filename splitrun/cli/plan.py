@@ -10,6 +10,7 @@ import typer
 
 from splitrun.cli.options import (
     ContextOption,
+    LoadOption,
     MemoryOption,
     ModelArgument,
     ObjectiveOption,
@@ -27,6 +28,7 @@ def plan(
     objective: ObjectiveOption = "latency",
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
+    load: LoadOption = "weights",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the placement to this file.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the placement as JSON.")] = False,
 ) -> None:
@@ -45,6 +47,7 @@ def plan(
         objective=objective,
         weights=weights,
         revision=revision,
+        load=load,
     )
     if output is not None:
         placement.save(output)

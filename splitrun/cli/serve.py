@@ -1,5 +1,65 @@
-"""placeholder"""
+"""``splitrun serve``: an OpenAI-compatible server for a model or a placement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitrun.cli.options import (
+    ContextOption,
+    LoadOption,
+    MemoryOption,
+    ModelOrPlacement,
+    ObjectiveOption,
+    RevisionOption,
+    SessionsOption,
+    WeightsOption,
+)
+from splitrun.cli.placements import Planning, plan_or_load
 
 
-def serve() -> None:
-    """serve."""
+def serve(
+    model: ModelOrPlacement,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is everyone's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 picks a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="SPLITRUN_API_KEY", help="Clients must send this key.")
+    ] = None,
+    served_name: Annotated[
+        str | None, typer.Option("--served-name", help="The model's name for clients. Default: its own.")
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option("--depth", min=1, help="Steps in flight. Default: one per device.")
+    ] = None,
+    memory: MemoryOption = None,
+    context: ContextOption = None,
+    sessions: SessionsOption = 1,
+    objective: ObjectiveOption = "latency",
+    weights: WeightsOption = "auto",
+    revision: RevisionOption = None,
+    load: LoadOption = "weights",
+) -> None:
+    """Serve a model or placement over HTTP until Ctrl-C. A model is planned first, and the plan printed."""
+    import splitrun
+    from splitrun.model.files import resolve
+    from splitrun.serve.launcher import ServeOptions, Server
+
+    planning = Planning(memory, context, sessions, objective, weights, revision, load)
+    placement, planned = plan_or_load(model, planning)
+    if planned:
+        typer.echo(f"{placement.explain()}\n")
+    source = placement.model.source
+    files = resolve(source, placement.model.revision, weights=load == "weights")
+    name = served_name or (Path(source).resolve().name if Path(source).is_dir() else source)
+    # The port is taken before anything loads: a taken one is an error within the second.
+    with Server(ServeOptions(files.path, name, host, port, api_key)) as server:
+        if server.warning:
+            typer.echo(f"splitrun: {server.warning}", err=True)
+        typer.echo(f"loading {name} ...")
+        with splitrun.Engine(placement, load=load, depth=depth) as engine:
+            server.attach(engine.core)
+            server.wait_ready()
+            typer.echo(f"serving {name} at {server.url}/v1 (Ctrl-C ends)")
+            server.wait()
