@@ -42,13 +42,14 @@ class FakeEngine:
     ) -> None:
         self._vocabulary = vocabulary
         self._context = context
-        self._queue = queue
-        self._script = script
+        self.queue = queue
+        self.script = script
         self._requests: dict[int, _Running] = {}
         self._changed = threading.Condition()
         self._draining = False
         self._closed = False
         self._held = False
+        self._pause_at: int | None = None
         self._completion_tokens = 0
         self.dead = ""
         self.fail_with = ""
@@ -62,6 +63,11 @@ class FakeEngine:
         return self._context
 
     @property
+    def running(self) -> set[int]:
+        """Ids of the requests that are neither finished nor cancelled."""
+        return set(self._requests)
+
+    @property
     def vocabulary(self) -> int:
         return self._vocabulary
 
@@ -71,8 +77,8 @@ class FakeEngine:
                 raise StageLost(self.dead or "the engine is draining: try again later")
             if len(request.prompt) + (request.sampling.max_tokens or 1) > self._context:
                 raise ContextTooLong(f"the prompt and new tokens exceed the context of {self._context}")
-            if len(self._requests) >= self._queue:
-                raise QueueFull(f"{self._queue} requests are waiting: try again later")
+            if len(self._requests) >= self.queue:
+                raise QueueFull(f"{self.queue} requests are waiting: try again later")
             self.submitted.append(request)
             self._requests[request.request_id] = _Running(request, deliver)
             self._changed.notify_all()
@@ -108,6 +114,12 @@ class FakeEngine:
             self._held = False
             self._changed.notify_all()
 
+    def pause_at(self, tokens: int | None) -> None:
+        """Let every request stand once it has so many tokens; None goes on."""
+        with self._changed:
+            self._pause_at = tokens
+            self._changed.notify_all()
+
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
         """Wait until something holds that requests or cancellations change."""
         with self._changed:
@@ -122,13 +134,17 @@ class FakeEngine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or (bool(self._requests) and not self._held))
+                self._changed.wait_for(lambda: self._closed or bool(self._movable()))
                 if self._closed:
                     return
-                events = [(running.deliver, self._step(running)) for running in list(self._requests.values())]
+                events = [(running.deliver, self._step(running)) for running in self._movable()]
                 self._changed.notify_all()
             for deliver, event in events:
                 deliver(event)
+
+    def _movable(self) -> list[_Running]:
+        limit = math.inf if self._pause_at is None else self._pause_at
+        return [] if self._held else [each for each in self._requests.values() if len(each.made) < limit]
 
     def _step(self, running: _Running) -> TokenEvent:
         request = running.request
@@ -136,10 +152,10 @@ class FakeEngine:
             del self._requests[request.request_id]
             return TokenEvent(request.request_id, finish_reason="error", error=self.fail_with)
         sampling = request.sampling
-        if self._script is None:
+        if self.script is None:
             token = next_token([*request.prompt, *running.made], sampling, self._vocabulary)
         else:
-            token = self._script[len(running.made) % len(self._script)]
+            token = self.script[len(running.made) % len(self.script)]
         running.made.append(token)
         self._completion_tokens += 1
         limit = sampling.max_tokens or self._context - len(request.prompt)

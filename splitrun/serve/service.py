@@ -33,7 +33,7 @@ from splitrun.serve.wire import (
     request_of,
 )
 
-_POLL_MS = 200
+_POLL_MS = 50
 _WELCOME_POLL_MS = 5
 
 

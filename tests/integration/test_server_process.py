@@ -1,0 +1,209 @@
+"""The HTTP process's life: loading, deadlines, draining, and no orphan whichever side dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import FakeEngine
+
+from splitrun.serve.launcher import CannotListen, HttpProcessLost, ServeOptions, Server, listen
+
+FAKE = Path(__file__).resolve().parent.parent / "fake_engine.py"
+BODY: dict[str, Any] = {"prompt": [5, 6], "max_tokens": 400, "stream": True, "return_token_ids": True}
+
+
+@pytest.fixture
+def empty_model(tmp_path: Path) -> Path:
+    """A directory without tokenizer: nothing to import, so the process starts at once."""
+    return tmp_path
+
+
+@contextmanager
+def serving(model: Path, engine: FakeEngine, **options: Any) -> Iterator[Server]:
+    with Server(ServeOptions(model, "fake", port=0, **options)) as server:
+        server.wait_ready()
+        server.attach(engine)
+        yield server
+    engine.close()
+
+
+def test_a_taken_port_is_one_clear_line() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CannotListen, match=f"127.0.0.1:{port}: .*in use.*--port"):
+            listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(("host", "port"), [("no such host", 0), ("127.0.0.1", 70_000), ("192.0.2.1", 0)])
+def test_an_impossible_address_is_one_clear_line(host: str, port: int) -> None:
+    with pytest.raises(CannotListen, match="--port"):
+        listen(host, port)
+
+
+def test_while_the_model_loads_the_server_says_so(empty_model: Path) -> None:
+    with Server(ServeOptions(empty_model, "fake", port=0)) as server:
+        server.wait_ready()
+        health = httpx.get(f"{server.url}/health")
+        answer = httpx.post(f"{server.url}/v1/completions", json={**BODY, "stream": False})
+        assert [health.status_code, answer.status_code] == [503, 503]
+        assert "loading" in health.json()["reason"]
+        assert "loading" in answer.json()["error"]["message"]
+        engine = FakeEngine(context=1000)
+        server.attach(engine)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert server.warning == ""
+        engine.close()
+
+
+def test_without_a_tokenizer_token_ids_work_and_text_is_refused(empty_model: Path) -> None:
+    with serving(empty_model, FakeEngine(context=1000)) as server:
+        answer = httpx.post(f"{server.url}/v1/completions", json={**BODY, "stream": False, "max_tokens": 3})
+        assert len(answer.json()["choices"][0]["token_ids"]) == 3
+        refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "text"})
+        assert refused.status_code == 400
+        assert "holds no tokenizer" in refused.json()["error"]["message"]
+
+
+def test_requests_that_trickle_in_are_cut_off(empty_model: Path) -> None:
+    heads = [
+        b"GET /health HTT",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{",
+    ]
+    with serving(empty_model, FakeEngine(), receive_deadline_s=0.3) as server:
+        for head in heads:
+            with socket.create_connection((server.host, server.port)) as slow:
+                slow.sendall(head)
+                slow.settimeout(10)
+                answer = b"".join(iter(lambda: slow.recv(4096), b""))
+            assert answer.startswith(b"HTTP/1.1 408")
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_stopped_server_finishes_its_streams_and_refuses_new_connections(empty_model: Path) -> None:
+    engine = FakeEngine(context=1000)
+    engine.pause_at(50)
+    with serving(empty_model, engine, drain_s=20) as server:
+        waiter = threading.Thread(target=server.wait)
+        waiter.start()
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=BODY, timeout=30) as answer:
+            lines = answer.iter_lines()
+            first = next(lines)
+            server.stop()
+            assert engine.wait_for(lambda: refuses(server))
+            engine.pause_at(None)
+            chunks = [line.removeprefix("data: ") for line in [first, *lines] if line]
+        waiter.join(20)
+        assert not waiter.is_alive()
+    tokens = [token for chunk in chunks[:-1] for token in json.loads(chunk)["choices"][0]["token_ids"]]
+    assert (len(tokens), chunks[-1]) == (400, "[DONE]")
+    assert engine.cancelled == []
+
+
+def refuses(server: Server) -> bool:
+    """Whether the HTTP process no longer takes connections. The listening socket itself is this process's too."""
+    try:
+        httpx.get(f"{server.url}/health", timeout=0.3)
+    except httpx.TransportError:
+        return True
+    return False
+
+
+def test_a_second_stop_ends_at_once_and_frees_everything(empty_model: Path) -> None:
+    engine = FakeEngine(context=1000)
+    engine.pause_at(5)
+    with serving(empty_model, engine, drain_s=600) as server:
+        waiter = threading.Thread(target=server.wait)
+        waiter.start()
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=BODY, timeout=30) as answer:
+            next(answer.iter_lines())
+            server.stop()
+            server.stop()
+            waiter.join(20)
+            assert not waiter.is_alive()
+            server.close()
+            assert len(engine.cancelled) == 1
+
+
+def test_when_the_http_process_dies_the_server_says_so_and_frees_its_requests(empty_model: Path) -> None:
+    engine = FakeEngine(context=1000)
+    engine.pause_at(5)
+    with serving(empty_model, engine) as server:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=BODY, timeout=30) as answer:
+            next(answer.iter_lines())
+            os.kill(server.process_id, signal.SIGKILL)
+            with pytest.raises(HttpProcessLost, match="ended with status -9"):
+                server.wait()
+        server.close()
+        assert len(engine.cancelled) == 1
+
+
+@contextmanager
+def process(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
+    """A whole server in its own process: itself, its URL, its HTTP process."""
+    child = subprocess.Popen(
+        [sys.executable, str(FAKE), str(model), *options],
+        stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(FAKE.parent.parent)},
+    )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        url, http_process = child.stdout.readline().split()
+        yield child, url, int(http_process)
+    finally:
+        child.kill()
+        child.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains(empty_model: Path, number: signal.Signals) -> None:
+    with process(empty_model, "--hold") as (child, url, http_process):
+        received: list[str] = []
+        body = {**BODY, "stream": False}
+        client = threading.Thread(
+            target=lambda: received.append(httpx.post(f"{url}/v1/completions", json=body, timeout=30).text)
+        )
+        client.start()
+        while httpx.get(f"{url}/placement").json()["running"] == 0:
+            continue
+        child.send_signal(number)
+        out, _ = child.communicate("go on\n", timeout=30)
+        client.join(30)
+        assert len(json.loads(received[0])["choices"][0]["token_ids"]) == 400
+        assert (out.strip(), child.returncode) == ("ended", 0)
+        assert not alive(http_process)
+
+
+def test_the_http_process_does_not_outlive_its_parent(empty_model: Path) -> None:
+    with process(empty_model) as (child, _, http_process):
+        # Opened first, so that the number cannot mean another process later.
+        watched = os.pidfd_open(http_process)
+        child.kill()
+        child.wait()
+        assert ended(watched)
+        os.close(watched)
+
+
+def ended(watched: int, timeout_s: float = 20.0) -> bool:
+    import select
+
+    return bool(select.select([watched], [], [], timeout_s)[0])
+
+
+def alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    return True
