@@ -90,6 +90,7 @@ def read_config(path: Path) -> Any:
     """transformers' config of a model directory. Raises UnsupportedModel or MissingWeights in one line."""
     fields = _config_fields(path)
     kind = str(fields.get("model_type", ""))
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if kind not in CONFIG_MAPPING:
@@ -102,8 +103,8 @@ def read_config(path: Path) -> Any:
         raise UnsupportedModel(f"{path} is refused: {reason}")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UnsupportedModel(f"{path / 'config.json'} is no config of a {kind} model: {reason}") from error
 
 
@@ -127,7 +128,7 @@ def _local(source: str) -> Path | None:
     if source == DEMO:
         return Path(__file__).parent.parent / "demo"
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         return path
     if path.suffix == ".gguf":
         raise UnsupportedModel(f"{source} is a GGUF file, which splitrun does not read: take the safetensors version")
