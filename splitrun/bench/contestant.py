@@ -7,6 +7,7 @@ bench, and a crash of one contestant must not take the figures of the others alo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
@@ -29,6 +30,13 @@ def main() -> None:
 
 
 def _play(terms: Terms) -> Result:
+    # Everybody's imports come before the memory meter starts, so that nobody's libraries count as the model's memory.
+    import accelerate
+    import transformers.modeling_utils
+
+    logging.getLogger(accelerate.__name__).setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     if terms.contestant == "splitrun":
         from splitrun.bench.own import play
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -33,11 +32,8 @@ def plan(
     json_output: Annotated[bool, typer.Option("--json", help="Print the placement as JSON.")] = False,
 ) -> None:
     """Plan MODEL over the devices at hand and explain the plan; nothing is loaded."""
-    import yaml
-
     import splitrun
     from splitrun.measure.budget import parse_memory
-    from splitrun.planner.placement_file import dump
 
     placement = splitrun.plan(
         model,
@@ -52,7 +48,7 @@ def plan(
     if output is not None:
         placement.save(output)
     if json_output:
-        typer.echo(json.dumps(yaml.safe_load(dump(placement)), ensure_ascii=False))
+        typer.echo(placement.to_json())
         return
     typer.echo(placement.explain())
     if output is not None:
