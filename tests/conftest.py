@@ -13,3 +13,14 @@ def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_tokenizers import write_model_directory
 
     return write_model_directory(tmp_path_factory.mktemp("tiny-model"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``gpu`` where there is no CUDA device."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

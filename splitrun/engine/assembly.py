@@ -6,7 +6,6 @@ the model and the model is known to be cut exactly.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -24,7 +23,7 @@ from splitrun.measure.probe import probe
 from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.dummy import DummySource
 from splitrun.model.files import ModelFiles
-from splitrun.model.skeleton import DTYPES
+from splitrun.model.skeleton import DTYPES, exact_context
 from splitrun.model.source import SafetensorsSource, WeightSource
 from splitrun.model.structure import ModelStructure, inspect
 from splitrun.model.weights import Loader
@@ -71,6 +70,12 @@ def assemble(
     if placement.layers != structure.layers:
         raise InvalidPlacement(
             f"the placement splits {placement.layers} layers, but {placement.model.source} has {structure.layers}"
+        )
+    longest = exact_context(files.config)
+    if longest is not None and placement.workload.context > longest:
+        raise InvalidPlacement(
+            f"{placement.model.source} changes its rotary table beyond {longest} tokens, which splitrun cannot do "
+            f"without losing exactness: plan again with --context {longest}"
         )
     blocks = _pool_sizes(placement, structure)
     workers = {name: Worker(name, _threads(placement, name)) for name in placement.device_names}
@@ -163,8 +168,6 @@ class _Loading:
             raise
         except (RuntimeError, MemoryError, OSError) as error:
             raise translated(error, name) from error
-        finally:
-            gc.collect()
 
     def _fill(self, model: CutModel, spec: StageSpec, name: str) -> int:
         """Load a stage's own tensors; a tied one that this device already holds in this format is shared."""

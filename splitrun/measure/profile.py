@@ -16,7 +16,7 @@ from torch import nn
 
 from splitrun.model.files import ModelFiles
 from splitrun.model.rules import expert_counts
-from splitrun.model.skeleton import build_skeleton
+from splitrun.model.skeleton import build_skeleton, exact_context
 from splitrun.model.structure import LayerCache, ModelStructure, ParameterInfo, inspect
 from splitrun.model.weights import Loader
 from splitrun.planner.facts import FORMATS, ModelProfile, UnitProfile
@@ -78,10 +78,11 @@ def profile(files: ModelFiles, structure: ModelStructure | None = None) -> Model
 
 
 def max_context(config: Any) -> int:
-    """The longest sequence that a config names."""
+    """The longest sequence that a config names and that can be computed exactly."""
     text = config.get_text_config(decoder=True)
     lengths = [getattr(text, name, None) for name in CONTEXT_NAMES]
-    return next((length for length in lengths if isinstance(length, int) and length > 0), ENDLESS_CONTEXT)
+    named = next((length for length in lengths if isinstance(length, int) and length > 0), ENDLESS_CONTEXT)
+    return min(named, exact_context(config) or named)
 
 
 def active_experts(config: Any) -> int | None:

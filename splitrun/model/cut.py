@@ -49,11 +49,6 @@ class CutModel:
         self.own_names = tuple(structure.names(cut.units(structure.layers)))
         self._incoming: Tensor | None = None
         self._captured: Tensor | None = None
-        self._length_dependent = [
-            module
-            for module in self.skeleton.model.modules()
-            if {"dynamic", "longrope"} & set(_values(getattr(module, "rope_type", ())))
-        ]
         self._wire_layers()
 
     def finish_loading(self) -> None:
@@ -63,20 +58,6 @@ class CutModel:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
-
-    @property
-    def rows_alone(self) -> bool:
-        """Whether rows must run one by one: rotary scalings that follow the longest row of a batch."""
-        return bool(self._length_dependent)
-
-    def _restore_frequencies(self) -> None:
-        """Rotary tables that grow with the sequence start each forward as the model was built."""
-        for module in self._length_dependent:
-            for name, buffer in module._buffers.items():
-                if name.endswith("original_inv_freq") and buffer is not None:
-                    setattr(module, name.replace("original_inv_freq", "inv_freq"), buffer)
-            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-                setattr(module, name, getattr(module, name.replace("max_seq_len_cached", "original_max_seq_len"), 0))
 
     def forward(
         self,
@@ -107,7 +88,6 @@ class CutModel:
         if "cache_position" in accepted:
             arguments["cache_position"] = torch.arange(past, past + ids.shape[1], device=ids.device)
         self._incoming = incoming
-        self._restore_frequencies()
         try:
             if self.cut.head and logits_to_keep is not None:
                 if "logits_to_keep" in self.skeleton.head_arguments:
@@ -193,10 +173,3 @@ class CutModel:
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
-
-
-def _values(kind: Any) -> list[str]:
-    """Rope types of a module: one name, or one per layer type."""
-    if isinstance(kind, dict):
-        return list(kind.values())
-    return [kind] if isinstance(kind, str) else []

@@ -59,12 +59,13 @@ def build_skeleton(config: Any, dtype: str) -> Skeleton:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{config.model_type} has an encoder: splitrun runs decoder-only language models")
     config._experts_implementation = "eager"
     try:
-        with quiet_transformers(), init_empty_weights(include_buffers=False):
+        with quiet_transformers(), init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
         reason = str(error).split("\n")[0][:200]
@@ -94,3 +95,22 @@ def _layer_list(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} keeps its {count} layers in no single list, so it cannot be cut"
         )
     return min(lists, key=lambda entry: entry[0].count("."))
+
+
+def exact_context(config: Any) -> int | None:
+    """The longest sequence whose rotary table stays the same from its first token to its last; None: no limit.
+
+    "dynamic" and "longrope" scalings change the table when a sequence outgrows the original length: keys that are
+    cached by then would be wrong.
+    """
+    text = config.get_text_config(decoder=True)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    tables = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    limits = [
+        table.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or text.max_position_embeddings
+        for table in tables
+        if table.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)

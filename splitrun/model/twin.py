@@ -11,6 +11,9 @@ from typing import Any
 WINDOW = 8
 """Sliding windows and attention chunks of a twin: shorter than the prompts it is tried on."""
 
+ROTARY = 16
+"""Width of a twin's heads, all of it rotated unless a partial factor says less."""
+
 _SMALL = {
     "vocab_size": 128, "hidden_size": 64, "n_embd": 64, "d_model": 64, "word_embed_proj_dim": 64, "embedding_size": 64,
     "intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "ffn_hidden_size": 96, "dim_feedforward": 96,
@@ -30,7 +33,7 @@ _SMALL = {
 _HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "unk_token_id")
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types", "layers_block_type", "no_rope_layers", "moe_layers")
+_PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types", "layers_block_type", "no_rope_layers")
 
 
 def twin_config(config: Any) -> Any:
@@ -54,7 +57,7 @@ def twin_config(config: Any) -> Any:
 def _shrink(fields: dict[str, Any], layers: int) -> None:
     heads = next((fields[name] for name in ("num_attention_heads", "n_head", "num_heads") if fields.get(name)), 4)
     for name, value in list(fields.items()):
-        if isinstance(value, dict) and name.endswith("config"):
+        if isinstance(value, dict) and name.endswith(("config", "rope_parameters", "rope_scaling")):
             _shrink(value, layers)
         elif name in _SMALL and isinstance(value, int) and not isinstance(value, bool) and value > _SMALL[name]:
             fields[name] = _SMALL[name]
@@ -66,6 +69,10 @@ def _shrink(fields: dict[str, Any], layers: int) -> None:
             fields[name] = layers
         elif name in _PER_LAYER and isinstance(value, list):
             fields[name] = value[:layers]
+        elif name == "moe_layers" and isinstance(value, list):
+            fields[name] = [layer for layer in value if layer < layers]
+        elif name in ("short_factor", "long_factor") and isinstance(value, list):
+            fields[name] = value[: ROTARY // 2]
         elif name == "mrope_section" and isinstance(value, list):
             fields[name] = [4, 2, 2]
 
@@ -76,13 +83,13 @@ def _token(value: Any) -> Any:
 
 
 def _layer_count(config: Any, fields: dict[str, Any]) -> int:
-    """Layers of the twin: at least three, at most eight, with every kind that the configuration lists."""
+    """Layers of the twin: at least three, at most twelve, with every kind that the configuration lists."""
     text = config.get_text_config(decoder=True)
     total = int(text.num_hidden_layers)
     kinds = [tuple(value) for name in _PER_LAYER if isinstance(value := getattr(text, name, None), list) and value]
     need = 3
     for listed in kinds:
-        need = max(need, 1 + max(listed.index(kind) for kind in set(listed)) + 1)
+        need = max(need, 1 + max(listed.index(kind) for kind in set(listed)))
     first_dense = fields.get("first_k_dense_replace") or 0
     need = max(need, min(first_dense, 6) + 2)
     return min(total, need, 12)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from splitrun.planner import kv
 from splitrun.planner.estimate import DeviceMemory as DeviceMemory
@@ -34,8 +35,8 @@ class UnitMemory:
 
 
 def compute_dtype(device: Device, weights: str) -> ValueType:
-    """The type a stage computes and passes activations in: float32 for float32 weights, else the device's own."""
-    return "fp32" if weights == "fp32" else device.compute_dtype
+    """The type a stage computes and passes activations in: a dense format's own, else the device's."""
+    return cast(ValueType, weights) if weights in VALUE_BYTES else device.compute_dtype
 
 
 def unit_memory(

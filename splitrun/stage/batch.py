@@ -52,23 +52,21 @@ class BatchRules:
 
     has_states       rows with and without history do not mix
     one_by_one       tokens behind a history are fed singly (states that cannot continue by chunk)
-    rows_alone       one row per batch
     """
 
     groups: tuple[KVGroup, ...]
     block_tokens: int
     has_states: bool = False
     one_by_one: bool = False
-    rows_alone: bool = False
 
 
 def split(step: Step, rules: BatchRules, device: torch.device) -> Iterator[Batch]:
     """The step as batches, in an order that respects histories."""
-    members: dict[tuple[int, ...], list[int]] = {}
+    members: dict[tuple[int, int], list[int]] = {}
     for row, count in enumerate(step.counts.tolist()):
         history = int(step.context_lengths[row] > 0) if rules.has_states else 0
-        members.setdefault((count, history, row if rules.rows_alone else 0), []).append(row)
-    for (count, history, _), rows in members.items():
+        members.setdefault((count, history), []).append(row)
+    for (count, history), rows in members.items():
         if rules.one_by_one and history and count > 1:
             for offset in range(count):
                 yield _batch(step, rules, device, rows, offset, 1, offset == count - 1)

@@ -51,7 +51,6 @@ def load_stage(
         block_tokens=size.block_tokens,
         has_states=any(cache.states for cache in structure.caches),
         one_by_one=one_by_one,
-        rows_alone=model.rows_alone,
     )
     cache = BlockCache(model.skeleton.model.config, structure.caches, stores, states)
     return GenericStage(model, cache, stores, states, rules, weight_bytes)
