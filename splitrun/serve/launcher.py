@@ -115,6 +115,7 @@ class Server:
         ``drain_s``. A second signal ends at once. Raises HttpProcessLost when the HTTP process ends on its own."""
         with self._signals():
             if self._next_event(None) == "ended":
+                self._child.wait()
                 raise self._lost()
             self._drain()
 
@@ -161,7 +162,13 @@ class Server:
             pass_fds=[self._listener.fileno()],
             # Its own session, so that Ctrl-C reaches this process alone, which then drains.
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "TOKENIZERS_PARALLELISM": "false",
+                # transformers would advise to install torch, which this process does without on purpose.
+                "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+            },
         )
         self._tell(child, json.dumps(settings))
         return child
@@ -177,6 +184,8 @@ class Server:
                 return
 
     def _drain(self) -> None:
+        # The HTTP process closes its copy too; while one is open, the system would still take connections.
+        self._listener.close()
         self._tell(self._child, "drain")
         if self._next_event(self.options.drain_s + _KILL_MARGIN_S) == "ended":
             self._child.wait()
@@ -221,6 +230,8 @@ class Server:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; raises CannotListen with what mends it."""
+    if not 0 <= port < 65536:
+        raise CannotListen(f"cannot listen on {host}:{port}: --port must lie between 0 and 65535")
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
