@@ -60,8 +60,7 @@ def profile(files: ModelFiles, structure: ModelStructure | None = None) -> Model
         _unit(name, infos, cache, use, sizes, structure)
         for name, infos, cache in zip(names, groups, caches, strict=True)
     )
-    ends = [[info.name for info in group] for group in (groups[0], groups[-1])]
-    tied = {name: size(ends[0]) + size(ends[1]) - size([*ends[0], *ends[1]]) for name, size in sizes.items()}
+    tied = {name: _tied_bytes(groups, size, files) for name, size in sizes.items()}
     return ModelProfile(
         source=files.name,
         revision=files.revision,
@@ -75,6 +74,14 @@ def profile(files: ModelFiles, structure: ModelStructure | None = None) -> Model
         stored_format=files.stored_format,
         tied_bytes=tied if any(tied.values()) else {},
     )
+
+
+def _tied_bytes(groups: list[list[ParameterInfo]], size: Callable[[Iterable[str]], int], files: ModelFiles) -> int:
+    """Bytes that embed and head share. What is on disk decides; dummy weights follow the config."""
+    if not files.weights:
+        return sum(size([info.name]) for info in (*groups[0], *groups[-1]) if info.tied_to is not None)
+    embed, head = ([info.name for info in group] for group in (groups[0], groups[-1]))
+    return size(embed) + size(head) - size([*embed, *head])
 
 
 def max_context(config: Any) -> int:
@@ -135,7 +142,9 @@ def _unit(
     structure: ModelStructure,
 ) -> UnitProfile:
     matrices = [info for info in infos if len(info.shape) >= 2 and uses[info.name].multiplied]
-    widths = [length for info in matrices for length in info.shape[-2:] if length != structure.vocabulary]
+    # The head's logits are counted apart, for the rows that are sampled only.
+    logits = structure.vocabulary if name == "head" else None
+    widths = [length for info in matrices for length in info.shape[-2:] if length != logits]
     live = LIVE_RECURRENT_INTERMEDIATES if cache is not None and cache.states else LIVE_INTERMEDIATES
     keeps = cache is not None and cache.group is not None and cache.values_per_token > 0
     return UnitProfile(
