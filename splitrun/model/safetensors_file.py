@@ -137,9 +137,7 @@ def _entry(path: Path, name: str, fields: Any, origin: int) -> Entry:
     for length in shape:
         count *= length
     if stop - start != count * DTYPES[kind].itemsize:
-        raise _corrupt(
-            path, f"tensor {name} has {stop - start} bytes where its shape {list(shape)} needs another count"
-        )
+        raise _corrupt(path, f"tensor {name} has {stop - start} bytes, which its shape {list(shape)} contradicts")
     return Entry(DTYPES[kind], shape, origin + start, origin + stop)
 
 
