@@ -17,6 +17,8 @@ import jinja2
 from splitrun.errors import InvalidRequest
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+_SAMPLE_CHARACTERS = 8
+"""Characters per token that ``encode`` looks at first; ordinary text has 1 to 5."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -89,22 +91,35 @@ class Tokenizer:
         """Whether ``encode_chat`` can work."""
         return self._backend is not None and bool(self._backend.chat_template)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text, with the model's own prefix (such as a beginning-of-sequence id) unless switched off."""
+    def encode(self, text: str, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
+        """The ids of a text, with the model's own prefix (such as a beginning-of-sequence id) unless switched off.
+
+        A text that clearly has more than ``at_most`` tokens is encoded only as far as that shows: the result then has
+        more than ``at_most`` ids, and is not the whole.
+        """
         if self._backend is None:
             raise InvalidRequest(self.missing_reason)
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}") from error
+        sample = text if at_most is None else text[: _SAMPLE_CHARACTERS * at_most + 4096]
+        ids = [int(index) for index in self._backend.encode(sample, add_special_tokens=add_special_tokens)]
+        # The cut itself can only change the last few tokens.
+        if len(sample) == len(text) or (at_most is not None and len(ids) > at_most + 256):
+            return ids
         return [int(index) for index in self._backend.encode(text, add_special_tokens=add_special_tokens)]
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        at_most: int | None = None,
+        **options: Any,
     ) -> list[int]:
         """The ids of a conversation through the model's chat template, ready for the assistant's answer.
 
-        ``options`` reach the template (such as ``enable_thinking``). Raises InvalidRequest when the model has no
+        ``options`` reach the template (such as ``enable_thinking``); ``at_most`` is that of ``encode``. Raises InvalidRequest when the model has no
         template or the template refuses the messages.
         """
         if self._backend is None:
@@ -117,7 +132,7 @@ class Tokenizer:
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise InvalidRequest(f"the model's chat template refused the messages: {reason}") from error
-        return self.encode(str(text), add_special_tokens=False)
+        return self.encode(str(text), add_special_tokens=False, at_most=at_most)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of the ids, special tokens hidden. Broken characters become U+FFFD; "" without a tokenizer."""

@@ -26,6 +26,10 @@ from splitrun.serve.schemas import (
     Finish,
 )
 
+_RESERVED_OPTIONS = frozenset({
+    "messages", "conversation", "tools", "at_most", "tokenize", "chat_template", "return_tensors", "return_dict",
+})  # fmt: skip
+
 
 def chat_router(context: ServeContext) -> APIRouter:
     """The route of chat completions."""
@@ -54,15 +58,25 @@ async def begin(context: ServeContext, body: ChatRequest) -> Generation:
     sampling = sampling_of(body, context.tokenizer, max_tokens=limit, logprobs=logprobs)
     messages = [message_for_template(message) for message in body.messages]
     length = sum(len(str(message.get("content"))) for message in messages)
+    options = template_options(body.chat_template_kwargs)
     prompt = await in_thread_if_long(
-        length, context.tokenizer.encode_chat, messages, body.tools, **template_options(body.chat_template_kwargs)
+        length, context.tokenizer.encode_chat, messages, body.tools, context.most_tokens, **options
     )
     return Generation(context.client, context.tokenizer, context.metrics, [prompt], sampling)
 
 
 def template_options(options: dict[str, Any] | None) -> dict[str, Any]:
     """What a request may tell the chat template: anything but what would change how it is called."""
-    reserved = {"messages", "tools", "tokenize", "chat_template", "return_tensors", "return_dict", "conversation"}
+    reserved = {
+        "messages",
+        "tools",
+        "at_most",
+        "tokenize",
+        "chat_template",
+        "return_tensors",
+        "return_dict",
+        "conversation",
+    }
     taken = sorted(reserved & set(options or {}))
     if taken:
         raise InvalidRequest(f"chat_template_kwargs: {taken[0]} cannot be set by a request")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-import time
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 
@@ -54,9 +53,10 @@ class EngineClient:
         identity = secrets.token_bytes(16)
         self._control, self._events = (self._socket(identity) for _ in range(2))
         self._streams: dict[int, asyncio.Queue[TokenEvent | SplitrunError]] = {}
-        self._ids = itertools.count(1)
+        # From a random number on, so that the requests of two processes are never taken for each other.
+        self._ids = itertools.count(secrets.randbits(40) << 20)
         self._status = EngineStatus(False, "the engine has not answered yet")
-        self._heard = time.monotonic()
+        self._silent_beats = 0
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.dropped_messages = 0
@@ -70,7 +70,7 @@ class EngineClient:
             asyncio.create_task(self._listen(self._events), name="engine-events"),
             asyncio.create_task(self._beat(), name="engine-beat"),
         ]
-        await self._send(Message(Kind.HELLO, 0, {"token": self._address.token}))
+        await self._greet()
         try:
             await asyncio.wait_for(self._news.wait(), timeout_s)
         except TimeoutError as error:
@@ -88,14 +88,17 @@ class EngineClient:
     @property
     def status(self) -> EngineStatus:
         """What the engine last said of itself; unhealthy when it has been silent for too long."""
-        if time.monotonic() - self._heard > self._silence_s:
-            return EngineStatus(False, _LOST)
-        return self._status
+        return EngineStatus(False, _LOST) if self._is_silent else self._status
+
+    @property
+    def _is_silent(self) -> bool:
+        # Counted in beats, not by the clock: when this process itself was held up, the answers lie unread.
+        return self._silent_beats * self._beat_s > self._silence_s
 
     async def fresh_status(self, timeout_s: float = 2.0) -> EngineStatus:
         """Ask now; unhealthy when no answer comes in time."""
         self._news.clear()
-        await self._send(Message(Kind.ASK_STATUS))
+        await self._greet()
         try:
             await asyncio.wait_for(self._news.wait(), timeout_s)
         except TimeoutError:
@@ -148,7 +151,7 @@ class EngineClient:
                 self.dropped_messages += 1
 
     def _handle(self, message: Message) -> None:
-        self._heard = time.monotonic()
+        self._silent_beats = 0
         if message.kind is Kind.STATUS:
             try:
                 self._status = EngineStatus.from_json(message.control)
@@ -169,12 +172,16 @@ class EngineClient:
         if queue is not None:
             queue.put_nowait(item)
 
+    async def _greet(self) -> None:
+        await self._send(Message(Kind.HELLO, 0, {"token": self._address.token}))
+
     async def _beat(self) -> None:
         """Keep both ends sure of each other; when the engine is silent for too long, fail what waits for it."""
         while True:
             await asyncio.sleep(self._beat_s)
-            await self._send(Message(Kind.ASK_STATUS))
-            if time.monotonic() - self._heard > self._silence_s:
+            await self._greet()
+            self._silent_beats += 1
+            if self._is_silent:
                 for request_id in list(self._streams):
                     self._put(request_id, StageLost(_LOST), last=True)
 

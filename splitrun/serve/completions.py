@@ -34,15 +34,19 @@ def completions_router(context: ServeContext) -> APIRouter:
     return router
 
 
-async def prompts_of(tokenizer: Tokenizer, prompt: str | list[int] | list[str] | list[list[int]]) -> list[list[int]]:
+async def prompts_of(context: ServeContext, prompt: str | list[int] | list[str] | list[list[int]]) -> list[list[int]]:
     """Token ids of every prompt in a request."""
+
+    async def encode(text: str) -> list[int]:
+        return await in_thread_if_long(len(text), context.tokenizer.encode, text, at_most=context.most_tokens)
+
     if isinstance(prompt, str):
-        return [await in_thread_if_long(len(prompt), tokenizer.encode, prompt)]
+        return [await encode(prompt)]
     prompts: list[list[int]] = []
     single: list[int] = []
     for entry in prompt:
         if isinstance(entry, str):
-            prompts.append(await in_thread_if_long(len(entry), tokenizer.encode, entry))
+            prompts.append(await encode(entry))
         elif isinstance(entry, list):
             prompts.append(entry)
         else:
@@ -76,7 +80,7 @@ class CompletionAnswer:
         if limit == 0 and not body.echo:
             raise InvalidRequest("max_tokens is 0: it must be at least 1 unless echo is true")
         sampling = sampling_of(body, context.tokenizer, max_tokens=limit or 1, logprobs=body.logprobs, echo=body.echo)
-        prompts = await prompts_of(context.tokenizer, body.prompt)
+        prompts = await prompts_of(context, body.prompt)
         generation = Generation(
             context.client, context.tokenizer, context.metrics, prompts, sampling, continues_prompt=True
         )

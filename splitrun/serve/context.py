@@ -31,6 +31,11 @@ class ServeContext:
     served_name: str
     started: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens of a text are worth making: beyond the context it is refused anyway."""
+        return self.client.status.context or None
+
     def check_model(self, model: str | None) -> None:
         """Raises ModelNotFound when a request names another model; naming none is allowed."""
         if model is not None and model != self.served_name:

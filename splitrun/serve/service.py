@@ -35,6 +35,8 @@ from splitrun.serve.wire import (
 
 _POLL_MS = 50
 _WELCOME_POLL_MS = 5
+_LONGEST_PATH = 100
+"""Paths of local sockets may have 103 characters on some systems."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Address:
 class EngineService:
     """Serves one engine to HTTP processes. Without an engine yet (``attach``) it reports that the model is loading.
 
-    ``peer_silence_s``: a peer that was not heard for so long is dead, and its requests are cancelled.
+    ``peer_silence_s``: a peer that was not heard for so long is given up and its requests are cancelled; its next
+    hello makes it known again. ``peer_ready`` is set once a peer is there.
     """
 
     def __init__(self, engine: TokenEngine | None = None, peer_silence_s: float = 30.0) -> None:
@@ -98,7 +101,8 @@ class EngineService:
 
     def _bind(self) -> Address:
         token = secrets.token_hex(32)
-        if zmq.has("ipc"):
+        short = len(tempfile.gettempdir()) + len("/splitrun-abcdefgh/control") <= _LONGEST_PATH
+        if zmq.has("ipc") and short:
             self._directory = Path(tempfile.mkdtemp(prefix="splitrun-"))
             control, events = (f"ipc://{self._directory / name}" for name in ("control", "events"))
             self._control.bind(control)
@@ -110,14 +114,18 @@ class EngineService:
 
     def _run(self) -> None:
         while not self._closing.is_set():
+            # Silence is judged by the time before the look into the socket: what arrived until then was read. The
+            # time after it may be much later, when a busy thread held this one up.
+            now = time.monotonic()
             if self._control.poll(_WELCOME_POLL_MS if self._greeted else _POLL_MS):
                 peer, *parts = self._control.recv_multipart()
                 try:
                     self._handle(peer, decode(b"".join(parts)))
                 except MalformedMessage:
                     self.dropped_messages += 1
+            else:
+                self._drop_silent_peers(now)
             self._welcome()
-            self._drop_silent_peers()
         self._control.close(linger=0)
 
     def _handle(self, peer: bytes, message: Message) -> None:
@@ -126,17 +134,18 @@ class EngineService:
             token = message.control.get("token")
             if not isinstance(token, str) or not hmac.compare_digest(token.encode(), self.address.token.encode()):
                 raise MalformedMessage("the token is wrong")
-            self._greeted.add(peer)
-            return
-        if peer not in self._heard:
+            if peer not in self._heard:
+                self._greeted.add(peer)
+                return
+        elif peer not in self._heard:
             raise MalformedMessage("a peer spoke before its hello")
         self._heard[peer] = time.monotonic()
-        if message.kind is Kind.SUBMIT:
+        if message.kind is Kind.HELLO:
+            self._control.send_multipart([peer, encode(self._status_message())])
+        elif message.kind is Kind.SUBMIT:
             self._submit(peer, message)
         elif message.kind is Kind.CANCEL:
             self._cancel(peer, message.request_id)
-        elif message.kind is Kind.ASK_STATUS:
-            self._control.send_multipart([peer, encode(self._status_message())])
         else:
             raise MalformedMessage(f"{message.kind.name} is not for the engine")
 
@@ -204,8 +213,7 @@ class EngineService:
         status = EngineStatus(False, "the model is still loading") if self._engine is None else self._engine.status()
         return Message(Kind.STATUS, 0, status.to_json())
 
-    def _drop_silent_peers(self) -> None:
-        now = time.monotonic()
+    def _drop_silent_peers(self, now: float) -> None:
         for peer, heard in list(self._heard.items()):
             if now - heard > self._peer_silence_s:
                 self._forget(peer)
@@ -217,3 +225,8 @@ class EngineService:
             owned = [request_id for request_id, owner in self._owners.items() if owner == peer]
         for request_id in owned:
             self._cancel(peer, request_id)
+            # If the peer was merely held up, whoever waits there must hear of it.
+            end = TokenEvent(
+                request_id, finish_reason="error", error=f"cancelled after {self._peer_silence_s:g} s of silence"
+            )
+            self._send_event(peer, event_message(end))

@@ -37,12 +37,14 @@ class MalformedMessage(SplitrunError):
 
 
 class Kind(IntEnum):
-    """What a message is. The first group goes to the engine, the second comes from it."""
+    """What a message is. The first group goes to the engine, the second comes from it.
+
+    HELLO carries the token. It introduces a peer, is repeated as a sign of life, and is answered with a STATUS.
+    """
 
     HELLO = 1
     SUBMIT = 2
     CANCEL = 3
-    ASK_STATUS = 4
     EVENT = 16
     REFUSED = 17
     STATUS = 18

@@ -54,6 +54,14 @@ def test_half_a_surrogate_pair_is_an_invalid_request(tokenizer: Tokenizer) -> No
         tokenizer.encode("ab\ud800")
 
 
+def test_a_text_far_beyond_the_limit_is_encoded_in_part_only(tokenizer: Tokenizer) -> None:
+    text = "Grüße 你好 " * 20_000
+    assert 10 < len(tokenizer.encode(text, at_most=10)) < 10_000
+    assert tokenizer.encode("Hello " * 3000, at_most=100_000) == tokenizer.encode("Hello " * 3000)
+    spaces = "x" + " " * 9000
+    assert tokenizer.encode(spaces, at_most=100_000) == tokenizer.encode(spaces)
+
+
 def test_a_directory_without_tokenizer_serves_token_ids_only(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
     tokenizer = Tokenizer.load(tmp_path)
