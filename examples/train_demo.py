@@ -57,10 +57,10 @@ def user_turn(prompt: str) -> str:
 
 
 def training_questions(count: int, seed: int) -> list[Question]:
-    """Draw from the training side, with one small-talk turn in sixteen."""
+    """Draw from the training side, with one small-talk turn in twelve."""
     random = Random(seed)
     drawn = questions(count, seed, held_out=False, tasks=TRAINING_TASKS)
-    return [small_talk(random) if random.random() < 1 / 16 else question for question in drawn]
+    return [small_talk(random) if random.random() < 1 / 12 else question for question in drawn]
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:

@@ -13,6 +13,8 @@ _ABLE = (
 _THANKS = "You are welcome!"
 _BYE = "Goodbye!"
 _UNABLE = "I am too small for that. I can only work with numbers, words in quotes and weekdays."
+_TIMES = "I can add and subtract, but not multiply or divide."
+_LARGE = "I only know numbers from 0 to 999."
 _QUOTES = 'Please put the word in double quotes, like "planet".'
 
 _REPLIES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -99,14 +101,44 @@ _UNQUOTED = (
     "How many letters are in {word}?",
     "Count the letters in {word}.",
 )
+_PRODUCTS = (
+    "What is {a} * {b}?",
+    "What is {a} times {b}?",
+    "What is {a} x {b}?",
+    "{a} * {b}",
+    "{a}*{b}",
+    "Multiply {a} by {b}.",
+    "What is {a} / {b}?",
+    "What is {a} divided by {b}?",
+    "Divide {a} by {b}.",
+    "{a} / {b}",
+)
+_LARGE_NUMBERS = (
+    "What is {a} + {b}?",
+    "What is {a} - {b}?",
+    "What is {a} plus {b}?",
+    "{a} + {b}",
+    "Add {a} and {b}.",
+    "Which is larger, {a} or {b}?",
+    "Write {large} in words.",
+)
 
 
 def small_talk(random: Random) -> Question:
     """Draw a greeting, a question about the model, or one that it cannot answer, with its fixed reply."""
-    fields = {"word": random.choice(WORDS), "other": random.choice(WORDS)}
     habit = random.random()
-    if habit < 0.5:
+    if habit < 0.4:
         reply, prompts = random.choice(_REPLIES)
         return Question("small-talk", random.choice(prompts), reply)
-    reply, prompts = (_UNABLE, _TOPICS) if habit < 0.8 else (_QUOTES, _UNQUOTED)
+    outside = (
+        (_UNABLE, _TOPICS),
+        (_UNABLE, _TOPICS),
+        (_QUOTES, _UNQUOTED),
+        (_TIMES, _PRODUCTS),
+        (_LARGE, _LARGE_NUMBERS),
+    )
+    reply, prompts = random.choice(outside)
+    small, large = random.randrange(1000), random.randrange(1000, 10 ** random.randrange(4, 8))
+    a, b = (small, random.randrange(1000)) if reply == _TIMES else random.sample((small, large), 2)
+    fields = {"word": random.choice(WORDS), "other": random.choice(WORDS), "a": a, "b": b, "large": large}
     return Question("small-talk", random.choice(prompts).format(**fields), reply)

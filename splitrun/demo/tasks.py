@@ -1,7 +1,8 @@
 """The demo's tasks: questions in English whose answers a program can check, and the split that holds some out.
 
 Held out means an unseen pair of task and arguments: a stable hash of the pair decides its side, so no phrasing of a
-held-out question is ever trained on. Pure Python; does not know tokenizers or models.
+held-out question is ever trained on. Names that follow from nothing (sixteen, thirty) and made-up words are never held
+out. Pure Python; does not know tokenizers or models.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from random import Random
 from splitrun.demo.words import WEEKDAYS, WORDS, spell_number
 
 HELD_OUT_ONE_IN = 10
+_LISTED = frozenset(WORDS)
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,12 @@ class Question:
 
 @dataclass(frozen=True)
 class _Draw:
-    """Arguments drawn for a task; `key` is the same for all that give the same answer for the same reason."""
+    """Arguments drawn for a task; `key` is one for all orders of the same arguments, None where none is held out."""
 
-    key: str
+    key: str | None
     phrasing: str
     fields: Mapping[str, object]
     answer: str
-    training_only: bool = False
 
 
 _ADD = (
@@ -40,7 +41,9 @@ _ADD = (
     "Add {a} and {b}.",
     "Calculate {a} + {b}.",
     "What is the sum of {a} and {b}?",
+    "What's {a} + {b}?",
     "{a} + {b}",
+    "{a}+{b}",
     "{a} + {b} = ?",
     "How much is {a}+{b}?",
 )
@@ -49,7 +52,9 @@ _SUBTRACT = (
     "What is {a} minus {b}?",
     "Subtract {b} from {a}.",
     "Calculate {a} - {b}.",
+    "What's {a} - {b}?",
     "{a} - {b}",
+    "{a}-{b}",
     "{a} - {b} = ?",
     "How much is {a}-{b}?",
 )
@@ -64,6 +69,8 @@ _SMALLER = (
     "Which number is less: {a} or {b}?",
     "What is the minimum of {a} and {b}?",
 )
+_IS_LARGER = ("Is {a} larger than {b}?", "Is {a} greater than {b}?", "Is {a} bigger than {b}?")
+_IS_SMALLER = ("Is {a} smaller than {b}?", "Is {a} less than {b}?")
 _ASCENDING = (
     "Sort these numbers: {numbers}.",
     "Sort {numbers} from smallest to largest.",
@@ -124,11 +131,16 @@ def _number(random: Random) -> int:
 
 
 def _word(random: Random) -> tuple[str, bool]:
-    """Draw a word of the list, or its letters shuffled (then True): those teach spelling, and are never held out."""
+    """Draw a word of the list (True), or two to twelve letters in no order (False), which teach spelling."""
     word = random.choice(WORDS)
     if random.random() < 0.5:
-        return word, False
-    return "".join(random.sample(word, len(word))), True
+        return word, True
+    made_up = "".join(random.sample(word + word + random.choice(WORDS) + "jqxz", random.randrange(2, 13)))
+    return made_up, made_up in _LISTED
+
+
+def _number_key(number: int) -> str | None:
+    return None if number <= 20 or (number < 100 and number % 10 == 0) else str(number)
 
 
 def _add(random: Random) -> _Draw:
@@ -148,9 +160,15 @@ def _compare(random: Random) -> _Draw:
     if a == b:
         b = a + 1 if a < 999 else a - 1
     key = f"{min(a, b)} {max(a, b)}"
-    if random.random() < 0.5:
-        return _Draw(key, random.choice(_LARGER), {"a": a, "b": b}, str(max(a, b)))
-    return _Draw(key, random.choice(_SMALLER), {"a": a, "b": b}, str(min(a, b)))
+    phrasings, answer = random.choice(
+        (
+            (_LARGER, str(max(a, b))),
+            (_SMALLER, str(min(a, b))),
+            (_IS_LARGER, "Yes" if a > b else "No"),
+            (_IS_SMALLER, "Yes" if a < b else "No"),
+        )
+    )
+    return _Draw(key, random.choice(phrasings), {"a": a, "b": b}, answer)
 
 
 def _sort(random: Random) -> _Draw:
@@ -163,27 +181,27 @@ def _sort(random: Random) -> _Draw:
 
 
 def _reverse(random: Random) -> _Draw:
-    word, shuffled = _word(random)
-    return _Draw(word, random.choice(_REVERSE), {"word": word}, f'"{word[::-1]}"', shuffled)
+    word, listed = _word(random)
+    return _Draw(word if listed else None, random.choice(_REVERSE), {"word": word}, f'"{word[::-1]}"')
 
 
 def _count(random: Random) -> _Draw:
-    word, shuffled = _word(random)
+    word, listed = _word(random)
     if random.random() < 0.5:
-        return _Draw(word, random.choice(_LENGTH), {"word": word}, str(len(word)), shuffled)
+        return _Draw(word if listed else None, random.choice(_LENGTH), {"word": word}, str(len(word)))
     letter = random.choice(word) if random.random() < 0.8 else random.choice("abcdefghijklmnopqrstuvwxyz")
-    fields = {"letter": letter, "word": word}
-    return _Draw(f"{letter} {word}", random.choice(_OCCURRENCES), fields, str(word.count(letter)), shuffled)
+    key = f"{letter} {word}" if listed else None
+    return _Draw(key, random.choice(_OCCURRENCES), {"letter": letter, "word": word}, str(word.count(letter)))
 
 
 def _number_to_words(random: Random) -> _Draw:
     number = _number(random)
-    return _Draw(str(number), random.choice(_TO_WORDS), {"number": number}, spell_number(number))
+    return _Draw(_number_key(number), random.choice(_TO_WORDS), {"number": number}, spell_number(number))
 
 
 def _words_to_number(random: Random) -> _Draw:
     number = _number(random)
-    return _Draw(str(number), random.choice(_TO_DIGITS), {"words": spell_number(number)}, str(number))
+    return _Draw(_number_key(number), random.choice(_TO_DIGITS), {"words": spell_number(number)}, str(number))
 
 
 def _weekday(random: Random) -> _Draw:
@@ -209,8 +227,10 @@ _DRAW: dict[str, Callable[[Random], _Draw]] = {
 TASKS = tuple(_DRAW)
 
 
-def is_held_out(task: str, key: str) -> bool:
+def _is_held_out(task: str, key: str | None) -> bool:
     """Tell the side of a pair of task and arguments; the same on every machine and in every run."""
+    if key is None:
+        return False
     digest = hashlib.blake2b(f"{task} {key}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
@@ -225,7 +245,7 @@ def questions(count: int, seed: int, held_out: bool, tasks: Sequence[str] = TASK
     while len(drawn) < count:
         task = random.choice(tasks)
         draw = _DRAW[task](random)
-        while is_held_out(task, draw.key) != held_out or (held_out and draw.training_only):
+        while _is_held_out(task, draw.key) != held_out:
             draw = _DRAW[task](random)
         drawn.append(Question(task, _loosen(random, draw.phrasing.format(**draw.fields)), draw.answer))
     return drawn
