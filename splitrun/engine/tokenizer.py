@@ -119,8 +119,8 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of a conversation through the model's chat template, ready for the assistant's answer.
 
-        ``options`` reach the template (such as ``enable_thinking``); ``at_most`` is that of ``encode``. Raises InvalidRequest when the model has no
-        template or the template refuses the messages.
+        ``options`` reach the template (such as ``enable_thinking``); ``at_most`` is that of ``encode``. Raises
+        InvalidRequest when the model has no template or the template refuses the messages.
         """
         if self._backend is None:
             raise InvalidRequest(self.missing_reason)
