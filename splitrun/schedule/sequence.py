@@ -15,6 +15,9 @@ from splitrun.schedule.blocks import REPLAY_TOKENS
 from splitrun.schedule.request import FinishReason, Request, TokenLogprob
 from splitrun.schedule.step import RowSampling
 
+SCORED_CHUNK_TOKENS = 32
+"""Prompts whose log-probabilities are wanted run in shorter chunks: every token of one has a row of logits."""
+
 
 class State(Enum):
     """Where a sequence is: in the queue, on a slot, or done."""
@@ -91,11 +94,13 @@ class Sequence:
     def next_slice(self, chunk_tokens: int) -> Slice:
         """What to compute next; the sequence must be ready.
 
-        Prompts are cut at multiples of ``chunk_tokens`` from their start and replayed output at multiples of
+        Prompts are cut at multiples of ``chunk_tokens`` (or of SCORED_CHUNK_TOKENS when they are scored) from their start and replayed output at multiples of
         REPLAY_TOKENS from the prompt's end, whatever else runs, so that a second computation repeats the first.
         """
         start = self.scheduled
         if start < self.prompt_length:
+            if self.request.sampling.prompt_logprobs is not None:
+                chunk_tokens = min(chunk_tokens, SCORED_CHUNK_TOKENS)
             return Slice(start, min(chunk_tokens, self.prompt_length - start), "prompt")
         count = min(REPLAY_TOKENS, chunk_tokens, self.known - start)
         return Slice(start, count, "replay" if count > 1 else "decode")

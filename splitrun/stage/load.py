@@ -42,6 +42,8 @@ def load_stage(
 
     ``one_by_one``: states cannot be continued by chunk, so tokens behind a history run singly.
     """
+    if size.dtype == "fp32" and size.device.startswith("cuda"):
+        torch.backends.cudnn.allow_tf32 = False  # convolutions would otherwise round their inputs to 10 bits
     model = CutModel(config, structure, cut, size.dtype, size.device)
     weight_bytes = fill(model)
     model.finish_loading()

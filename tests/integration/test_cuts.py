@@ -67,10 +67,11 @@ def test_a_device_used_twice_gives_the_unsplit_ids(model: TinyModel) -> None:
 
 @pytest.mark.gpu
 def test_every_cut_through_a_gpu_gives_the_unsplit_ids(model: TinyModel) -> None:
-    count = model.layers
-    for start in range(count + 2):
-        for stop in range(start + 1, count + 3):
-            bounds = sorted({0, start, stop, count + 2})
+    """CPU, GPU, CPU: the GPU computes one unit, or everything from a unit on."""
+    end = model.layers + 2
+    for start in range(end):
+        for stop in {start + 1, end}:
+            bounds = sorted({0, start, stop, end})
             devices = ["cuda:0" if bound == start else "cpu" for bound in bounds[:-1]]
             for depth in (1, 3):
                 check(model, placement(model, bounds, devices), depth)
