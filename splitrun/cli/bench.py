@@ -40,7 +40,7 @@ def bench(
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
     quality: Annotated[bool, typer.Option("--quality", help="demo only: exact matches per weight format.")] = False,
-    questions: Annotated[int, typer.Option("--questions", min=1, help="Held-out questions of --quality.")] = 500,
+    questions: Annotated[int, typer.Option("--questions", min=1, help="Held-out questions of --quality.")] = 200,
     json_output: Annotated[bool, typer.Option("--json", help="End with one JSON line.")] = False,
 ) -> None:
     """Measure a model or placement: time to first token, prompt and decode speed, load time, peak memory."""

@@ -1,0 +1,60 @@
+"""Every benchmark runs at toy size, so that none is found broken on the day it is needed; and two promised times."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from splitrun.__main__ import main
+
+FIGURES = ("ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "load_s")
+
+
+def test_bench_beside_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "demo", "--prompt-tokens", "20", "--new-tokens", "4", "--repeat", "1", "--memory", "cpu=1GiB"]
+    assert main([*words, "--vs", "transformers", "--vs", "accelerate", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    own = json.loads(lines[0])
+    for result in (own, *own["vs"].values()):
+        assert result["error"] is None
+        assert (result["prompt_tokens"], result["new_tokens"]) == (20, 4)
+        assert all(result[name] > 0 for name in FIGURES)
+        assert result["peak_bytes"]["cpu"] > 0
+    assert set(own["vs"]) == {"transformers", "accelerate"}
+    assert own["vs"]["transformers"]["ratios"]["decode"] > 0
+
+
+def test_bench_on_random_weights_over_two_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "demo", "--prompt-tokens", "20", "--new-tokens", "4", "--repeat", "1", "--load", "dummy"]
+    assert main([*words, "--memory", "cpu=26MiB,cpu:1=26MiB", "--json"]) == 0
+    own = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert own["error"] is None
+    assert set(own["devices"]) <= {"cpu", "cpu:1"}
+
+
+def test_quality_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "demo", "--quality", "--questions", "8", "--json"]) == 0
+    shares = {weights: entry["share"] for weights, entry in json.loads(capsys.readouterr().out).items()}
+    assert set(shares) == {"fp32", "bf16", "fp16", "int8", "nf4"}
+    assert min(shares.values()) > 0
+
+
+def best_seconds(command: list[str]) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_help_answers_within_half_a_second() -> None:
+    assert best_seconds([sys.executable, "-m", "splitrun", "--help"]) < 0.5
+
+
+def test_import_takes_less_than_50_ms() -> None:
+    bare, loaded = best_seconds([sys.executable, "-c", ""]), best_seconds([sys.executable, "-c", "import splitrun"])
+    assert loaded - bare < 0.05
