@@ -1,7 +1,7 @@
 """Plan, explain, and generate from Python.
 
-    python examples/generate.py                  # the bundled demo
-    python examples/generate.py MODEL            # a directory or a Hub id
+python examples/generate.py                  # the bundled demo
+python examples/generate.py MODEL            # a directory or a Hub id
 """
 
 import sys

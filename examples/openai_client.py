@@ -1,7 +1,7 @@
 """Talk to a running `splitrun serve` with OpenAI's own client.
 
-    splitrun serve demo &
-    python examples/openai_client.py [http://127.0.0.1:8000/v1]
+splitrun serve demo &
+python examples/openai_client.py [http://127.0.0.1:8000/v1]
 """
 
 import sys
