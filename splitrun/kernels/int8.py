@@ -14,7 +14,7 @@ from torch import Tensor
 from splitrun.kernels.weight import Weight
 
 INVERSE_127 = 1.0 / 127.0
-CHUNK_VALUES = 1 << 20
+CHUNK_VALUES = 1 << 18
 """Values quantized at a time: temporaries stay small."""
 
 

@@ -8,9 +8,10 @@ value. Checkpoints may bring another table (fp4) or block length. This module kn
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 BLOCK = 64
 NF4_TABLE = (
@@ -20,7 +21,9 @@ NF4_TABLE = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 CHUNK_VALUES = 1 << 18
-"""Values quantized or dequantized at a time by the reference on a CPU: temporaries stay in the cache."""
+"""Values quantized or dequantized at a time by the reference on a CPU: temporaries stay small."""
+BINS = 32
+"""Bins of a unit of length in the look-up below; at most one border between two codes falls into a bin."""
 
 
 def quantize_nf4(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,27 +45,42 @@ def quantize_nf4(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the nearest entries, and the maxima. A value on a border gets the lower code.
+
+    The bin that a value falls into says which codes are below it, and the one border that it must be compared with:
+    three look-ups instead of fifteen comparisons.
+    """
+    below, border = _bins(blocks.device)
     maxima = blocks.abs().amax(-1)
     scaled = (blocks * (1.0 / maxima.clamp(min=1e-38)).unsqueeze(1)).view(-1)
-    table = torch.tensor(NF4_TABLE)
-    borders = ((table[1:] + table[:-1]) / 2).tolist()
-    codes = torch.zeros(scaled.shape, dtype=torch.uint8, device=blocks.device)
-    above = torch.empty(scaled.shape, dtype=torch.bool, device=blocks.device)
-    for border in borders:
-        torch.gt(scaled, border, out=above)
-        codes.add_(above.view(torch.uint8))
+    bins = (scaled + 1).mul_(BINS).int().clamp_(0, 2 * BINS)
+    codes = below.index_select(0, bins)
+    codes.add_(scaled.gt(border.index_select(0, bins)).view(torch.uint8))
     return codes, maxima
+
+
+@cache
+def _bins(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Per bin from -1: how many borders lie below it (uint8), and the border inside it (fp32, infinite if none)."""
+    table = torch.tensor(NF4_TABLE)
+    borders = (table[1:] + table[:-1]) / 2
+    edges = torch.arange(2 * BINS + 2) / BINS - 1
+    below = (borders.unsqueeze(0) < edges.unsqueeze(1)).sum(1)
+    padded = torch.cat([borders, torch.tensor([torch.inf])])
+    inside = torch.where(padded[below] < edges + 1 / BINS, padded[below], torch.inf)
+    return below.to(torch.uint8).to(device), inside.to(device)
 
 
 def dequantize_reference(packed: Tensor, maxima: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """The values: table entry times block maximum in fp32, rounded once. Shape: uint8 (..., n / 2) -> (..., n)."""
-    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)
+    # both values of a byte lie in one 8-byte entry: a single look-up in a table of 256
+    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1).view(torch.int64).view(-1)
     values = torch.empty(packed.numel() * 2, dtype=dtype, device=packed.device)
     block = values.numel() // max(1, maxima.numel())
     flat, scales = packed.reshape(-1), maxima.reshape(-1, 1)
     step = CHUNK_VALUES // block * block if packed.device.type == "cpu" else max(1, values.numel())
     for start in range(0, values.numel(), step):
         stop = min(start + step, values.numel())
-        chunk = functional.embedding(flat[start // 2 : stop // 2].int(), pairs).view(-1, block)
+        chunk = pairs.index_select(0, flat[start // 2 : stop // 2].int()).view(torch.float32).view(-1, block)
         values[start:stop] = chunk.mul_(scales[start // block : stop // block]).view(-1)
     return values.view(*packed.shape[:-1], packed.shape[-1] * 2)

@@ -17,8 +17,8 @@ from torch import Tensor
 from splitrun.errors import UnsupportedModel
 from splitrun.model.source import WeightSource
 
-PIECE_BYTES = 16 << 20
-"""Bytes read at a time from a tensor that is copied."""
+PIECE_BYTES = 4 << 20
+"""Bytes read at a time from a tensor that is copied. Larger pieces load no faster but leave holes in the heap."""
 
 
 @dataclass(eq=False)

@@ -42,16 +42,17 @@ class TensorRules:
         self._covered: set[str] = set()
         for name, (module, attribute, tensor) in tensors.items():
             self.shapes[name] = tuple(tensor.shape)
-            special = tensor.dtype != common or kept(name)
-            self._dtypes[name] = compute_dtype
-            if attribute in module._buffers:
+            buffer = attribute in module._buffers
+            if buffer:
                 self.buffers.add(name)
-            if attribute in module._buffers or not tensor.is_floating_point():
+            if tensor.is_floating_point() and kept(name):
+                self._dtypes[name] = torch.float32
+            elif buffer or tensor.dtype != common:
                 self._dtypes[name] = tensor.dtype
-            elif special:
-                self._dtypes[name] = torch.float32 if kept(name) else tensor.dtype
-            elif covered(module, attribute, tensor, experts, tokens):
-                self._covered.add(name)
+            else:
+                self._dtypes[name] = compute_dtype
+                if covered(module, attribute, tensor, experts, tokens):
+                    self._covered.add(name)
 
     def covers(self, name: str) -> bool:
         """Whether quantized formats apply to this parameter (nf4 only where its rows divide into blocks)."""

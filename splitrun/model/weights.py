@@ -6,6 +6,8 @@ stack, or the inputs of one conversion. Knows nothing of plans; the caller says 
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +70,7 @@ class Loader:
             except CorruptWeights as error:
                 place = where(targets[0])
                 raise CorruptWeights(f"{error} [{place}]" if place else str(error)) from error
+        _release_free_memory()
         return LoadedBytes(total, tuple(wanted))
 
     def nbytes(self, names: Iterable[str], weight_format: str) -> int:
@@ -136,6 +139,13 @@ class Loader:
         at_fault = recipe.names[0] if len(recipe.names) == 1 else f"one of {recipe.names[0]} and its like"
         place = self.source.place(recipe.names[0])
         raise CorruptWeights(f"{at_fault} in {place} holds NaN or infinite values: download the model again")
+
+
+def _release_free_memory() -> None:
+    """Give the pages of freed pieces back to the system; glibc would keep those that lie between results."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _store(target: Weight | Tensor, start: int, values: Tensor) -> None:

@@ -45,15 +45,28 @@ def test_nf4_is_bitsandbytes_bit_for_bit(dtype: torch.dtype) -> None:
 
 
 def test_nf4_in_chunks_equals_nf4_at_once() -> None:
-    values = torch.randn(3 * CHUNK_VALUES // 128 + 1, 128)
+    values = torch.randn(2 * CHUNK_VALUES // 128 + 1, 128)
     packed, maxima = quantize_nf4(values)
     table = torch.tensor(NF4_TABLE)
     scaled = values.view(-1, 64) / values.view(-1, 64).abs().amax(-1, keepdim=True)
-    nearest = (scaled.unsqueeze(-1) - table).abs().argmin(-1).view(values.shape)
+    nearest = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).view(values.shape)
     codes = torch.stack([packed >> 4, packed & 15], -1).view(values.shape)
     assert (codes != nearest).float().mean() < 1e-5, "only ties may differ"
     expected = (table[codes.long()].view(-1, 64) * maxima.view(-1, 1)).view(values.shape)
     assert torch.equal(dequantize_reference(packed, maxima, table, torch.float32), expected)
+
+
+def test_nf4_on_and_beside_every_border() -> None:
+    table = torch.tensor(NF4_TABLE)
+    borders = (table[1:] + table[:-1]) / 2
+    up, down = torch.tensor(2.0), torch.tensor(-2.0)
+    values = torch.cat([borders, torch.nextafter(borders, up), torch.nextafter(borders, down), table])
+    blocks = torch.zeros(len(values), 64)
+    blocks[:, 0] = 1
+    blocks[:, 1] = values
+    packed, _ = quantize_nf4(blocks)
+    expected = (values.unsqueeze(1) > borders).sum(1)
+    assert torch.equal((packed[:, 0] & 15).long(), expected)
 
 
 def test_the_compiled_code_is_trusted_only_where_it_agrees() -> None:
