@@ -23,6 +23,9 @@ from splitrun.model.recipe import Recipe
 from splitrun.model.rules import TensorRules
 from splitrun.model.source import WeightSource
 
+TRIM_BYTES = 64 << 20
+"""Loaded bytes after which the holes that freed pieces left are given back to the system."""
+
 
 @dataclass(frozen=True)
 class LoadedBytes:
@@ -63,8 +66,11 @@ class Loader:
         for name in wanted:
             if name in self.map.recipes:
                 groups.setdefault(self.map.recipes[name], []).append(name)
-        total = 0
+        total = untrimmed = 0
         for recipe, targets in groups.items():
+            if total - untrimmed > TRIM_BYTES:
+                _release_free_memory()
+                untrimmed = total
             try:
                 total += self._fill(recipe, targets, weight_format, torch.device(device))
             except CorruptWeights as error:
@@ -107,6 +113,10 @@ class Loader:
         aliases: dict[str, list[str]] = {}
         for name in targets:
             aliases.setdefault(self.map.ties.get(name, name), []).append(name)
+        if self._is_read_in_place(recipe, weight_format, device):
+            values = self.source.read(recipe.names[0])
+            self._check(recipe, values)
+            return self._install(targets, values)
         for name, start, values in recipe.pieces(self.model, self.source):
             if name not in aliases:
                 continue
@@ -115,6 +125,11 @@ class Loader:
             self._check(recipe, values)
             _store(made[name], start, values.to(device))
         return sum(self._install(aliases[name], value) for name, value in made.items())
+
+    def _is_read_in_place(self, recipe: Recipe, weight_format: str, device: torch.device) -> bool:
+        """Whether the tensor on disk is the result: same type, not quantized, on the CPU."""
+        same = recipe.converter is None and self.source.dtype(recipe.names[0]) == self.rules.dtype(recipe.key)
+        return same and device.type == "cpu" and self._format(recipe.key, [None], weight_format) is None
 
     def _allocate(self, name: str, format: str | None, device: torch.device) -> Weight | Tensor:
         shape = self.rules.shapes[name]
