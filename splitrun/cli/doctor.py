@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from splitrun.errors import SplitrunError
+
 if TYPE_CHECKING:
     from splitrun.measure.health import Finding, Package
     from splitrun.measure.probe import Survey
     from splitrun.planner.facts import Cluster
+
+PROBE_NEEDS = ("torch", "psutil")
 
 
 def doctor(
@@ -19,16 +23,19 @@ def doctor(
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure speeds again.")] = False,
 ) -> None:
     """Show devices, free memory, speeds and versions, and what is missing. Status 1 when something needed is."""
-    from splitrun.measure.health import find_compiler, findings, installed_version, required_packages
+    from splitrun.measure.health import find_compiler, findings, required_packages
 
     packages = required_packages()
-    if installed_version("torch") is None:
-        typer.echo("torch is not installed: pip install 'torch>=2.11,<2.14'", err=True)
-        raise typer.Exit(1)
+    missing = [package.name for package in packages if package.version is None and package.name in PROBE_NEEDS]
+    if missing:
+        raise SplitrunError(f"{', '.join(missing)} is not installed: pip install . in splitrun's folder")
     from splitrun.measure.context import driver_cards
     from splitrun.measure.probe import cluster_of, survey, this_machine
 
-    machine = this_machine(refresh)
+    try:
+        machine = this_machine(refresh)
+    except (ImportError, OSError) as error:
+        raise SplitrunError(f"torch is installed but cannot be loaded ({error}): install it again") from error
     found = survey(machine)
     cluster = cluster_of(found, machine)
     torch_version = str(machine.torch.__version__)

@@ -25,7 +25,10 @@ MemoryOption = Annotated[
 ContextOption = Annotated[
     int | None, typer.Option("--context", min=1, help="Tokens per sequence, prompt and answer. Default: 4096 or less.")
 ]
-SessionsOption = Annotated[int, typer.Option("--sessions", min=1, help="Sequences that must fit at once.")]
+SessionsOption = Annotated[
+    int | None,
+    typer.Option("--sessions", min=1, help="Sequences that must fit at once. Default: 1, for a server 4."),
+]
 ObjectiveOption = Annotated[
     Literal["latency", "throughput", "first-token"], typer.Option("--objective", help="What the plan makes small.")
 ]

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Planning:
-    """The planning options of a command, as given."""
+    """The planning options of a command, as given; None where they were not."""
 
     memory: list[str] | None
     context: int | None
-    sessions: int
+    sessions: int | None
     objective: Objective
     weights: str
     revision: str | None
     load: Literal["weights", "dummy"] = "weights"
 
 
-def plan_or_load(named: str, planning: Planning) -> tuple[Placement, bool]:
+def plan_or_load(named: str, planning: Planning, default_sessions: int = 1) -> tuple[Placement, bool]:
     """The placement that ``named`` leads to, and whether it was planned just now.
 
     A file is checked against this machine and the model; the planning options are for models only. Raises
@@ -46,7 +46,7 @@ def plan_or_load(named: str, planning: Planning) -> tuple[Placement, bool]:
             named,
             memory=parse_memory(planning.memory),
             context=planning.context,
-            sessions=planning.sessions,
+            sessions=planning.sessions or default_sessions,
             objective=planning.objective,
             weights=planning.weights,
             revision=planning.revision,
@@ -60,7 +60,7 @@ def _refuse_options(file: str, planning: Planning) -> None:
     given = {
         "--memory": planning.memory,
         "--context": planning.context,
-        "--sessions": planning.sessions != 1,
+        "--sessions": planning.sessions,
         "--objective": planning.objective != "latency",
         "--weights": planning.weights != "auto",
         "--revision": planning.revision,

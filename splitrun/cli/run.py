@@ -53,7 +53,7 @@ def run(
 
     sampling = splitrun.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    placement, _ = plan_or_load(model, Planning(memory, context, 1, objective, weights, revision, load))
+    placement, _ = plan_or_load(model, Planning(memory, context, None, objective, weights, revision, load))
     with splitrun.Engine(placement, load=load) as engine:
         chat = engine.tokenizer.has_chat_template and not raw
         ids = engine.tokenizer.encode_chat(_messages(text, system)) if chat else engine.tokenizer.encode(text)

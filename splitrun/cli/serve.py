@@ -19,6 +19,8 @@ from splitrun.cli.options import (
 )
 from splitrun.cli.placements import Planning, plan_or_load
 
+DEFAULT_SESSIONS = 4
+
 
 def serve(
     model: ModelOrPlacement,
@@ -35,7 +37,7 @@ def serve(
     ] = None,
     memory: MemoryOption = None,
     context: ContextOption = None,
-    sessions: SessionsOption = 1,
+    sessions: SessionsOption = None,
     objective: ObjectiveOption = "latency",
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
@@ -47,7 +49,7 @@ def serve(
     from splitrun.serve.launcher import ServeOptions, Server
 
     planning = Planning(memory, context, sessions, objective, weights, revision, load)
-    placement, planned = plan_or_load(model, planning)
+    placement, planned = plan_or_load(model, planning, default_sessions=DEFAULT_SESSIONS)
     if planned:
         typer.echo(f"{placement.explain()}\n")
     source = placement.model.source

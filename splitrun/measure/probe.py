@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from splitrun.measure import speed
 from splitrun.measure.accelerators import Accelerator, list_accelerators
 from splitrun.measure.budget import VIRTUAL_CPU, default_budget_bytes, named_budgets
-from splitrun.measure.cache import Cache, cache_folder
+from splitrun.measure.cache import Cache, Figures, cache_folder
 from splitrun.measure.context import DriverFree, card_memory, nvml_free
 from splitrun.measure.host import (
     HostMemory,
@@ -29,6 +30,9 @@ from splitrun.planner.facts import Cluster, Device, Link
 HOST_POOL = "host"
 UNIT_OVERHEAD_S: Mapping[str, float] = {"cpu": 0.5e-3, "cuda": 0.4e-3, "xpu": 0.8e-3, "mps": 0.8e-3}
 """Seconds per unit and token beside reading its weights: launching the small operations of one layer."""
+UNMEASURED_SPEED = speed.Speed(bandwidth_bytes_per_s=50e9, flops_per_s=1e12)
+UNMEASURED_LINK = Link(latency_s=20e-6, bandwidth_bytes_per_s=3e9)
+"""Of a card that has no memory left to measure in: the figures of a modest one."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,12 @@ class Survey:
     contexts: Mapping[str, int] = field(default_factory=dict)
 
 
+@cache
 def this_machine(refresh: bool = False) -> Machine:
-    """The machine at hand. ``refresh``: measure again what earlier runs measured."""
+    """The machine at hand. ``refresh``: measure again what earlier runs measured.
+
+    One per process: a card's context can be measured before it exists only, and is remembered from then on.
+    """
     import torch
 
     return Machine(torch=torch, cache=Cache(cache_folder(), refresh))
@@ -148,11 +156,7 @@ def _cpu_device(machine: Machine, found: Survey, name: str, budget: int) -> Devi
 
 
 def _accelerator_device(machine: Machine, found: Survey, item: Accelerator, budget: int) -> Device:
-    figures = machine.cache.get_or_measure(
-        f"device {_conditions(machine, item)}",
-        ("bandwidth_bytes_per_s", "flops_per_s"),
-        lambda: vars(machine.device_speed(machine.torch, item.kind, item.name, item.half_type, item.free_bytes)),
-    )
+    figures = _device_figures(machine, item)
     return Device(
         name=item.name,
         kind=item.kind,
@@ -170,6 +174,18 @@ def _accelerator_device(machine: Machine, found: Survey, item: Accelerator, budg
     )
 
 
+def _device_figures(machine: Machine, item: Accelerator) -> Figures:
+    arguments = (machine.torch, item.kind, item.name, item.half_type, item.free_bytes)
+    try:
+        return machine.cache.get_or_measure(
+            f"device {_conditions(machine, item)}",
+            ("bandwidth_bytes_per_s", "flops_per_s"),
+            lambda: vars(machine.device_speed(*arguments)),
+        )
+    except RuntimeError:  # no memory for it, because others hold the card: there is then no room for a stage either
+        return vars(UNMEASURED_SPEED)
+
+
 def _links(machine: Machine, item: Accelerator, hosts: list[str]) -> dict[tuple[str, str], Link]:
     """Links between a card and every CPU device: the same wires whichever worker uses them."""
     inward, outward = _link(machine, item, to_device=True), _link(machine, item, to_device=False)
@@ -177,9 +193,12 @@ def _links(machine: Machine, item: Accelerator, hosts: list[str]) -> dict[tuple[
 
 
 def _link(machine: Machine, item: Accelerator, to_device: bool) -> Link:
-    figures = machine.cache.get_or_measure(
-        f"link {'to' if to_device else 'from'} {_conditions(machine, item)}",
-        ("latency_s", "bandwidth_bytes_per_s"),
-        lambda: vars(machine.host_link(machine.torch, item.kind, item.name, to_device)),
-    )
+    try:
+        figures = machine.cache.get_or_measure(
+            f"link {'to' if to_device else 'from'} {_conditions(machine, item)}",
+            ("latency_s", "bandwidth_bytes_per_s"),
+            lambda: vars(machine.host_link(machine.torch, item.kind, item.name, to_device)),
+        )
+    except RuntimeError:
+        return UNMEASURED_LINK
     return Link(figures["latency_s"], figures["bandwidth_bytes_per_s"])

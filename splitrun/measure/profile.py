@@ -158,4 +158,5 @@ def _unit(
         state_bytes=cache.state_bytes if cache is not None else 0,
         activation_values_per_token=live * max(widths, default=0),
         largest_weight_values=max((prod(info.shape[-2:]) for info in matrices if info.covered), default=0),
+        quantized_values=sum(prod(info.shape) for info in infos if info.covered),
     )

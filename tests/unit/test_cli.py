@@ -270,3 +270,24 @@ def test_bench_refuses_what_the_plan_has_no_room_for(tmp_path: Path, capsys: pyt
     assert main(["bench", str(file), "--weights", "nf4"]) == 2
     assert "is planned already" in capsys.readouterr().err
     assert main(["bench", "other", "--quality"]) == 2
+
+
+def test_doctor_shows_devices_and_findings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from splitrun.measure import health
+    from splitrun.measure.health import Finding
+
+    monkeypatch.setenv("SPLITRUN_CACHE", str(tmp_path))
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["devices"][0]["name"] == "cpu"
+    assert report["packages"]["torch"]
+    monkeypatch.setattr(health, "findings", lambda *facts: [Finding("ray is not installed", needed=True)])
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "NEEDED: ray is not installed" in shown
+    assert "cpu" in shown
+    monkeypatch.setattr(health, "required_packages", lambda: [health.Package("torch", None)])
+    assert main(["doctor"]) == 1
+    assert "torch is not installed" in capsys.readouterr().err

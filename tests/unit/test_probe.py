@@ -1,6 +1,7 @@
 """Probing machines that the tests do not run on: a described /proc, a stand-in for torch, and canned stop-watches."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from splitrun.errors import InvalidPlacement
 from splitrun.measure.accelerators import build_fault, list_accelerators
 from splitrun.measure.cache import Cache, cache_folder
 from splitrun.measure.context import DEFAULT_CONTEXT_BYTES, card_memory
-from splitrun.measure.probe import Machine, probe, survey
+from splitrun.measure.probe import UNMEASURED_LINK, UNMEASURED_SPEED, Machine, probe, survey
 from splitrun.measure.speed import Speed, best_seconds, device_speed, host_link, host_speed
 from splitrun.planner.facts import Link
 
@@ -286,3 +287,15 @@ def test_speeds_of_a_card() -> None:
         pytest.skip("no CUDA device")
     found = device_speed(torch, "cuda", "cuda:0", "bf16", 2 * GIB)
     assert found.bandwidth_bytes_per_s > host_link(torch, "cuda", "cuda:0", True).bandwidth_bytes_per_s > 0
+
+
+def test_a_card_that_others_fill_gets_modest_figures(tmp_path: Path) -> None:
+    def no_memory(*arguments: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    full = replace(machine(fake_torch([card()]), tmp_path), device_speed=no_memory, host_link=no_memory)
+    cluster = probe(machine=full)
+    assert cluster.device("cuda:0").bandwidth_bytes_per_s == UNMEASURED_SPEED.bandwidth_bytes_per_s
+    assert cluster.link("cpu", "cuda:0") == UNMEASURED_LINK
+    again = probe(machine=machine(fake_torch([card()]), tmp_path))  # what was not measured was not kept
+    assert again.device("cuda:0").bandwidth_bytes_per_s == 300e9
