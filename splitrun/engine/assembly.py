@@ -6,7 +6,9 @@ the model and the model is known to be cut exactly.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -84,8 +86,7 @@ def assemble(
         _hold_budgets(placement, workers)
         loading = _Loading(placement, files, structure, blocks, load, one_by_one=traits.one_by_one)
         stages = [
-            workers[spec.device].call(lambda index=index: loading.stage(index))
-            for index, spec in enumerate(placement.stages)
+            workers[spec.device].call(partial(loading.stage, index)) for index, spec in enumerate(placement.stages)
         ]
     except BaseException:
         for worker in workers.values():
@@ -214,7 +215,7 @@ def _pool_sizes(placement: Placement, structure: ModelStructure) -> dict[str, in
 
 
 def _threads(placement: Placement, device: str) -> int | None:
-    """CPU threads of a worker: what its stages say, else the physical cores shared among the virtual CPUs."""
+    """CPU threads of a worker: what its stages say, else OMP_NUM_THREADS or the cores, shared by the virtual CPUs."""
     if torch_device(device) != "cpu":
         return None
     wanted = [stage.threads for stage in placement.stages if stage.device == device and stage.threads != "auto"]
@@ -222,7 +223,9 @@ def _threads(placement: Placement, device: str) -> int | None:
     if numbers:
         return max(numbers)
     hosts = sum(torch_device(name) == "cpu" for name in placement.device_names)
-    return max(1, read_processor().cores // hosts)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    cores = read_processor().cores
+    return max(1, (min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores) // hosts)
 
 
 def _hold_budgets(placement: Placement, workers: Mapping[str, Worker]) -> None:
@@ -230,7 +233,7 @@ def _hold_budgets(placement: Placement, workers: Mapping[str, Worker]) -> None:
     for name, worker in workers.items():
         budget = placement.devices.get(name)
         if budget is not None and name.startswith("cuda"):
-            worker.call(lambda name=name, budget=budget: _limit_allocator(name, budget))
+            worker.call(partial(_limit_allocator, name, budget))
 
 
 def _limit_allocator(name: str, budget: int) -> None:

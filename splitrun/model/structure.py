@@ -201,13 +201,14 @@ class _Trace:
 
 
 def _layer_cache(layer: Any) -> LayerCache:
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    keys: torch.Tensor | None = getattr(layer, "keys", None)
+    values: torch.Tensor | None = getattr(layer, "values", None)
     states = []
     for kind in ("conv_states", "recurrent_states"):
         for index, tensor in (getattr(layer, kind, None) or {}).items():
             if tensor is not None:
                 states.append((kind, index, tuple(tensor.shape[1:]), tensor.element_size()))
-    if keys is None or keys.numel() == 0:
+    if keys is None or values is None or keys.numel() == 0:
         return LayerCache(None, states=tuple(states))
     key, value = (keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])
     if getattr(layer, "is_sliding", False):

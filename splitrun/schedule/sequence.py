@@ -94,8 +94,9 @@ class Sequence:
     def next_slice(self, chunk_tokens: int) -> Slice:
         """What to compute next; the sequence must be ready.
 
-        Prompts are cut at multiples of ``chunk_tokens`` (or of SCORED_CHUNK_TOKENS when they are scored) from their start and replayed output at multiples of
-        REPLAY_TOKENS from the prompt's end, whatever else runs, so that a second computation repeats the first.
+        Prompts are cut at multiples of ``chunk_tokens`` from their start (of SCORED_CHUNK_TOKENS when they are
+        scored) and replayed output at multiples of REPLAY_TOKENS from the prompt's end, whatever else runs, so that a
+        second computation repeats the first.
         """
         start = self.scheduled
         if start < self.prompt_length:

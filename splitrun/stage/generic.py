@@ -58,8 +58,8 @@ class GenericStage:
     @property
     def kv_bytes(self) -> int:
         """Bytes of KV blocks and state slots that the stage holds."""
-        stores = [*self._stores.values(), *self._states.values()]
-        return sum(store.nbytes for store in stores)
+        blocks = sum(store.nbytes for store in self._stores.values())
+        return blocks + sum(store.nbytes for store in self._states.values())
 
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """Run the step's rows through the range.
