@@ -36,6 +36,9 @@ def bench(
     ] = None,
     load: LoadOption = "weights",
     memory: MemoryOption = None,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="Planned tokens per sequence. Default: prompt and answer.")
+    ] = None,
     objective: ObjectiveOption = "latency",
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
@@ -58,11 +61,11 @@ def bench(
     if is_placement(model):
         from splitrun import Placement
 
-        if memory or weights != "auto" or objective != "latency" or revision:
+        if memory or weights != "auto" or objective != "latency" or revision or context:
             raise InvalidPlacement(f"{model} is planned already; edit it, or name the model instead")
         placement = Placement.load(model)
     else:
-        options = {"memory": budgets, "context": prompt_tokens + new_tokens, "objective": objective}
+        options = {"memory": budgets, "context": context or prompt_tokens + new_tokens, "objective": objective}
         placement = contest.plan_apart(model, options | {"weights": weights, "revision": revision, "load": load})
     if prompt_tokens + new_tokens > placement.workload.context:
         raise InvalidRequest(

@@ -267,7 +267,7 @@ def test_bench_refuses_what_the_plan_has_no_room_for(tmp_path: Path, capsys: pyt
     placement(context=64).save(file)
     assert main(["bench", str(file), "--prompt-tokens", "60", "--new-tokens", "5"]) == 2
     assert "60 + 5 tokens exceed the planned context of 64" in capsys.readouterr().err
-    assert main(["bench", str(file), "--weights", "nf4"]) == 2
+    assert main(["bench", str(file), "--context", "128"]) == 2
     assert "is planned already" in capsys.readouterr().err
     assert main(["bench", "other", "--quality"]) == 2
 
