@@ -55,8 +55,9 @@ def _trusted(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if device.type == "cuda" and not native.lib.compiled_with_cuda:
         return False
-    packed = torch.arange(256, dtype=torch.int32, device=device).to(torch.uint8).view(4, 64)
-    maxima = torch.linspace(0.01, 3.0, 8, device=device).view(4, 2)
+    # every byte, under maxima of all sizes: some builds round half-precision values of small size wrongly
+    packed = torch.arange(256, dtype=torch.int32).repeat(64).to(torch.uint8).view(256, 64).to(device)
+    maxima = (2.0 ** torch.linspace(-30, 14, 512)).view(256, 2).to(device)
     expected = dequantize_reference(packed, maxima, torch.tensor(NF4_TABLE, device=device), dtype)
     try:
         return torch.equal(_dequantize(packed, maxima, dtype), expected)

@@ -14,7 +14,7 @@ from torch import Tensor
 from splitrun.kernels.weight import Weight
 
 INVERSE_127 = 1.0 / 127.0
-CHUNK_VALUES = 1 << 18
+CHUNK_VALUES = {"cpu": 1 << 18, "gpu": 1 << 21}
 """Values quantized at a time: temporaries stay small."""
 
 
@@ -27,7 +27,7 @@ def quantize_int8(values: Tensor) -> tuple[Tensor, Tensor]:
     rows = values.reshape(-1, width)
     codes = torch.empty(rows.shape, dtype=torch.int8, device=values.device)
     scales = torch.empty(rows.shape[0], dtype=torch.float32, device=values.device)
-    step = max(1, CHUNK_VALUES // max(1, width))
+    step = max(1, CHUNK_VALUES["cpu" if values.device.type == "cpu" else "gpu"] // max(1, width))
     for start in range(0, rows.shape[0], step):
         chunk = rows[start : start + step].float()
         scale = chunk.abs().amax(-1) * INVERSE_127

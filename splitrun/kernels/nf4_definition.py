@@ -22,6 +22,8 @@ NF4_TABLE = (
 )
 CHUNK_VALUES = 1 << 18
 """Values quantized or dequantized at a time by the reference on a CPU: temporaries stay small."""
+GPU_CHUNK_VALUES = 1 << 21
+"""The same on other devices, where a launch costs more than it computes."""
 BINS = 32
 """Bins of a unit of length in the look-up below; at most one border between two codes falls into a bin."""
 
@@ -34,7 +36,7 @@ def quantize_nf4(values: Tensor) -> tuple[Tensor, Tensor]:
     flat = values.reshape(-1)
     packed = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=values.device)
     maxima = torch.empty(flat.numel() // BLOCK, dtype=torch.float32, device=values.device)
-    step = CHUNK_VALUES if values.device.type == "cpu" else max(1, flat.numel())
+    step = CHUNK_VALUES if values.device.type == "cpu" else GPU_CHUNK_VALUES
     for start in range(0, flat.numel(), step):
         stop = min(start + step, flat.numel())
         codes, chunk_maxima = _codes(flat[start:stop].float().view(-1, BLOCK))
@@ -78,7 +80,7 @@ def dequantize_reference(packed: Tensor, maxima: Tensor, table: Tensor, dtype: t
     values = torch.empty(packed.numel() * 2, dtype=dtype, device=packed.device)
     block = values.numel() // max(1, maxima.numel())
     flat, scales = packed.reshape(-1), maxima.reshape(-1, 1)
-    step = CHUNK_VALUES // block * block if packed.device.type == "cpu" else max(1, values.numel())
+    step = (CHUNK_VALUES if packed.device.type == "cpu" else GPU_CHUNK_VALUES) // block * block
     for start in range(0, values.numel(), step):
         stop = min(start + step, values.numel())
         chunk = pairs.index_select(0, flat[start // 2 : stop // 2].int()).view(torch.float32).view(-1, block)

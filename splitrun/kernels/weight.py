@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-DEQUANTIZED_VALUES = {"cpu": 1 << 22, "gpu": 1 << 26}
+DEQUANTIZED_VALUES = {"cpu": 1 << 22, "gpu": 1 << 23}
 """Values that a product dequantizes at a time, so that no product needs more memory than this many values."""
 
 
