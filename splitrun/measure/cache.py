@@ -33,6 +33,11 @@ class Cache:
         self._refresh = refresh
         self._entries = _read(self._path)
 
+    @property
+    def refresh(self) -> bool:
+        """Whether what is kept is to be measured again."""
+        return self._refresh
+
     def get(self, key: str) -> Figures | None:
         """What is kept under ``key``, whatever ``refresh`` says; None when there is nothing."""
         return self._entries.get(key)

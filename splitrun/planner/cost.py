@@ -14,6 +14,7 @@ from splitrun.planner.estimate import Estimate, StageEstimate
 from splitrun.planner.facts import VALUE_BYTES, Cluster, Device, ModelProfile, Workload
 from splitrun.planner.memory import compute_dtype, placement_memory, unit_memory
 from splitrun.planner.placement import Placement, StageSpec
+from splitrun.planner.seconds import UnitSeconds
 
 PROMPT_TOKENS = 512
 """Length of the reference prompt (or the context, where that is shorter)."""
@@ -24,11 +25,15 @@ TOKEN_BYTES = 4
 
 def reference_prompt(workload: Workload) -> int:
     """Tokens of the prompt that first-token figures are for."""
+    if workload.prompt_tokens is not None:
+        return workload.prompt_tokens
     return min(PROMPT_TOKENS, workload.context)
 
 
 def reference_history(workload: Workload) -> int:
     """Tokens in the cache that decoding figures are for: a session half way through its context."""
+    if workload.history_tokens is not None:
+        return workload.history_tokens
     return workload.context // 2
 
 
@@ -36,6 +41,9 @@ def decode_s(
     profile: ModelProfile, unit: int, device: Device, weights: str, workload: Workload, kv_dtype: str, rows: int = 1
 ) -> float:
     """Seconds for one token of each of ``rows`` sequences, each with the reference history."""
+    measured = profile.seconds.get((device.name, weights))
+    if measured is not None:
+        return measured.units[unit].decode_s(rows, reference_history(workload))
     facts = profile.units[unit]
     weight_bytes = min(facts.weight_bytes[weights], facts.read_bytes[weights] * rows)
     history = kv.history_bytes(facts, profile.groups, reference_history(workload), kv_dtype)
@@ -47,6 +55,9 @@ def prefill_s(
     profile: ModelProfile, unit: int, device: Device, weights: str, workload: Workload, kv_dtype: str
 ) -> float:
     """Seconds for the reference prompt, chunk after chunk; the head computes its last row only."""
+    measured = profile.seconds.get((device.name, weights))
+    if measured is not None:
+        return _chunks_s(measured.units[unit], workload)
     facts = profile.units[unit]
     if unit == len(profile.units) - 1:
         return decode_s(profile, unit, device, weights, workload, kv_dtype)
@@ -57,6 +68,24 @@ def prefill_s(
     history = kv.history_bytes(facts, profile.groups, prompt // 2, kv_dtype)
     moving = (weight_bytes + history) / device.bandwidth_bytes_per_s
     return chunks * (max(moving, tokens * facts.flops_per_token / device.flops_per_s) + device.unit_overhead_s)
+
+
+def _chunks_s(unit: UnitSeconds, workload: Workload) -> float:
+    """Seconds for the reference prompt: whole chunks, each behind those before it, and what is left."""
+    prompt, size = reference_prompt(workload), workload.chunk_tokens
+    return sum(unit.prefill_s(min(size, prompt - start), start) for start in range(0, prompt, size))
+
+
+def stage_overhead_s(
+    profile: ModelProfile, device: Device, weights: str, workload: Workload, prefill: bool, rows: int = 1
+) -> float:
+    """Seconds that every stage takes beside its units, per step or for the reference prompt; 0 where not measured."""
+    measured = profile.seconds.get((device.name, weights))
+    if measured is None:
+        return 0.0
+    if prefill:
+        return _chunks_s(measured.stage, workload)
+    return measured.stage.decode_s(rows, reference_history(workload))
 
 
 def objective_rows(workload: Workload) -> int:
@@ -113,9 +142,10 @@ def stage_s(
     """Seconds of one stage for a step of ``rows`` rows, or for the reference prompt."""
     device, workload = cluster.device(stage.device), placement.workload
     dtype = stage_kv_dtype(stage, device)
+    own = stage_overhead_s(profile, device, stage.weights, workload, prefill, rows)
     if prefill:
-        return sum(prefill_s(profile, unit, device, stage.weights, workload, dtype) for unit in stage.units)
-    return sum(decode_s(profile, unit, device, stage.weights, workload, dtype, rows) for unit in stage.units)
+        return own + sum(prefill_s(profile, unit, device, stage.weights, workload, dtype) for unit in stage.units)
+    return own + sum(decode_s(profile, unit, device, stage.weights, workload, dtype, rows) for unit in stage.units)
 
 
 def busy_s(profile: ModelProfile, cluster: Cluster, placement: Placement, rows: int) -> dict[str, float]:
@@ -127,9 +157,10 @@ def busy_s(profile: ModelProfile, cluster: Cluster, placement: Placement, rows: 
 
 
 def pass_s(profile: ModelProfile, cluster: Cluster, placement: Placement, prefill: bool, rows: int = 1) -> float:
-    """Seconds from the engine through all stages and back."""
+    """Seconds from the engine through all stages and back, the engine's own included."""
+    steps = -(-reference_prompt(placement.workload) // placement.workload.chunk_tokens) if prefill else 1
     stages = (stage_s(profile, cluster, placement, stage, prefill, rows) for stage in placement.stages)
-    return sum(stages) + sum(path_s(profile, cluster, placement, prefill, rows))
+    return sum(stages) + sum(path_s(profile, cluster, placement, prefill, rows)) + steps * cluster.step_s
 
 
 def score(profile: ModelProfile, cluster: Cluster, placement: Placement) -> float:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from splitrun.planner.seconds import DeviceSeconds
+
 FORMATS = ("fp32", "bf16", "fp16", "int8", "nf4")
 """Weight formats, most precise first."""
 
@@ -26,7 +28,9 @@ class Device:
 
     ``memory_pool`` names the memory that the device draws on: the CPU and every integrated GPU are in "host" and share
     one budget; a discrete GPU is in a pool of its own name. ``budget_bytes`` is what the plan may use there, the
-    device's context (``context_bytes``, taken by the driver and runtime before the first tensor) included.
+    device's context (``context_bytes``, taken by the driver and runtime before the first tensor) included. ``spread``
+    is how far, as a share, predictions from these figures may be off; ``source`` says where the figures come from:
+    "bandwidth" (measured on the device, but not with the model's layers) or "datasheet".
     """
 
     name: str
@@ -43,6 +47,8 @@ class Device:
     compute_dtype: Literal["fp32", "bf16", "fp16"]
     formats: tuple[str, ...] = FORMATS
     compute_capability: tuple[int, int] | None = None
+    spread: float = 0.25
+    source: str = "bandwidth"
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,15 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The devices at hand and the links between them. Pairs that are not listed use ``default_link``."""
+    """The devices at hand and the links between them. Pairs that are not listed use ``default_link``.
+
+    ``step_s`` is what the engine itself takes per step: scheduling, hand-overs between threads, handing out tokens.
+    """
 
     devices: tuple[Device, ...]
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
     default_link: Link = Link(latency_s=20e-6, bandwidth_bytes_per_s=5e9)
+    step_s: float = 0.0
 
     def device(self, name: str) -> Device:
         """The device of that name; KeyError when there is none."""
@@ -104,6 +114,7 @@ class UnitProfile:
     state_bytes                  bytes of state per sequence (group "state")
     activation_values_per_token  largest intermediate inside the unit, in values per token (workspace)
     largest_weight_values        largest matrix of the unit (a quantized product may dequantize one at a time)
+    quantized_values             weights that int8 and nf4 apply to; the others stay in the compute type
     """
 
     name: str
@@ -114,6 +125,7 @@ class UnitProfile:
     state_bytes: int = 0
     activation_values_per_token: int = 0
     largest_weight_values: int = 0
+    quantized_values: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,7 @@ class ModelProfile:
     ``tied_bytes``: format -> bytes of the tensors that embed and head share; a device that holds both in one format
     pays them once. ``fingerprint`` identifies config and tensor headers. ``stored_format`` is the format of the
     checkpoint: "nf4" and "int8" for checkpoints already quantized, which load as they are and as nothing else.
+    ``seconds``: (device, format) -> what was measured there; where there is nothing, bandwidths decide.
     """
 
     source: str
@@ -136,6 +149,7 @@ class ModelProfile:
     max_context: int
     stored_format: str
     tied_bytes: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[tuple[str, str], DeviceSeconds] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -145,10 +159,16 @@ class ModelProfile:
 
 @dataclass(frozen=True)
 class Workload:
-    """What the plan must hold: ``sessions`` sequences of up to ``context`` tokens at once, prompts in chunks."""
+    """What the plan must hold: ``sessions`` sequences of up to ``context`` tokens at once, prompts in chunks.
+
+    ``history_tokens`` and ``prompt_tokens`` are what predicted figures are for; None: half the context, and a prompt
+    of 512 tokens or the context where that is shorter.
+    """
 
     context: int = 4096
     sessions: int = 1
     objective: Objective = "latency"
     chunk_tokens: int = 512
     block_tokens: int = 64
+    history_tokens: int | None = None
+    prompt_tokens: int | None = None

@@ -1,0 +1,278 @@
+"""Measured seconds for every unit of a model on the devices of a cluster: distinct shapes once, kept between runs.
+
+Joins the stop-watch (``timing.py``), the cache and the planner's facts. What could not be measured (a format that a
+device does not compute, a unit that does not fit) is left out, and the planner falls back to bandwidths there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+import transformers
+
+import splitrun
+from splitrun.errors import SplitrunError
+from splitrun.measure import speed
+from splitrun.measure.cache import Cache
+from splitrun.measure.host import read_processor
+from splitrun.measure.timing import Sample, Setting, figures, samples_of, time_units
+from splitrun.measure.unit_steps import Point
+from splitrun.model.cut import CutRange
+from splitrun.model.files import ModelFiles
+from splitrun.model.structure import ModelStructure
+from splitrun.planner.facts import VALUE_BYTES, Cluster, Device, ModelProfile
+from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds
+from splitrun.transport.local import Worker, torch_device
+
+ROWS = (1, 4, 16)
+NEAR, FAR = 128, 4096
+CHUNKS = (32, 512)
+CHUNK_HISTORY = 1024
+SHARE_OF_MEMORY = 4
+"""A unit is timed only where all its copies and its largest step take less than one part in so many of the device."""
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure: weight formats per device, and how many rows decode together."""
+
+    formats: tuple[str, ...]
+    rows: tuple[int, ...] = ROWS
+    block_tokens: int = 64
+
+
+def measure(
+    files: ModelFiles,
+    structure: ModelStructure,
+    profile: ModelProfile,
+    cluster: Cluster,
+    wanted: Wanted,
+    kept: Cache,
+    report: Report = lambda text: None,
+) -> ModelProfile:
+    """``profile`` with the seconds of its units on every device of the cluster in the formats that it computes.
+
+    ``report`` is told what is being measured, which takes seconds the first time and nothing from the cache.
+    """
+    seconds = dict(profile.seconds)
+    hosts = sum(device.kind == "cpu" for device in cluster.devices)
+    for device in cluster.devices:
+        threads = max(1, read_processor().cores // hosts) if device.kind == "cpu" else None
+        for weights in (name for name in wanted.formats if name in device.formats):
+            task = _Task(files, structure, profile, device, weights, threads, wanted, kept, report)
+            found = task.seconds()
+            if found is not None:
+                seconds[device.name, weights] = found
+    return replace(profile, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One device and one format."""
+
+    files: ModelFiles
+    structure: ModelStructure
+    profile: ModelProfile
+    device: Device
+    weights: str
+    threads: int | None
+    wanted: Wanted
+    kept: Cache
+    report: Report
+
+    def seconds(self) -> DeviceSeconds | None:
+        """The units' seconds, None when any shape cannot be measured here."""
+        layers = self.structure.layers
+        points = self.points()
+        stage = self._samples(CutRange(True, 0, 0, False), [0], points)
+        if stage is None:
+            return None
+        shapes: dict[str, UnitSeconds] = {}
+        units = [replace(zero_like(unit_seconds(stage, points)), spread=0.0)]
+        for index in range(layers):
+            shape = layer_shape(self.structure, index)
+            if shape not in shapes:
+                stop = self._run_end(index, shape)
+                found = self._samples(CutRange(False, index, stop, False), list(range(index + 1, stop + 1)), points)
+                if found is None:
+                    return None
+                shapes[shape] = unit_seconds(share(found, stage, stop - index), points)
+            units.append(shapes[shape])
+        head = self._samples(CutRange(False, layers, layers, True), [layers + 1], points)
+        if head is None:
+            return None
+        return DeviceSeconds(unit_seconds(stage, points), (*units, unit_seconds(share(head, stage, 1), points)))
+
+    def points(self) -> list[Point]:
+        """The steps to time: decoding near and far, prompt chunks with and without history."""
+        longest = self.profile.max_context - 1
+        near, far = min(NEAR, max(1, longest // 4)), min(FAR, longest)
+        decode = [Point(rows, 1, context) for rows in self.wanted.rows for context in (near, self._far(rows, far))]
+        chunks = sorted({min(tokens, longest) for tokens in CHUNKS})
+        prefill = [Point(1, tokens, 0) for tokens in chunks]
+        behind = min(CHUNK_HISTORY, longest - chunks[-1])
+        return [*decode, *prefill, *([Point(1, chunks[-1], behind)] if behind > 0 else [])]
+
+    def _far(self, rows: int, far: int) -> int:
+        """The far context, shortened until the gathered history of all rows takes a small part of the device."""
+        values = max((sum(unit.kv_values_per_token.values()) for unit in self.profile.units), default=0)
+        room = self.device.budget_bytes // (4 * SHARE_OF_MEMORY)
+        while rows * far * values * 4 > room and far > 2 * NEAR:
+            far //= 2
+        return far
+
+    def _run_end(self, index: int, shape: str) -> int:
+        """Small layers of one shape are timed several at once, so that the stage's own share weighs less."""
+        small = self.profile.units[index + 1].weight_bytes[self.weights] < (8 << 20)
+        most = 2 if small else 1
+        stop = index + 1
+        while stop - index < most and stop < self.structure.layers and layer_shape(self.structure, stop) == shape:
+            stop += 1
+        return stop
+
+    def _samples(self, cut: CutRange, units: Sequence[int], points: Sequence[Point]) -> dict[Point, Sample] | None:
+        key = self._key(cut, units)
+        kept = {} if self.kept.refresh else self.kept.get(key) or {}
+        known = samples_of(kept, points)
+        missing = [point for point in points if point not in known]
+        if missing:
+            self.report(f"measuring {_range_text(cut)} in {self.weights} on {self.device.name}")
+            measured = self._measured(cut, units, missing)
+            if measured is None:
+                return None
+            known |= measured
+            self.kept.put(key, {**kept, **figures(known)})
+        return known
+
+    def _measured(self, cut: CutRange, units: Sequence[int], points: Sequence[Point]) -> dict[Point, Sample] | None:
+        size = sum(self.profile.units[unit].weight_bytes[self.weights] for unit in units)
+        if size * 2 > self.device.budget_bytes:
+            return None
+        dtype = self._dense_format()
+        # What a stage takes beside its units does not depend on the format, and dense tables are made at once.
+        weights = dtype if cut.embed and dtype in self.profile.units[0].weight_bytes else self.weights
+        kind, name = self.device.kind, torch_device(self.device.name)
+        setting = Setting(kind, name, dtype, weights, self.wanted.block_tokens)
+        worker = Worker(self.device.name, self.threads)
+        try:
+            return worker.call(lambda: time_units(self.files.config, self.structure, cut, setting, points, size))
+        except (SplitrunError, RuntimeError, MemoryError, ValueError):
+            return None  # a card without this format, or without room: bandwidths decide
+        finally:
+            worker.close()
+            if self.device.kind != "cpu":
+                speed.release(torch, self.device.kind)
+
+    def _dense_format(self) -> str:
+        return self.weights if self.weights in VALUE_BYTES else self.device.compute_dtype
+
+    def _key(self, cut: CutRange, units: Sequence[int]) -> str:
+        """Everything that the seconds depend on."""
+        shapes = [unit_shape(self.structure, unit) for unit in units]
+        conditions = {
+            "device": [self.device.kind, self.device.description, self.threads, self.device.compute_dtype],
+            "runtime": [torch.__version__, torch.version.cuda, transformers.__version__, splitrun.__version__],
+            "code": code_digest(),
+            "config": _config_text(self.files.config),
+            "units": shapes,
+            "ends": [cut.embed, cut.head],
+            "weights": self._dense_format() if cut.embed else self.weights,
+            "blocks": self.wanted.block_tokens,
+        }
+        text = json.dumps(conditions, sort_keys=True, default=str)
+        return f"unit {_range_text(cut)} {conditions['weights']} {hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+def unit_shape(structure: ModelStructure, unit: int) -> str:
+    """Parameters of a unit by name within it, and what it keeps: equal for units that take equal time."""
+    if 0 < unit <= structure.layers:
+        return layer_shape(structure, unit - 1)
+    own = [(info.name, info.shape, info.covered) for info in structure.parameters if info.unit == unit]
+    return repr(sorted(own))
+
+
+def layer_shape(structure: ModelStructure, index: int) -> str:
+    """As ``unit_shape`` for a layer, whatever its number."""
+    own = [info for info in structure.parameters if info.unit == index + 1]
+    names = [(info.name.replace(f".{index}.", ".", 1), info.shape, info.covered) for info in own]
+    return repr((sorted(names), structure.caches[index], structure.returns[index]))
+
+
+def share(found: dict[Point, Sample], stage: dict[Point, Sample], units: int) -> dict[Point, Sample]:
+    """One of ``units`` equal units' seconds, the stage's own share taken off."""
+    return {
+        point: replace(sample, seconds=max(0.0, sample.seconds - stage[point].seconds) / units)
+        for point, sample in found.items()
+    }
+
+
+def unit_seconds(samples: dict[Point, Sample], points: Iterable[Point]) -> UnitSeconds:
+    """Lines through what was measured: a + b * context per number of rows, and chunks without and with history."""
+    near_and_far: dict[int, list[Point]] = {}
+    chunks: list[tuple[int, float]] = []
+    behind: list[Point] = []
+    for point in points:
+        if point.tokens == 1:
+            near_and_far.setdefault(point.rows, []).append(point)
+        elif point.context == 0:
+            chunks.append((point.tokens, samples[point].seconds))
+        else:
+            behind.append(point)
+    lines = []
+    for rows, ends in sorted(near_and_far.items()):
+        near, far = (samples[point].seconds for point in (ends[0], ends[-1]))
+        distance = ends[-1].context - ends[0].context
+        slope = max(0.0, (far - near) / distance) if distance else 0.0
+        lines.append(DecodeLine(rows, max(0.0, near - slope * ends[0].context), slope))
+    history = 0.0
+    for point in behind:
+        without = dict(chunks).get(point.tokens, samples[point].seconds)
+        history = max(0.0, samples[point].seconds - without) / (point.tokens * point.context)
+    spreads = sorted(samples[point].spread for point in points if point.tokens == 1)
+    return UnitSeconds(tuple(lines), tuple(sorted(chunks)), history, spreads[len(spreads) // 2])
+
+
+def zero_like(unit: UnitSeconds) -> UnitSeconds:
+    """The same points at no time: the embedding's own look-up is in its stage's share."""
+    lines = tuple(DecodeLine(line.rows, 0.0, 0.0) for line in unit.decode)
+    return UnitSeconds(lines, tuple((tokens, 0.0) for tokens, _ in unit.prefill))
+
+
+@cache
+def code_digest() -> str:
+    """A digest of the code that computes: measurements of other code are not this code's."""
+    total = hashlib.sha256()
+    for package in ("splitrun.kernels", "splitrun.stage", "splitrun.model"):
+        files = [item for item in _files(resources.files(package)) if item.name.endswith((".py", ".c", ".cpp", ".h"))]
+        for item in sorted(files, key=lambda found: found.name):
+            total.update(item.name.encode() + item.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _files(folder: Any) -> list[Any]:
+    found = []
+    for item in folder.iterdir():
+        found += _files(item) if item.is_dir() else [item]
+    return found
+
+
+def _config_text(config: Any) -> str:
+    """The config without what does not change a unit's time."""
+    fields = config.to_dict()
+    for name in ("num_hidden_layers", "_name_or_path", "name_or_path", "transformers_version", "layer_types"):
+        fields.pop(name, None)
+    return json.dumps(fields, sort_keys=True, default=str)
+
+
+def _range_text(cut: CutRange) -> str:
+    layers = f"layer {cut.start}" if cut.stop - cut.start == 1 else f"layers {cut.start}–{cut.stop - 1}"
+    return "embed" if cut.embed else "head" if cut.head else layers
