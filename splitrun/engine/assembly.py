@@ -67,6 +67,8 @@ def assemble(
             f"{placement.model.source} changed since it was planned: plan again with "
             f"splitrun plan {placement.model.source} --context {placement.workload.context} -o FILE"
         )
+    for spec in placement.stages:
+        _require_possible(spec)
     traits = prove(files.config)
     structure = inspect(files.config)
     if placement.layers != structure.layers:
@@ -203,6 +205,31 @@ def stage_name(spec: StageSpec) -> str:
 
 def _unit_text(unit: int, layers: int) -> str:
     return "embedding" if unit == 0 else "head" if unit > layers else f"layer {unit - 1}"
+
+
+def _require_possible(spec: StageSpec) -> None:
+    """Refuse what this machine or this version cannot do. Raises InvalidPlacement."""
+    kind, _, number = spec.device.partition(":")
+    counts = {
+        "cpu": 1 << 16,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if "/" in kind:
+        raise InvalidPlacement(f"{stage_name(spec)}: this version runs on one machine; plan again without --nodes")
+    if int(number or 0) >= counts[kind]:
+        raise InvalidPlacement(
+            f"{stage_name(spec)}: there is no such device here; `splitrun doctor` lists those there are"
+        )
+    unused = {
+        "kv.host_blocks": spec.kv.host_blocks,
+        "kv.disk_blocks": spec.kv.disk_blocks,
+        "stream_buffer": spec.stream_buffer_bytes,
+    }
+    for key, value in unused.items():
+        if value:
+            raise InvalidPlacement(f"{stage_name(spec)}: {key} {value} is not supported by this version: set it to 0")
 
 
 def _pool_sizes(placement: Placement, structure: ModelStructure) -> dict[str, int]:

@@ -142,13 +142,25 @@ class EngineCore:
         self._pipeline.close()
 
     def _loop(self) -> None:
-        while not self._closed:
-            self._handle(self._inbox.get())
-            while not self._inbox.empty():
+        try:
+            while not self._closed:
                 self._handle(self._inbox.get())
-            with self._lock:
-                while not self._closed and (step := self._scheduler.schedule()) is not None:
-                    self._pipeline.submit(step)
+                while not self._inbox.empty():
+                    self._handle(self._inbox.get())
+                with self._lock:
+                    while not self._closed and (step := self._scheduler.schedule()) is not None:
+                        self._pipeline.submit(step)
+        finally:
+            self._stop("the engine's loop ended on an internal error: start the server again")
+
+    def _stop(self, reason: str) -> None:
+        """End every request, so that nobody waits for an engine that has stopped."""
+        with self._lock:
+            self._reason = self._reason if self._closed else reason
+            self._draining = True
+            deliveries = self._take_deliveries(self._scheduler.fail_all(reason))
+            self._idle.notify_all()
+        self._hand_out(deliveries)
 
     def _handle(self, message: Tokens | Failure | None) -> None:
         """Commit what came back from the stages; None only wakes the loop."""

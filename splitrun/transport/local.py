@@ -175,6 +175,8 @@ class DeviceToDevice:
         """Copy behind the source's work, without blocking this thread."""
         if parcel.ready is not None:
             torch.cuda.current_stream(self._target).wait_event(parcel.ready)
+        # torch copies on this thread's stream of the source's device; until then its memory must not be used again
+        parcel.tensor.record_stream(torch.cuda.current_stream(parcel.tensor.device))
         return parcel.tensor.to(self._target, non_blocking=True)
 
 

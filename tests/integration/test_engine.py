@@ -255,6 +255,33 @@ def test_a_placement_of_other_layers_is_refused() -> None:
         splitrun.Engine(plan)
 
 
+@pytest.mark.parametrize(
+    ("device", "fields", "words"),
+    [
+        ("cuda:97", {}, "no such device here; `splitrun doctor` lists"),
+        ("attic/cpu", {}, "runs on one machine"),
+        ("cpu", {"stream_buffer_bytes": 4096}, "stream_buffer 4096 is not supported"),
+        ("cpu", {"kv": KVSpec(host_blocks=3)}, "host_blocks 3 is not supported"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_loading(device: str, fields: dict[str, object], words: str) -> None:
+    stage = StageSpec(device, True, (0, LAYERS), True, **fields)
+    with pytest.raises(InvalidPlacement, match=words):
+        splitrun.Engine(Placement(1, ModelRef("demo", layers=LAYERS), Workload(256), (stage,)))
+
+
+def test_an_internal_error_ends_requests_instead_of_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop dies on our own bug: whoever waits is told, and new requests are refused."""
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    with splitrun.Engine(demo_placement()) as engine:
+        monkeypatch.setattr(engine.core._scheduler, "commit", lambda tokens: 1 / 0)
+        prompt = chat(engine, QUESTIONS[0])
+        for _ in range(2):
+            with pytest.raises(StageError, match=r"internal error|shutting down"):
+                engine.generate([prompt], greedy())
+        assert not engine.core.status().healthy
+
+
 def test_a_sliding_window_pays_for_its_window_only(tmp_path: Path) -> None:
     """Window 8, context 1024: the sliding pool holds a few blocks, not 256, and long sequences still run."""
     write_checkpoint("gemma3_text", tmp_path)
