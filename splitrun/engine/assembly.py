@@ -26,7 +26,7 @@ from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.dummy import DummySource
 from splitrun.model.files import ModelFiles
 from splitrun.model.skeleton import DTYPES, exact_context
-from splitrun.model.source import SafetensorsSource, WeightSource
+from splitrun.model.source import WeightSource
 from splitrun.model.structure import ModelStructure, inspect
 from splitrun.model.weights import Loader
 from splitrun.planner.facts import VALUE_BYTES
@@ -141,7 +141,7 @@ class _Loading:
         self._structure = structure
         self._blocks = blocks
         self._one_by_one = one_by_one
-        self._source: WeightSource | None = SafetensorsSource(files.path) if load == "weights" else None
+        self._source: WeightSource | None = files.source if load == "weights" else None
         self._tied: dict[tuple[str, str, str], Weight | Tensor] = {}
 
     def stage(self, index: int) -> GenericStage:

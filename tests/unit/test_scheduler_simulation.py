@@ -17,6 +17,7 @@ import pytest
 from splitrun.schedule.blocks import blocks_per_session
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent, TokenLogprob
 from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
+from splitrun.schedule.sequence import SCORED_CHUNK_TOKENS
 from splitrun.schedule.step import RowTokens, Step, Tokens
 
 VOCABULARY = 97
@@ -139,7 +140,9 @@ class Simulation:
                 assert 2 <= count <= 16
                 self.replays += 1
             elif count > 1:
-                assert context % limits.chunk_tokens == 0, "a prompt was cut elsewhere"
+                scored = bool(step.prompt_logprobs) and step.prompt_logprobs[row] is not None
+                chunk = min(limits.chunk_tokens, SCORED_CHUNK_TOKENS) if scored else limits.chunk_tokens
+                assert context % chunk == 0, "a prompt was cut elsewhere"
             filling += count if count > 1 else 0
         assert filling <= limits.chunk_tokens
         assert len(set(step.slots.tolist())) == step.rows
