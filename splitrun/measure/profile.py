@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from splitrun.kernels.weight import DEQUANTIZED_VALUES
 from splitrun.model.files import ModelFiles
 from splitrun.model.rules import expert_counts
 from splitrun.model.skeleton import build_skeleton, exact_context
@@ -36,10 +37,14 @@ LIVE_RECURRENT_INTERMEDIATES = 12
 
 @dataclass(frozen=True)
 class _Use:
-    """How one decoded token uses a parameter: the share of its bytes that are read, the values multiplied."""
+    """How one decoded token uses a parameter: the share of its bytes read, the values multiplied.
+
+    ``unpacked`` are the values that a quantized product turns back at a time: a linear layer goes by groups of rows.
+    """
 
     share: float
     multiplied: float
+    unpacked: int = 0
 
 
 def profile(files: ModelFiles, structure: ModelStructure | None = None) -> ModelProfile:
@@ -129,7 +134,9 @@ def _uses(config: Any, structure: ModelStructure, model: nn.Module) -> dict[str,
             share = min(1.0, active / rows)
         elif active is not None and ".experts." in info.name and counts:
             share = min(1.0, active / max(counts))
-        uses[info.name] = _Use(share, values * share if len(info.shape) >= 2 else 0)
+        matrix = prod(info.shape[-2:])
+        unpacked = min(matrix, max(DEQUANTIZED_VALUES.values())) if isinstance(module, nn.Linear) else matrix
+        uses[info.name] = _Use(share, values * share if len(info.shape) >= 2 else 0, unpacked)
     return uses
 
 
@@ -157,6 +164,6 @@ def _unit(
         kv_values_per_token={cache.group.name: cache.values_per_token} if keeps and cache and cache.group else {},
         state_bytes=cache.state_bytes if cache is not None else 0,
         activation_values_per_token=live * max(widths, default=0),
-        largest_weight_values=max((prod(info.shape[-2:]) for info in matrices if info.covered), default=0),
+        largest_weight_values=max((uses[info.name].unpacked for info in matrices if info.covered), default=0),
         quantized_values=sum(prod(info.shape) for info in infos if info.covered),
     )
