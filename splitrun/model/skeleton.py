@@ -61,8 +61,7 @@ def build_skeleton(config: Any, dtype: str) -> Skeleton:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{config.model_type} has an encoder: splitrun runs decoder-only language models")
+    require_decoder(config)
     config._experts_implementation = "eager"
     try:
         with quiet_transformers(), init_empty_weights(include_buffers=False), no_init_weights():
@@ -84,6 +83,12 @@ def build_skeleton(config: Any, dtype: str) -> Skeleton:
         )
     head_arguments = frozenset(python_inspect.signature(model.forward).parameters)
     return Skeleton(model, base, layers, path, caches[0], arguments, head_arguments)
+
+
+def require_decoder(config: Any) -> None:
+    """Raise UnsupportedModel for a model with an encoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{config.model_type} has an encoder: splitrun runs decoder-only language models")
 
 
 def _layer_list(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:

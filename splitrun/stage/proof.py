@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from splitrun.errors import SplitrunError, UnsupportedModel
 from splitrun.kernels.weight import install
 from splitrun.model.cut import CutModel, CutRange
-from splitrun.model.skeleton import quiet_transformers
+from splitrun.model.skeleton import quiet_transformers, require_decoder
 from splitrun.model.structure import ModelStructure, inspect
 from splitrun.model.twin import twin_config
 from splitrun.schedule.request import SamplingParams
@@ -51,6 +51,7 @@ def prove(config: Any, cache_folder: Path | None = None) -> Traits:
 
     ``cache_folder`` keeps outcomes; None is the user's cache.
     """
+    require_decoder(config)
     try:
         twin = twin_config(config)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
