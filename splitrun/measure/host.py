@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -165,3 +165,11 @@ def _psutil_cores() -> int:
     import psutil
 
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+
+
+def worker_threads(workers: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Threads of each of so many workers on this processor: OMP_NUM_THREADS or the cores, shared among them."""
+    cores, asked = read_processor().cores, environment.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked):
+        cores = min(cores, int(asked))
+    return max(1, cores // workers)

@@ -21,7 +21,7 @@ import splitrun
 from splitrun.errors import SplitrunError
 from splitrun.measure import speed
 from splitrun.measure.cache import Cache
-from splitrun.measure.host import read_processor
+from splitrun.measure.host import worker_threads
 from splitrun.measure.timing import Sample, Setting, figures, samples_of, time_units
 from splitrun.measure.unit_steps import Point
 from splitrun.model.cut import CutRange
@@ -66,7 +66,7 @@ def measure(
     seconds = dict(profile.seconds)
     hosts = sum(device.kind == "cpu" for device in cluster.devices)
     for device in cluster.devices:
-        threads = max(1, read_processor().cores // hosts) if device.kind == "cpu" else None
+        threads = worker_threads(hosts) if device.kind == "cpu" else None
         for weights in (name for name in wanted.formats if name in device.formats):
             task = _Task(files, structure, profile, device, weights, threads, wanted, kept, report)
             found = task.seconds()
