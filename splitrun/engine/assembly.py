@@ -7,7 +7,8 @@ the model and the model is known to be cut exactly.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from splitrun.engine.core import EngineCore
 from splitrun.engine.interface import StageStatus
-from splitrun.engine.pipeline import Failure, Link, Pipeline, translated
+from splitrun.engine.pipeline import Link, Pipeline, translated
 from splitrun.errors import InvalidPlacement, SplitrunError
 from splitrun.kernels.weight import Weight, install
 from splitrun.measure.host import read_processor
@@ -34,7 +35,6 @@ from splitrun.planner.kv import pool_blocks
 from splitrun.planner.placement import Placement, StageSpec
 from splitrun.planner.placement_file import dump
 from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
-from splitrun.schedule.step import Tokens
 from splitrun.stage.generic import GenericStage
 from splitrun.stage.load import StageSize, load_stage
 from splitrun.stage.proof import prove
@@ -62,38 +62,63 @@ def assemble(
     default one per worker. Raises InvalidPlacement when the plan is stale, ModelError when the model cannot be cut or
     loaded, DeviceOutOfMemory when a device is too small after all.
     """
-    if load == "weights" and placement.model.fingerprint not in (None, files.fingerprint):
-        raise InvalidPlacement(
-            f"{placement.model.source} changed since it was planned: plan again with "
-            f"splitrun plan {placement.model.source} --context {placement.workload.context} -o FILE"
-        )
     for spec in placement.stages:
         _require_possible(spec)
+    if load == "weights":
+        _require_same_model(placement, files)
     traits = prove(files.config)
     structure = inspect(files.config)
-    if placement.layers != structure.layers:
-        raise InvalidPlacement(
-            f"the placement splits {placement.layers} layers, but {placement.model.source} has {structure.layers}"
-        )
-    longest = exact_context(files.config)
-    if longest is not None and placement.workload.context > longest:
-        raise InvalidPlacement(
-            f"{placement.model.source} changes its rotary table beyond {longest} tokens, which splitrun cannot do "
-            f"without losing exactness: plan again with --context {longest}"
-        )
+    _require_suitable(placement, files, structure)
     blocks = _pool_sizes(placement, structure)
-    workers = {name: Worker(name, _threads(placement, name)) for name in placement.device_names}
-    depth = depth or len(workers)
-    try:
+    depth = depth or len(placement.device_names)
+    scheduler = _scheduler(placement, structure, blocks, depth, chunk_tokens)
+    with ExitStack() as undo:
+        workers = {name: Worker(name, _threads(placement, name)) for name in placement.device_names}
+        for worker in workers.values():
+            undo.callback(worker.close)
         _hold_budgets(placement, workers)
         loading = _Loading(placement, files, structure, blocks, load, one_by_one=traits.one_by_one)
         stages = [
             workers[spec.device].call(partial(loading.stage, index)) for index, spec in enumerate(placement.stages)
         ]
-    except BaseException:
-        for worker in workers.values():
-            worker.close()
-        raise
+        links = _links(placement, stages, workers, structure.hidden, depth, chunk_tokens)
+        statuses = tuple(
+            StageStatus(spec.device, spec.units_text, stage.weight_bytes + stage.kv_bytes)
+            for spec, stage in zip(placement.stages, stages, strict=True)
+        )
+        core = EngineCore(scheduler, partial(Pipeline, links), statuses, yaml.safe_load(dump(placement)))
+        undo.pop_all()
+        undo.callback(core.close)
+        core.warm_up()
+        undo.pop_all()
+    return core
+
+
+def _require_same_model(placement: Placement, files: ModelFiles) -> None:
+    """Raise InvalidPlacement when the files are not those that were planned."""
+    if placement.model.fingerprint not in (None, files.fingerprint):
+        raise InvalidPlacement(
+            f"{placement.model.source} changed since it was planned: plan again with "
+            f"splitrun plan {placement.model.source} --context {placement.workload.context} -o FILE"
+        )
+
+
+def _require_suitable(placement: Placement, files: ModelFiles, structure: ModelStructure) -> None:
+    """Raise InvalidPlacement when layers or context do not suit the model."""
+    source = placement.model.source
+    if placement.layers != structure.layers:
+        raise InvalidPlacement(f"the placement splits {placement.layers} layers, but {source} has {structure.layers}")
+    longest = exact_context(files.config)
+    if longest is not None and placement.workload.context > longest:
+        raise InvalidPlacement(
+            f"{source} changes its rotary table beyond {longest} tokens, which splitrun cannot do "
+            f"without losing exactness: plan again with --context {longest}"
+        )
+
+
+def _scheduler(
+    placement: Placement, structure: ModelStructure, blocks: Mapping[str, int], depth: int, chunk_tokens: int
+) -> Scheduler:
     limits = Limits(
         context=placement.workload.context,
         sessions=placement.workload.sessions,
@@ -102,25 +127,8 @@ def assemble(
         block_tokens=placement.workload.block_tokens,
         depth=depth,
     )
-    groups = tuple(
-        GroupSpec(group.name, group.window, blocks[group.name]) for group in structure.groups if group.kind != "state"
-    )
-    links = _links(placement, stages, workers, structure.hidden, depth, chunk_tokens)
-
-    def make_pipeline(deliver: Callable[[Tokens | Failure], None]) -> Pipeline:
-        return Pipeline(links, deliver)
-
-    statuses = tuple(
-        StageStatus(spec.device, spec.units_text, stage.weight_bytes + stage.kv_bytes)
-        for spec, stage in zip(placement.stages, stages, strict=True)
-    )
-    core = EngineCore(Scheduler(groups, limits), make_pipeline, statuses, yaml.safe_load(dump(placement)))
-    try:
-        core.warm_up()
-    except BaseException:
-        core.close()
-        raise
-    return core
+    paged = [group for group in structure.groups if group.kind != "state"]
+    return Scheduler(tuple(GroupSpec(group.name, group.window, blocks[group.name]) for group in paged), limits)
 
 
 class _Loading:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import count
 from types import TracebackType
@@ -90,16 +91,11 @@ class Engine:
             for prompt in prompts
             for index in range(sampling.n)
         ]
-        started: list[_Job] = []
-        try:
+        with ExitStack() as cancelling:
             for job in jobs:
                 self.core.submit(job.request, job.events.put)
-                started.append(job)
+                cancelling.callback(self.core.cancel, job.request.request_id)
             return [job.finish(self.core) for job in jobs]
-        except BaseException:
-            for job in started:
-                self.core.cancel(job.request.request_id)
-            raise
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[StreamEvent]:
         """The completion of one prompt, token by token. Leaving the loop early cancels the request."""
