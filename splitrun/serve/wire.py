@@ -12,17 +12,17 @@ sockets.
 from __future__ import annotations
 
 import json
-import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
 import numpy
 
-from splitrun.errors import SplitrunError
-from splitrun.schedule.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprob
+from splitrun.schedule.flat import MalformedMessage as MalformedMessage
+from splitrun.schedule.flat import append_logprobs, read_logprobs, sampling_fields, sampling_of, size
+from splitrun.schedule.request import FinishReason, Request, TokenEvent
 
 VERSION = 1
 MAX_MESSAGE_BYTES = 64 << 20
@@ -30,10 +30,6 @@ MAX_CONTROL_BYTES = 4 << 20
 _HEADER = struct.Struct("<4sBBxxQIII")
 _MAGIC = b"SPLR"
 _FINISH: tuple[FinishReason | None, ...] = (None, "stop", "length", "cancelled", "error")
-
-
-class MalformedMessage(SplitrunError):
-    """Bytes that are no message of this version. Never reaches a user: the receiver drops them."""
 
 
 class Kind(IntEnum):
@@ -105,56 +101,29 @@ def decode(data: bytes) -> Message:
 
 def submit_message(request: Request) -> Message:
     """A request: its sampling parameters as JSON, end ids and prompt as integers."""
-    sampling = asdict(request.sampling)
-    sampling["logit_bias"] = list(request.sampling.logit_bias.items())
     integers = (len(request.eos_token_ids), *request.eos_token_ids, *request.prompt)
-    return Message(Kind.SUBMIT, request.request_id, sampling, integers)
-
-
-_REALS = {
-    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-}  # fmt: skip
-_SAMPLING_FIELDS = {entry.name for entry in fields(SamplingParams)}
+    return Message(Kind.SUBMIT, request.request_id, sampling_fields(request.sampling), integers)
 
 
 def request_of(message: Message) -> Request:
     """The inverse of ``submit_message``; raises MalformedMessage, or InvalidRequest for values out of range."""
-    values = dict(message.control)
-    if not set(values) <= _SAMPLING_FIELDS:
-        raise MalformedMessage("unknown sampling parameters")
-    try:
-        values["logit_bias"] = {_whole(token): float(bias) for token, bias in values.pop("logit_bias", ())}
-        values["stop"] = tuple(str(stop) for stop in values.pop("stop", ()))
-        values["stop_token_ids"] = tuple(_whole(token) for token in values.pop("stop_token_ids", ()))
-        values["ignore_eos"] = bool(values.pop("ignore_eos", False))
-        for name in values.keys() & _REALS:
-            values[name] = float(values[name])
-        for name in ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n"):
-            if values.get(name) is not None:
-                values[name] = _whole(values[name])
-        sampling = SamplingParams(**values)
-        ends = message.integers[0]
-    except (TypeError, ValueError, IndexError, OverflowError) as error:
-        raise MalformedMessage(f"a sampling parameter is of the wrong type: {error}") from error
+    sampling = sampling_of(message.control)
+    if not message.integers:
+        raise MalformedMessage("the end ids are missing")
+    ends = message.integers[0]
     if not 0 <= ends < len(message.integers):
         raise MalformedMessage("the end ids do not fit the message")
     prompt = tuple(message.integers[1 + ends :])
     return Request(message.request_id, prompt, sampling, tuple(message.integers[1 : 1 + ends]))
 
 
-def _whole(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is not a whole number")
-    return value
-
-
 def event_message(event: TokenEvent) -> Message:
     """A token event. Integers: finish code, count of ids, the ids, then both lists of log-probabilities."""
     integers = [_FINISH.index(event.finish_reason), len(event.token_ids), *event.token_ids]
     reals: list[float] = []
-    _append(event.logprobs, integers, reals)
+    append_logprobs(event.logprobs, integers, reals)
     integers.append(event.prompt_logprobs is not None)
-    _append(event.prompt_logprobs or (), integers, reals)
+    append_logprobs(event.prompt_logprobs or (), integers, reals)
     control = {} if event.error is None else {"error": event.error}
     return Message(Kind.EVENT, event.request_id, control, integers, reals)
 
@@ -163,11 +132,11 @@ def event_of(message: Message) -> TokenEvent:
     """The inverse of ``event_message``; raises MalformedMessage."""
     integers, reals = iter(message.integers), iter(message.reals)
     try:
-        finish = _FINISH[_size(next(integers))]
-        token_ids = tuple([next(integers) for _ in range(_size(next(integers)))])
-        logprobs = tuple(_entries(integers, reals))
+        finish = _FINISH[size(next(integers))]
+        token_ids = tuple([next(integers) for _ in range(size(next(integers)))])
+        logprobs = tuple(read_logprobs(integers, reals))
         has_prompt = bool(next(integers))
-        prompt = tuple(_entries(integers, reals))
+        prompt = tuple(read_logprobs(integers, reals))
         if None in logprobs or next(integers, None) is not None or next(reals, None) is not None:
             raise MalformedMessage("the event does not fill its message")
     except (StopIteration, RuntimeError, IndexError) as error:
@@ -177,36 +146,3 @@ def event_of(message: Message) -> TokenEvent:
         message.request_id, token_ids, tuple(entry for entry in logprobs if entry is not None),
         prompt if has_prompt else None, finish, None if error_text is None else str(error_text),
     )  # fmt: skip
-
-
-def _append(entries: Sequence[TokenLogprob | None], integers: list[int], reals: list[float]) -> None:
-    """Write a list of log-probabilities: count, then per entry the number of alternatives (-1: no entry), ids."""
-    integers.append(len(entries))
-    for entry in entries:
-        if entry is None:
-            integers.append(-1)
-            continue
-        integers += [len(entry.top), entry.token_id, *[token for token, _ in entry.top]]
-        reals += [entry.logprob, *[logprob for _, logprob in entry.top]]
-
-
-def _entries(integers: Iterator[int], reals: Iterator[float]) -> Iterator[TokenLogprob | None]:
-    """The inverse of ``_append``. A generator that runs dry ends in RuntimeError (PEP 479)."""
-    for _ in range(_size(next(integers))):
-        alternatives = next(integers)
-        if alternatives == -1:
-            yield None
-            continue
-        token_id = next(integers)
-        tokens = [next(integers) for _ in range(_size(alternatives))]
-        logprob = next(reals)
-        if math.isnan(logprob):
-            raise MalformedMessage("a log-probability is not a number")
-        yield TokenLogprob(token_id, logprob, tuple([(token, next(reals)) for token in tokens]))
-
-
-def _size(value: int) -> int:
-    """A count, which cannot be negative."""
-    if value < 0:
-        raise MalformedMessage("a count is negative")
-    return value
