@@ -9,10 +9,13 @@ their type only; which embedding holds positions and how many experts there are,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from splitrun.kernels.cpu.library import kernel
+from splitrun.kernels.cpu.tiled import TiledWeight
 from splitrun.kernels.int8 import Int8Weight
 from splitrun.kernels.nf4 import Nf4Weight
 from splitrun.kernels.nf4_definition import BLOCK
@@ -21,8 +24,28 @@ from splitrun.kernels.weight import Weight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dense formats: a plain tensor of that type."""
 
-QUANTIZED: dict[str, type[Nf4Weight] | type[Int8Weight]] = {"int8": Int8Weight, "nf4": Nf4Weight}
-"""Quantized formats: a `Weight`."""
+
+@dataclass(frozen=True)
+class QuantizedFormat:
+    """A format whose tensors are a `Weight`: in the compiled kernels' layout where they multiply, else plain."""
+
+    name: str
+    plain: type[Nf4Weight] | type[Int8Weight]
+
+    def empty(self, shape: Iterable[int], dtype: torch.dtype, device: torch.device | str) -> Weight:
+        """Storage without values, to be filled by `Weight.store`."""
+        size = torch.Size(shape)
+        if TiledWeight.takes(self.name, size, dtype, device) and (fast := kernel()) is not None:
+            return TiledWeight.empty(self.name, size, dtype, fast)
+        return self.plain.empty(size, dtype, device)
+
+    def stored_bytes(self, shape: Iterable[int]) -> int:
+        """Bytes of a weight of this shape, in either layout."""
+        return self.plain.stored_bytes(shape)
+
+
+QUANTIZED = {"int8": QuantizedFormat("int8", Int8Weight), "nf4": QuantizedFormat("nf4", Nf4Weight)}
+"""Quantized formats."""
 
 
 def applied_format(shape: Iterable[int], format: str, covered: bool = True) -> str | None:
@@ -56,6 +79,16 @@ def quantize(tensor: Tensor, format: str, compute_dtype: torch.dtype) -> Weight 
     weight = QUANTIZED[quantized].empty(tensor.shape, compute_dtype, tensor.device)
     weight.store(0, tensor)
     return weight
+
+
+def placed(weight: Weight, device: torch.device | str) -> Weight:
+    """The weight on a device, in the layout that multiplies fastest there."""
+    moved = weight.moved(device)
+    if not isinstance(moved, Nf4Weight | Int8Weight) or (isinstance(moved, Nf4Weight) and not moved.standard):
+        return moved
+    if not TiledWeight.takes(moved.format, moved.shape, moved.dtype, device) or (fast := kernel()) is None:
+        return moved
+    return TiledWeight.of(moved, fast)
 
 
 def covered(

@@ -64,7 +64,7 @@ class Nf4Weight(Weight):
 
     def dequantize(self) -> Tensor:
         """All values in the compute dtype. Shape: ``shape``."""
-        if self._standard:
+        if self.standard:
             values = compiled_dequantize(self.packed, self.maxima, self.dtype)
             if values is not None:
                 return values
@@ -85,7 +85,7 @@ class Nf4Weight(Weight):
 
     def apply(self, x: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """The product ``x @ W.T + bias``; on a GPU one row is multiplied without dequantizing to memory."""
-        if self.device.type == "cuda" and x.numel() == x.shape[-1] and self._standard and x.dtype == self.dtype:
+        if self.device.type == "cuda" and x.numel() == x.shape[-1] and self.standard and x.dtype == self.dtype:
             product = compiled_product(x, self.packed, self.maxima)
             if product is not None:
                 product = product if bias is None else product + bias
@@ -93,7 +93,8 @@ class Nf4Weight(Weight):
         return super().apply(x, out, bias)
 
     @property
-    def _standard(self) -> bool:
+    def standard(self) -> bool:
+        """Whether table and block are NF4's own."""
         return self.table is None and self.block == BLOCK
 
     def _table(self) -> Tensor:

@@ -78,7 +78,7 @@ def dequantize_reference(packed: Tensor, maxima: Tensor, table: Tensor, dtype: t
     # both values of a byte lie in one 8-byte entry: a single look-up in a table of 256
     pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1).view(torch.int64).view(-1)
     values = torch.empty(packed.numel() * 2, dtype=dtype, device=packed.device)
-    block = values.numel() // max(1, maxima.numel())
+    block = max(1, values.numel() // max(1, maxima.numel()))
     flat, scales = packed.reshape(-1), maxima.reshape(-1, 1)
     step = (CHUNK_VALUES if packed.device.type == "cpu" else GPU_CHUNK_VALUES) // block * block
     for start in range(0, values.numel(), step):

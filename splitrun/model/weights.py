@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from splitrun.errors import CorruptWeights
-from splitrun.kernels.formats import DTYPES, QUANTIZED
+from splitrun.kernels.formats import DTYPES, QUANTIZED, placed
 from splitrun.kernels.weight import Weight, install
 from splitrun.model.names import NameMap
 from splitrun.model.recipe import Recipe
 from splitrun.model.rules import TensorRules
 from splitrun.model.source import WeightSource
 
-TRIM_BYTES = 64 << 20
+TRIM_BYTES = 8 << 20
 """Loaded bytes after which the holes that freed pieces left are given back to the system."""
 
 
@@ -108,7 +108,7 @@ class Loader:
         if recipe.converter is None and stored[0] is not None:
             weight = self.source.stored(recipe.names[0], self.rules.compute_dtype)
             if weight is not None:
-                return self._install(targets, weight.moved(device))
+                return self._install(targets, placed(weight, device))
         made: dict[str, Weight | Tensor] = {}
         aliases: dict[str, list[str]] = {}
         for name in targets:

@@ -1,0 +1,219 @@
+"""The compiled kernels: found, joined to torch's threads, tested on this machine, or absent.
+
+The library has no threads of its own: it runs on the OpenMP runtime that torch has loaded, with as many threads as
+torch would use in the calling thread. Environment: ``SPLITRUN_CPU_KERNELS`` names a level (``avx2``) or ``none``.
+Knows pointers and sizes, neither formats' definitions nor models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import os
+import threading
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = "_native"
+VARIABLE = "SPLITRUN_CPU_KERNELS"
+FORMATS = {"nf4": 0, "int8": 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MOST_ROWS = 16
+"""Rows of activations that a product takes."""
+
+
+class Matrix(ctypes.Structure):
+    """A weight as the library sees it: addresses of codes and scales in its layout, rows, columns, format."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+    )
+
+
+class _Scratch(threading.local):
+    """Memory that a thread's calls use again and again; it only grows."""
+
+    memory: Tensor | None = None
+
+    def address(self, nbytes: int) -> int:
+        if self.memory is None or self.memory.nbytes < nbytes:
+            self.memory = torch.empty(nbytes, dtype=torch.uint8)
+        return self.memory.data_ptr()
+
+
+_scratch = _Scratch()
+
+
+class Kernel:
+    """The library at one instruction set level. Tensors are on the CPU and contiguous; nothing is checked in C."""
+
+    def __init__(self, library: ctypes.CDLL, level: int, name: str) -> None:
+        self.name = name
+        self._library = library
+        self._level = level
+        self._product = library.splitrun_product
+        self._scratch_bytes = cache(library.splitrun_scratch_bytes)
+
+    def product(self, weight: Matrix, x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+        """Write ``x @ weight.T + bias`` to out. Shape: (1 to 16, columns) -> (same, weight rows), one dtype."""
+        rows = x.shape[0]
+        self._product(
+            self._level,
+            ctypes.addressof(weight),
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            rows,
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            _scratch.address(self._scratch_bytes(rows, weight.columns)),
+            torch.get_num_threads(),
+        )
+
+    def values(self, weight: Matrix, first: int, out: Tensor) -> None:
+        """Write the values of rows from first on, as many as out has. Shape: (count, columns)."""
+        self._values(weight, None, first, out)
+
+    def gather(self, weight: Matrix, ids: Tensor, out: Tensor) -> None:
+        """Write the values of some rows. Shape: int64 (count,) -> (count, columns). Raises IndexError."""
+        self._values(weight, ids.data_ptr(), 0, out)
+
+    def _values(self, weight: Matrix, ids: int | None, first: int, out: Tensor) -> None:
+        status = self._library.splitrun_values(
+            self._level,
+            ctypes.addressof(weight),
+            ids,
+            first,
+            out.shape[0],
+            DTYPES[out.dtype],
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if status:
+            raise IndexError(f"a row is out of range for a weight of {weight.rows} rows")
+
+    def pack(self, weight: Matrix, first: int, codes: Tensor, scales: Tensor) -> None:
+        """Set rows from first on from plain storage. Shape: (count, bytes of a row), fp32 (count, scales of a row)."""
+        self._check_range(weight, first, codes)
+        self._library.splitrun_pack(
+            ctypes.addressof(weight), first, codes.shape[0], codes.data_ptr(), scales.data_ptr()
+        )
+
+    def unpack(self, weight: Matrix, first: int, codes: Tensor, scales: Tensor) -> None:
+        """Get rows from first on into plain storage, as `pack` takes it. Modifies codes and scales."""
+        self._check_range(weight, first, codes)
+        self._library.splitrun_unpack(
+            ctypes.addressof(weight), first, codes.shape[0], codes.data_ptr(), scales.data_ptr()
+        )
+
+    def quantize(self, weight: Matrix, first: int, values: Tensor) -> None:
+        """Set rows from first on to the nearest values of the format. Shape: (count, columns), of a type in DTYPES."""
+        self._check_range(weight, first, values)
+        self._library.splitrun_quantize(
+            ctypes.addressof(weight),
+            first,
+            values.shape[0],
+            values.data_ptr(),
+            DTYPES[values.dtype],
+            torch.get_num_threads(),
+        )
+
+    @staticmethod
+    def _check_range(weight: Matrix, first: int, rows: Tensor) -> None:
+        if first < 0 or first + rows.shape[0] > weight.rows:
+            raise IndexError(f"rows {first} to {first + rows.shape[0]} are out of range for {weight.rows} rows")
+
+    def read(self, memory: Tensor) -> None:
+        """Read memory with all threads and do nothing with it: the speed that the others are held against."""
+        self._library.splitrun_read(memory.data_ptr(), memory.nbytes, torch.get_num_threads())
+
+
+def library_path() -> Path | None:
+    """Where the compiled library lies, None when it was not built."""
+    candidates = (Path(__file__).with_name(LIBRARY + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in candidates if path.exists()), None)
+
+
+def levels() -> dict[str, Kernel]:
+    """Every level that this build has and this processor runs, untested, best first; empty without a library."""
+    library = _load()
+    found: dict[str, Kernel] = {}
+    while library is not None and (level := library.splitrun_level(len(found))):
+        name = library.splitrun_level_name(level).decode()
+        found[name] = Kernel(library, level, name)
+    return found
+
+
+@cache
+def kernel() -> Kernel | None:
+    """The best level that gives exactly the reference's results on this machine; None: use torch.
+
+    A level that fails is left out with one warning.
+    """
+    from splitrun.kernels.cpu.selftest import first_fault
+
+    wanted = os.environ.get(VARIABLE)
+    for name, candidate in levels().items():
+        if wanted not in (None, "", name):
+            continue
+        fault = first_fault(candidate)
+        if fault is None:
+            return candidate
+        warnings.warn(
+            f"the {name} kernels are switched off: {fault}. splitrun goes on without them; please report this "
+            "processor's name",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return None
+
+
+@cache
+def _load() -> ctypes.CDLL | None:
+    path = library_path()
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    pointer, wide, narrow = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    signatures: dict[str, tuple[object, tuple[object, ...]]] = {
+        "splitrun_level": (pointer, (narrow,)),
+        "splitrun_level_name": (ctypes.c_char_p, (pointer,)),
+        "splitrun_scratch_bytes": (wide, (wide, wide)),
+        "splitrun_use_openmp": (None, (pointer,)),
+        "splitrun_pack": (None, (pointer, wide, wide, pointer, pointer)),
+        "splitrun_unpack": (None, (pointer, wide, wide, pointer, pointer)),
+        "splitrun_quantize": (None, (pointer, wide, wide, pointer, narrow, narrow)),
+        "splitrun_product": (None, (pointer, pointer, pointer, narrow, narrow, pointer, pointer, pointer, narrow)),
+        "splitrun_values": (narrow, (pointer, pointer, pointer, wide, wide, narrow, pointer, narrow)),
+        "splitrun_read": (ctypes.c_uint64, (pointer, wide, narrow)),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    library.splitrun_use_openmp(_parallel_region())
+    return library
+
+
+def _parallel_region() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch itself uses; None: the kernels run on one thread.
+
+    Asked of torch's own library, whose dependencies the search follows, so it is never a second runtime.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            function = ctypes.CDLL(str(folder / name)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None

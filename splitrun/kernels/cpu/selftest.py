@@ -1,0 +1,57 @@
+"""Whether a level gives the reference's bits on this machine. A few milliseconds; run before a level is first used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from splitrun.kernels.cpu.library import Kernel
+from splitrun.kernels.cpu.reference import nf4_codes, product_reference
+from splitrun.kernels.int8 import Int8Weight, quantize_int8
+from splitrun.kernels.nf4 import Nf4Weight
+from splitrun.kernels.nf4_definition import NF4_TABLE, dequantize_reference, quantize_nf4
+
+ROWS = (1, 2, 3, 4, 5, 8, 16)
+OUTPUTS = 37
+"""Two whole tiles and a short one."""
+
+
+def first_fault(kernel: Kernel) -> str | None:
+    """What differs from the reference first, None when nothing does."""
+    generator = torch.Generator().manual_seed(7)
+    for format, columns in (("nf4", 192), ("int8", 148)):
+        values = torch.randn(OUTPUTS, columns, generator=generator)
+        x = torch.randn(max(ROWS), columns, generator=generator).bfloat16()
+        for what, found, expected in _results(kernel, format, values, x):
+            if not torch.equal(found, expected):
+                return f"{what} of {format} weights differs from the reference"
+    return None
+
+
+def _results(
+    kernel: Kernel, format: str, values: torch.Tensor, x: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    from splitrun.kernels.cpu.tiled import TiledWeight
+
+    if format == "nf4":
+        codes, scales = quantize_nf4(values)
+        integers = nf4_codes(codes)
+        plain: Nf4Weight | Int8Weight = Nf4Weight(codes, scales, torch.bfloat16)
+        expected = dequantize_reference(codes, scales, torch.tensor(NF4_TABLE), torch.bfloat16)
+    else:
+        codes, scales = quantize_int8(values)
+        integers = codes.long()
+        plain = Int8Weight(codes, scales, torch.bfloat16)
+        expected = plain.dequantize()
+    weight = TiledWeight.empty(format, values.shape, torch.bfloat16, kernel)
+    weight.store(0, values)
+    yield "quantization", weight.plain().dequantize(), expected
+    weight = TiledWeight.of(plain, kernel)
+    yield "the value", weight.dequantize(), expected
+    for rows in ROWS:
+        yield (
+            f"the product of {rows} rows",
+            weight.apply(x[:rows]),
+            product_reference(x[:rows], integers, scales, format),
+        )

@@ -1,0 +1,10 @@
+/* x86 with AVX2 and AVX-VNNI: unsigned with signed bytes in one instruction. */
+#include <immintrin.h>
+
+#define BIAS 1
+static inline __attribute__((always_inline)) __m256i add_dots(__m256i sums, __m256i weights, __m256i activations) {
+    return _mm256_dpbusd_avx_epi32(sums, weights, activations);
+}
+#include "avx2_body.h"
+
+const struct level level_avx2vnni = {"avx2vnni", nf4_tile, int8_tile, nf4_row, int8_row};

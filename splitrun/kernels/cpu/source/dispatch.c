@@ -1,0 +1,48 @@
+/* Which levels this build has and this processor runs, best first. The build defines HAVE_... for each file that its
+ * compiler could compile. */
+#include "kernels.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#ifndef HWCAP_ASIMDDP
+#define HWCAP_ASIMDDP (1 << 20)
+#endif
+#endif
+
+const float nf4_table[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+const int8_t nf4_codes[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
+
+/* The index-th level that runs here, or null after the last; portable is always the last. */
+EXPORT const struct level *splitrun_level(int32_t index) {
+    const struct level *found[8];
+    int count = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#ifdef HAVE_AVX512VNNI
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
+        found[count++] = &level_avx512vnni;
+#endif
+#ifdef HAVE_AVX2VNNI
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni")) found[count++] = &level_avx2vnni;
+#endif
+#ifdef HAVE_AVX2
+    if (__builtin_cpu_supports("avx2")) found[count++] = &level_avx2;
+#endif
+#endif
+#if defined(__aarch64__) && defined(HAVE_NEON)
+#if defined(__linux__)
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found[count++] = &level_neon;
+#elif defined(__APPLE__)
+    found[count++] = &level_neon; /* every Mac with an Arm processor has the dot product */
+#endif
+#endif
+    found[count++] = &level_portable;
+    return index >= 0 && index < count ? found[index] : 0;
+}
+
+EXPORT const char *splitrun_level_name(const struct level *level) { return level->name; }

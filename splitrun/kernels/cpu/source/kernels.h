@@ -1,0 +1,76 @@
+/* The contract between the files of this library: storage layout, quantized activations, and what a level provides.
+ *
+ * Layout of a matrix (rows, columns): tiles of 16 rows; in a tile, "lines" of 64 bytes, four bytes for each of its rows.
+ *   nf4   a line holds 8 columns: byte i of a row has column i in its low half, column 4 + i in its high half.
+ *         Scales: fp32, per tile and group of 64 columns one for each row.
+ *   int8  a line holds 4 columns. Scales: fp32, one for each row.
+ * A last tile of fewer rows has shorter lines (4 bytes for each row that exists): no byte is padding.
+ *
+ * Arithmetic is the same at every level, to the bit: integer sums over 64 columns, then fp32 products and sums in the
+ * order of the groups, without fused multiply-add (the build says -ffp-contract=off). A row's result therefore depends
+ * neither on the level, nor on the threads, nor on the other rows. Nothing here knows models or Python.
+ */
+#ifndef SPLITRUN_KERNELS_H
+#define SPLITRUN_KERNELS_H
+
+#include <stdint.h>
+
+#define TILE 16          /* rows of a tile */
+#define GROUP 64         /* columns that share an activation scale, and an nf4 scale */
+#define LINE 64          /* bytes of a line of a full tile */
+#define MOST_ROWS 16     /* activation rows of one product */
+#define LOOK_AHEAD 2048  /* bytes between what is read and what is prefetched */
+#define ROUNDING 12582912.0f /* 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even */
+
+#if defined(__GNUC__)
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default")))
+#else
+#define ALWAYS_INLINE static inline
+#define EXPORT
+#endif
+
+enum format { NF4 = 0, INT8 = 1 };
+enum dtype { FP32 = 0, BF16 = 1, FP16 = 2 };
+
+struct weight {
+    uint8_t *codes;
+    float *scales;
+    int64_t rows, columns;
+    int32_t format;
+};
+
+/* Activations in int8: per row and group of 64 columns codes, one scale, and -128 times the sum of the codes. */
+struct activations {
+    const int8_t *codes;
+    const float *scales;
+    const int32_t *offsets;
+    int64_t code_stride, group_stride; /* between rows */
+};
+
+/* Add to sums[row * TILE + lane] the product of a full tile's columns with each activation row. */
+typedef void tile_product(const uint8_t *lines, const float *scales, int64_t columns, const struct activations *x,
+                          int rows, float *sums);
+/* Values of one matrix row: codes and scales of its first column, and the strides to the next. */
+typedef void row_values(const uint8_t *codes, int64_t code_stride, const float *scales, int64_t scale_stride,
+                        int64_t columns, int dtype, void *out);
+
+struct level {
+    const char *name;
+    tile_product *nf4_tile, *int8_tile;
+    row_values *nf4_row, *int8_row;
+};
+
+extern const struct level level_avx512vnni, level_avx2vnni, level_avx2, level_neon, level_portable;
+
+extern const float nf4_table[16]; /* the format's values */
+extern const int8_t nf4_codes[16]; /* the same times 127, rounded: what products use */
+
+/* team.c */
+void run_team(int threads, void (*work)(void *), void *argument);
+
+/* activations.c */
+void quantize_row(const void *x, int dtype, int64_t columns, float unit, int8_t *codes, float *scales,
+                  int32_t *offsets);
+
+#endif

@@ -1,0 +1,33 @@
+/* Where a matrix row lies in the layout that kernels.h describes. */
+#ifndef SPLITRUN_LAYOUT_H
+#define SPLITRUN_LAYOUT_H
+
+#include "kernels.h"
+
+struct place {
+    uint8_t *codes; /* of the row's first line */
+    float *scales;
+    int64_t code_stride, scale_stride; /* to the row's next line, and to its next scale */
+};
+
+ALWAYS_INLINE int64_t lanes_of(const struct weight *weight, int64_t tile) {
+    int64_t left = weight->rows - tile * TILE;
+    return left < TILE ? left : TILE;
+}
+
+ALWAYS_INLINE int64_t row_bytes(const struct weight *weight) {
+    return weight->format == NF4 ? weight->columns / 2 : weight->columns;
+}
+
+ALWAYS_INLINE int64_t row_scales(const struct weight *weight) {
+    return weight->format == NF4 ? weight->columns / GROUP : 1;
+}
+
+ALWAYS_INLINE struct place place_of(const struct weight *weight, int64_t row) {
+    int64_t tile = row / TILE, lane = row % TILE, lanes = lanes_of(weight, tile);
+    struct place place = {weight->codes + tile * TILE * row_bytes(weight) + lane * 4,
+                          weight->scales + tile * TILE * row_scales(weight) + lane, lanes * 4, lanes};
+    return place;
+}
+
+#endif
