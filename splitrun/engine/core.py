@@ -13,11 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from splitrun.engine.interface import BlockUse, EngineStatus, StageStatus
-from splitrun.engine.pipeline import Failure, Pipeline
+from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Resumed
 from splitrun.errors import StageError, StageLost
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import Scheduler
-from splitrun.schedule.step import Tokens
 
 Deliver = Callable[[TokenEvent], None]
 _WARM_UP_ID = -1
@@ -33,19 +32,21 @@ class EngineCore:
     def __init__(
         self,
         scheduler: Scheduler,
-        make_pipeline: Callable[[Callable[[Tokens | Failure], None]], Pipeline],
+        make_pipeline: Callable[[Callable[[Outcome], None]], Pipeline],
         stages: tuple[StageStatus, ...],
         placement: Mapping[str, Any],
     ) -> None:
         self._scheduler = scheduler
         self._stages = stages
         self._placement = dict(placement)
-        self._inbox: queue.SimpleQueue[Tokens | Failure | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._deliveries: dict[int, Deliver] = {}
         self._reason = "no token has gone through the stages yet"
         self._draining = False
+        self._paused = False
+        self._lost = ""
         self._closed = False
         self._prompt_tokens = 0
         self._completion_tokens = 0
@@ -66,6 +67,8 @@ class EngineCore:
     def submit(self, request: Request, deliver: Deliver) -> None:
         """Queue a request; see TokenEngine."""
         with self._lock:
+            if self._lost:
+                raise StageLost(self._lost)
             if self._closed or self._draining:
                 raise StageLost("the engine is shutting down: send the request to another server, or again later")
             self._scheduler.submit(request)
@@ -148,7 +151,7 @@ class EngineCore:
                 while not self._inbox.empty():
                     self._handle(self._inbox.get())
                 with self._lock:
-                    while not self._closed and (step := self._scheduler.schedule()) is not None:
+                    while not self._closed and not self._paused and (step := self._scheduler.schedule()) is not None:
                         self._pipeline.submit(step)
         finally:
             self._stop("the engine's loop ended on an internal error: start the server again")
@@ -162,23 +165,40 @@ class EngineCore:
             self._idle.notify_all()
         self._hand_out(deliveries)
 
-    def _handle(self, message: Tokens | Failure | None) -> None:
+    def _handle(self, message: Outcome | None) -> None:
         """Commit what came back from the stages; None only wakes the loop."""
         if message is None:
             return
         with self._lock:
-            if self._closed or message.epoch != self._scheduler.epoch:
+            if self._closed:
                 return
-            if isinstance(message, Failure):
-                self._reason = str(message.error)
-                events = self._scheduler.fail_step(message.step, str(message.error))
-            else:
-                self._reason = ""
-                events = self._scheduler.commit(message)
+            events = self._events_of(message)
             deliveries = self._take_deliveries(events)
             if not self._scheduler.has_work:
                 self._idle.notify_all()
         self._hand_out(deliveries)
+
+    def _events_of(self, message: Outcome) -> list[TokenEvent]:
+        """What the message means for the requests. Called under the lock."""
+        if isinstance(message, Resumed):
+            self._paused = False
+            self._reason = ""
+            return []
+        if isinstance(message, Interruption):
+            self._paused = True
+            self._reason = str(message.error)
+            if message.final:
+                self._lost = self._reason
+                return self._scheduler.fail_all(self._reason)
+            self._scheduler.recompute_all()
+            return []
+        if message.epoch != self._scheduler.epoch:
+            return []
+        if isinstance(message, Failure):
+            self._reason = str(message.error)
+            return self._scheduler.fail_step(message.step, self._reason)
+        self._reason = ""
+        return self._scheduler.commit(message)
 
     def _take_deliveries(self, events: list[TokenEvent]) -> list[tuple[Deliver, TokenEvent]]:
         """Pair events with their receivers and forget those of ended requests. Called under the lock."""

@@ -11,9 +11,10 @@ from itertools import count
 from types import TracebackType
 from typing import Self
 
-from splitrun.engine.assembly import Load, assemble
+from splitrun.engine.assembly import assemble
 from splitrun.engine.core import EngineCore, raise_for
 from splitrun.engine.detokenizer import TextStream
+from splitrun.engine.loading import Load
 from splitrun.engine.tokenizer import Tokenizer
 from splitrun.errors import InvalidRequest
 from splitrun.model.files import resolve

@@ -1,6 +1,7 @@
 """Steps through the stages: each device's worker runs its stages' share of a step and hands the activation on.
 
-Knows the order of stages and nothing of requests. Results arrive in the order in which steps were submitted.
+A stage may be in another process: then its link sends the step there, and ``arrived`` takes up what comes back. Knows
+the order of stages and nothing of requests or sockets. Results arrive in the order in which steps were submitted.
 """
 
 from __future__ import annotations
@@ -38,6 +39,22 @@ class Failure:
     error: SplitrunError
 
 
+@dataclass(frozen=True)
+class Interruption:
+    """Stages were lost with their KV. Nothing can run until ``Resumed``, which a ``final`` interruption never gets."""
+
+    error: SplitrunError
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """All stages are there again, with empty KV."""
+
+
+Outcome = Tokens | Failure | Interruption | Resumed
+
+
 @dataclass
 class StageClock:
     """Seconds that a stage spent on steps; written by its worker, read by anyone."""
@@ -63,12 +80,43 @@ class Link:
     onward: Hop | None
 
 
-class Pipeline:
-    """Stages in a row. ``deliver`` is called from a worker's thread with each step's Tokens or Failure."""
+@dataclass(frozen=True)
+class RemoteLink:
+    """One stage in another process: how to send it a step with its activation (on the CPU), and the hop from main
+    memory to the stage behind it, if that one is here."""
 
-    def __init__(self, links: Sequence[Link], deliver: Callable[[Tokens | Failure], None]) -> None:
+    name: str
+    send: Callable[[Step, Tensor | None], None]
+    onward: Hop | None
+
+
+class Elsewhere(Protocol):
+    """The stages in other processes, as a whole."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether all of them run, or are being started again."""
+
+    def close(self) -> None:
+        """End them."""
+
+
+class Pipeline:
+    """Stages in a row. ``deliver`` is called from any thread with each step's Tokens or Failure.
+
+    ``elsewhere`` is closed with the pipeline.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[Link | RemoteLink],
+        deliver: Callable[[Outcome], None],
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
         self._links = tuple(links)
+        self._local = tuple(link for link in self._links if isinstance(link, Link))
         self._deliver = deliver
+        self._elsewhere = elsewhere
         self._closing = threading.Event()
         self.clocks = tuple(StageClock() for _ in self._links)
 
@@ -76,17 +124,24 @@ class Pipeline:
         """Send a step on its way; returns at once."""
         self._post(0, step, None)
 
+    def arrived(self, index: int, step: Step, activation: Tensor | None) -> None:
+        """Go on with a step that a stage in another process has brought to stage ``index``, which is here."""
+        before = self._links[index - 1].onward if index else None
+        self._post(index, step, before.send(activation) if before is not None and activation is not None else None)
+
     @property
     def alive(self) -> bool:
         """Whether every worker runs."""
-        return all(link.worker.alive for link in self._links)
+        return all(link.worker.alive for link in self._local) and (self._elsewhere is None or self._elsewhere.alive)
 
     def close(self) -> None:
         """Let steps in flight go, close the stages on their own workers, and end the workers."""
         self._closing.set()
-        for link in self._links:
+        if self._elsewhere is not None:
+            self._elsewhere.close()
+        for link in self._local:
             link.worker.call(link.stage.close)
-        for worker in {id(link.worker): link.worker for link in self._links}.values():
+        for worker in {id(link.worker): link.worker for link in self._local}.values():
             worker.close()
 
     def _post(self, index: int, step: Step, parcel: Parcel | None) -> None:
@@ -95,17 +150,25 @@ class Pipeline:
         def failed(error: Exception) -> None:
             self._deliver(Failure(step.index, step.epoch, translated(error, link.name)))
 
-        link.worker.post(lambda: self._run(index, step, parcel), failed)
+        if isinstance(link, Link):
+            link.worker.post(lambda: self._run(index, link, step, parcel), failed)
+            return
+        try:
+            link.send(step, self._received(index, parcel))
+        except SplitrunError as error:
+            failed(error)
 
-    def _run(self, index: int, step: Step, parcel: Parcel | None) -> None:
+    def _received(self, index: int, parcel: Parcel | None) -> Tensor | None:
+        """The activation for stage ``index``, None for the first stage."""
+        arriving = self._links[index - 1].onward if index else None
+        return arriving.receive(parcel) if arriving is not None and parcel is not None else None
+
+    def _run(self, index: int, link: Link, step: Step, parcel: Parcel | None) -> None:
         """One stage's share of a step, on the stage's worker."""
         if self._closing.is_set():
             return
-        link = self._links[index]
         started = time.perf_counter()
-        arriving = self._links[index - 1].onward if index else None
-        incoming = arriving.receive(parcel) if arriving is not None and parcel is not None else None
-        result = link.stage.run(step, incoming)
+        result = link.stage.run(step, self._received(index, parcel))
         if isinstance(result, Tokens):
             self.clocks[index].add(time.perf_counter() - started)
             self._deliver(result)

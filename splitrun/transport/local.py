@@ -71,8 +71,9 @@ class Worker:
 
 
 def torch_device(name: str) -> str:
-    """The torch device of a placement's device: every virtual CPU is torch's one CPU."""
-    return "cpu" if name.split(":")[0] == "cpu" else name
+    """The torch device of a placement's device, on its own machine: every virtual CPU is torch's one CPU."""
+    device = name.rpartition("/")[2]
+    return "cpu" if device.split(":")[0] == "cpu" else device
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,21 @@ class DeviceToDevice:
         # torch copies on this thread's stream of the source's device; until then its memory must not be used again
         parcel.tensor.record_stream(torch.cuda.current_stream(parcel.tensor.device))
         return parcel.tensor.to(self._target, non_blocking=True)
+
+
+class FromHost:
+    """From main memory to a device, for activations whose type is known only when they come from another process."""
+
+    def __init__(self, target: str) -> None:
+        self._target = torch.device(target)
+
+    def send(self, activation: Tensor) -> Parcel:
+        """The tensor itself."""
+        return Parcel(activation)
+
+    def receive(self, parcel: Parcel) -> Tensor:
+        """Copied to the device; the tensor itself when that is the CPU."""
+        return parcel.tensor.to(self._target)
 
 
 def hop(source: str, target: str, *, depth: int, tokens: int, hidden: int, dtype: torch.dtype) -> Hop:

@@ -1,0 +1,249 @@
+"""Loads the stages of a placement that run in this process, and joins them to those that run elsewhere.
+
+The same code loads in the coordinator and in a stage process. Knows the placement and the model's files, nothing of
+requests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from splitrun.engine.pipeline import Link, RemoteLink, translated
+from splitrun.errors import SplitrunError
+from splitrun.kernels.weight import Weight, install
+from splitrun.measure.host import read_processor
+from splitrun.measure.probe import probe
+from splitrun.model.cut import CutModel, CutRange
+from splitrun.model.dummy import DummySource
+from splitrun.model.files import ModelFiles
+from splitrun.model.skeleton import DTYPES
+from splitrun.model.source import WeightSource
+from splitrun.model.structure import ModelStructure
+from splitrun.model.weights import Loader
+from splitrun.planner.facts import VALUE_BYTES
+from splitrun.planner.kv import pool_blocks
+from splitrun.planner.placement import Placement, StageSpec
+from splitrun.schedule.step import Step
+from splitrun.stage.generic import GenericStage
+from splitrun.stage.load import StageSize, load_stage
+from splitrun.transport.local import FromHost, Hop, Worker, hop, torch_device
+
+Load = Literal["weights", "dummy"]
+
+
+def compute_dtype(device: str, weights: str) -> str:
+    """The type a stage computes in: a dense format's own; for int8 and nf4 bf16, or fp16 where bf16 is emulated."""
+    if weights in VALUE_BYTES:
+        return weights
+    kind = device.split(":")[0]
+    if kind == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(torch.device(device)) < (8, 0):
+        return "fp16"
+    return "fp16" if kind == "mps" else "bf16"
+
+
+class StageLoading:
+    """Loads the stages of one placement, one after the other; remembers tied tensors per device and format."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        files: ModelFiles,
+        structure: ModelStructure,
+        blocks: Mapping[str, int],
+        load: Load,
+        *,
+        one_by_one: bool,
+    ) -> None:
+        self._placement = placement
+        self._files = files
+        self._structure = structure
+        self._blocks = blocks
+        self._one_by_one = one_by_one
+        self._source: WeightSource | None = files.source if load == "weights" else None
+        self._tied: dict[tuple[str, str, str], Weight | Tensor] = {}
+
+    def stage(self, index: int) -> GenericStage:
+        """The stage of that index, loaded; runs on the stage's worker."""
+        spec = self._placement.stages[index]
+        dtype = compute_dtype(spec.device, spec.weights)
+        size = StageSize(
+            device=torch_device(spec.device),
+            dtype=dtype,
+            kv_dtype=spec.kv.dtype or dtype,
+            blocks=self._blocks,
+            block_tokens=self._placement.workload.block_tokens,
+            slots=self._placement.workload.sessions,
+        )
+        cut = CutRange(spec.embed, spec.layers[0], spec.layers[1], spec.head)
+        name = stage_name(spec)
+        try:
+            return load_stage(
+                self._files.config,
+                self._structure,
+                cut,
+                size,
+                lambda model: self._fill(model, spec, name),
+                one_by_one=self._one_by_one,
+            )
+        except SplitrunError:
+            raise
+        except (RuntimeError, MemoryError, OSError) as error:
+            raise translated(error, name) from error
+
+    def _fill(self, model: CutModel, spec: StageSpec, name: str) -> int:
+        """Load a stage's own tensors; a tied one that this device already holds in this format is shared."""
+        skeleton = model.skeleton.model
+        source = self._source or DummySource.of(skeleton)
+        loader = Loader(skeleton, source, model.dtype)
+        device = torch_device(spec.device)
+        ties = {info.name: info.tied_to or info.name for info in self._structure.parameters}
+        keys = {own: (device, spec.weights, loader.map.ties.get(own, ties[own])) for own in model.own_names}
+        shared = {own: self._tied[key] for own, key in keys.items() if key in self._tied}
+        units = {info.name: info.unit for info in self._structure.parameters}
+        loaded = loader.load(
+            [own for own in model.own_names if own not in shared],
+            spec.weights,
+            device,
+            lambda own: f"{name}, {_unit_text(units.get(own, 0), self._structure.layers)}",
+        )
+        for own, value in shared.items():
+            install(skeleton, own, value)
+        sources = {info.tied_to for info in self._structure.parameters if info.tied_to} | set(loader.map.ties.values())
+        for own, key in keys.items():
+            if key[2] in sources and own not in shared:
+                module = skeleton.get_submodule(own.rpartition(".")[0])
+                self._tied[key] = getattr(module, own.rpartition(".")[2])
+        return loaded.nbytes
+
+
+def stage_name(spec: StageSpec) -> str:
+    """ "stage layers 0–5 on cuda:0", for messages."""
+    return f"stage {spec.units_text} on {spec.device}"
+
+
+def _unit_text(unit: int, layers: int) -> str:
+    return "embedding" if unit == 0 else "head" if unit > layers else f"layer {unit - 1}"
+
+
+def pool_sizes(placement: Placement, structure: ModelStructure) -> dict[str, int]:
+    """Blocks per KV group: ids are shared by all stages, so the smallest pool decides."""
+    return {
+        group.name: min(pool_blocks(group, placement.workload, stage.kv.device_blocks) for stage in placement.stages)
+        for group in structure.groups
+        if group.kind != "state"
+    }
+
+
+def worker_threads(placement: Placement, device: str) -> int | None:
+    """CPU threads of a worker: what its stages say, else OMP_NUM_THREADS or the cores, shared by the virtual CPUs."""
+    if torch_device(device) != "cpu":
+        return None
+    wanted = [stage.threads for stage in placement.stages if stage.device == device and stage.threads != "auto"]
+    numbers = [count for count in wanted if isinstance(count, int)]
+    if numbers:
+        return max(numbers)
+    hosts = sum(torch_device(name) == "cpu" for name in placement.device_names)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    cores = read_processor().cores
+    return max(1, (min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores) // hosts)
+
+
+def _hold_budgets(placement: Placement, workers: Mapping[str, Worker]) -> None:
+    """Hold torch's allocator on each CUDA device to its budget less the context that the driver already took."""
+    for name, worker in workers.items():
+        budget = placement.devices.get(name)
+        if budget is not None and name.startswith("cuda"):
+            worker.call(partial(_limit_allocator, name, budget))
+
+
+def _limit_allocator(name: str, budget: int) -> None:
+    total = torch.cuda.mem_get_info(torch.device(name))[1]
+    allowed = max(0, budget - probe().device(name).context_bytes)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), torch.device(name))
+
+
+@dataclass(frozen=True)
+class LoadedStages:
+    """The stages of this process by their index in the placement, and the worker of each device."""
+
+    stages: Mapping[int, GenericStage]
+    workers: Mapping[str, Worker]
+
+    def memory_bytes(self, index: int) -> int:
+        """Bytes of a stage's weights and KV."""
+        return self.stages[index].weight_bytes + self.stages[index].kv_bytes
+
+    def close(self) -> None:
+        """End the workers; for stages that no pipeline runs."""
+        for worker in self.workers.values():
+            worker.close()
+
+
+def load_stages(loading: StageLoading, placement: Placement, threads: Mapping[str, int | None]) -> LoadedStages:
+    """Load the stages whose devices are in ``threads`` (device -> CPU threads of its worker).
+
+    Nothing stays behind when one of them fails. Raises ModelError or DeviceOutOfMemory.
+    """
+    with ExitStack() as undo:
+        workers = {name: Worker(name, count) for name, count in threads.items()}
+        for worker in workers.values():
+            undo.callback(worker.close)
+        _hold_budgets(placement, workers)
+        stages = {
+            index: workers[spec.device].call(partial(loading.stage, index))
+            for index, spec in enumerate(placement.stages)
+            if spec.device in workers
+        }
+        undo.pop_all()
+    return LoadedStages(stages, workers)
+
+
+def make_links(
+    placement: Placement,
+    loaded: LoadedStages,
+    send: Callable[[int, Step, Tensor | None], None] | None,
+    ring: Ring,
+) -> list[Link | RemoteLink]:
+    """Every stage in its place: those that are loaded here, and the others behind ``send`` (None: there are none)."""
+    links: list[Link | RemoteLink] = []
+    for index, spec in enumerate(placement.stages):
+        name = stage_name(spec)
+        stage = loaded.stages.get(index)
+        following = placement.stages[index + 1].device if index + 1 < len(placement.stages) else None
+        if following is not None and index + 1 not in loaded.stages:
+            following = "cpu"
+        if stage is not None:
+            onward = None if following is None else ring.hop(spec, following)
+            links.append(Link(stage, loaded.workers[spec.device], name, onward))
+        else:
+            assert send is not None, f"{name} is not here"
+            target = None if following is None else FromHost(torch_device(following))
+            links.append(RemoteLink(name, partial(send, index), target))
+    return links
+
+
+@dataclass(frozen=True)
+class Ring:
+    """What the pinned buffers between devices must hold: steps in flight, rows of a step, and a row's width."""
+
+    depth: int
+    tokens: int
+    hidden: int
+
+    @classmethod
+    def of(cls, placement: Placement, hidden: int, depth: int, chunk_tokens: int) -> Ring:
+        """For the steps that the scheduler will make."""
+        return cls(depth + 1, max(chunk_tokens, 16) + placement.workload.sessions, hidden)
+
+    def hop(self, spec: StageSpec, target: str) -> Hop:
+        """The way from a stage of this process to a device."""
+        dtype = DTYPES[compute_dtype(spec.device, spec.weights)]
+        return hop(spec.device, target, depth=self.depth, tokens=self.tokens, hidden=self.hidden, dtype=dtype)
