@@ -6,14 +6,17 @@ the model and the model is known to be cut exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
 import yaml
 
+from splitrun.cluster.process import LOCAL_NODE, StageProcess
 from splitrun.engine.core import EngineCore
+from splitrun.engine.exchange import COORDINATOR
 from splitrun.engine.interface import StageStatus
 from splitrun.engine.loading import (
     Load,
@@ -25,7 +28,8 @@ from splitrun.engine.loading import (
     stage_name,
     worker_threads,
 )
-from splitrun.engine.pipeline import Pipeline
+from splitrun.engine.pipeline import Link, Outcome, Pipeline, RemoteLink
+from splitrun.engine.remote import Patience, RemoteStages
 from splitrun.errors import InvalidPlacement
 from splitrun.model.files import ModelFiles
 from splitrun.model.skeleton import exact_context
@@ -37,13 +41,14 @@ from splitrun.stage.proof import prove
 
 
 def assemble(
-    placement: Placement, files: ModelFiles, *, load: Load, depth: int | None, chunk_tokens: int
+    placement: Placement, files: ModelFiles, *, load: Load, depth: int | None, chunk_tokens: int, patience: Patience
 ) -> EngineCore:
     """A running engine core for the placement, warmed up by one real token.
 
     ``load`` "dummy" makes random weights instead of reading them. ``depth`` is the number of steps in flight, by
-    default one per worker. Raises InvalidPlacement when the plan is stale, ModelError when the model cannot be cut or
-    loaded, DeviceOutOfMemory when a device is too small after all.
+    default one per worker; ``patience`` is for stages in processes of their own. Raises InvalidPlacement when the plan
+    is stale, ModelError when the model cannot be cut or loaded, DeviceOutOfMemory when a device is too small after
+    all, StageLost when a stage process does not come up.
     """
     for spec in placement.stages:
         _require_possible(spec)
@@ -55,23 +60,52 @@ def assemble(
     blocks = pool_sizes(placement, structure)
     depth = depth or len(placement.device_names)
     scheduler = _scheduler(placement, structure, blocks, depth, chunk_tokens)
-    loading = StageLoading(placement, files, structure, blocks, load, one_by_one=traits.one_by_one)
+    loading = StageLoading(placement, files, structure, blocks, load, traits)
     threads = {name: worker_threads(placement, name) for name in placement.device_names}
+    remote = _remote_stages(placement, threads, patience, load=load, depth=depth, chunk_tokens=chunk_tokens,
+                            traits=asdict(traits))  # fmt: skip
     with ExitStack() as undo:
-        loaded = load_stages(loading, placement, threads)
+        if remote is not None:
+            remote.start()
+            undo.callback(remote.close)
+        loaded = load_stages(loading, placement, {name: count for name, count in threads.items() if "/" not in name})
         undo.callback(loaded.close)
         ring = Ring.of(placement, structure.hidden, depth, chunk_tokens)
-        links = make_links(placement, loaded, None, ring)
-        statuses = tuple(
-            StageStatus(spec.device, spec.units_text, loaded.memory_bytes(index))
-            for index, spec in enumerate(placement.stages)
+        links = make_links(placement, loaded, remote.send if remote is not None else None, ring)
+        memory = {index: loaded.memory_bytes(index) for index in loaded.stages} | (
+            remote.memory_bytes if remote else {}
         )
-        core = EngineCore(scheduler, partial(Pipeline, links), statuses, yaml.safe_load(dump(placement)))
+        statuses = tuple(
+            StageStatus(spec.device, spec.units_text, memory[index]) for index, spec in enumerate(placement.stages)
+        )
+        core = EngineCore(scheduler, partial(_pipeline, links, remote), statuses, yaml.safe_load(dump(placement)))
         undo.pop_all()
         undo.callback(core.close)
         core.warm_up()
         undo.pop_all()
     return core
+
+
+def _pipeline(
+    links: Sequence[Link | RemoteLink], remote: RemoteStages | None, deliver: Callable[[Outcome], None]
+) -> Pipeline:
+    pipeline = Pipeline(links, deliver, remote)
+    if remote is not None:
+        remote.run(pipeline, deliver)
+    return pipeline
+
+
+def _remote_stages(
+    placement: Placement, threads: Mapping[str, int | None], patience: Patience, **settings: object
+) -> RemoteStages | None:
+    """The stages that a placement gives to processes of their own, not started; None when there are none."""
+    devices = [name for name in placement.device_names if "/" in name]
+    if not devices:
+        return None
+    text = dump(replace(placement, estimate=None))
+    jobs = {device: {**settings, "placement": text, "threads": threads[device]} for device in devices}
+    peers = tuple(spec.device if "/" in spec.device else COORDINATOR for spec in placement.stages)
+    return RemoteStages(peers, jobs, StageProcess, patience)
 
 
 def _require_same_model(placement: Placement, files: ModelFiles) -> None:
@@ -113,15 +147,19 @@ def _scheduler(
 
 def _require_possible(spec: StageSpec) -> None:
     """Refuse what this machine or this version cannot do. Raises InvalidPlacement."""
-    kind, _, number = spec.device.partition(":")
+    node, _, device = spec.device.rpartition("/")
+    kind, _, number = device.partition(":")
     counts = {
         "cpu": 1 << 16,
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
     }
-    if "/" in kind:
-        raise InvalidPlacement(f"{stage_name(spec)}: this version runs on one machine; plan again without --nodes")
+    if node and not LOCAL_NODE.fullmatch(node):
+        raise InvalidPlacement(
+            f"{stage_name(spec)}: this version knows no node {node}; process/{device}, process-2/{device}, … are "
+            "processes on this machine"
+        )
     if int(number or 0) >= counts[kind]:
         raise InvalidPlacement(
             f"{stage_name(spec)}: there is no such device here; `splitrun doctor` lists those there are"

@@ -105,6 +105,7 @@ class EngineCore:
                     stage,
                     last_step_ms=clock.last_s * 1e3,
                     mean_step_ms=clock.total_s * 1e3 / max(clock.steps, 1),
+                    restarts=clock.restarts,
                 )
                 for stage, clock in zip(self._stages, self._pipeline.clocks, strict=True)
             )

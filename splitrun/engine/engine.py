@@ -15,6 +15,7 @@ from splitrun.engine.assembly import assemble
 from splitrun.engine.core import EngineCore, raise_for
 from splitrun.engine.detokenizer import TextStream
 from splitrun.engine.loading import Load
+from splitrun.engine.remote import Patience
 from splitrun.engine.tokenizer import Tokenizer
 from splitrun.errors import InvalidRequest
 from splitrun.model.files import resolve
@@ -50,7 +51,7 @@ class Engine:
 
     ``placement`` is a Placement or the path of one. ``load`` "dummy" makes random weights. ``depth`` is the number of
     steps in flight (default: one per device), ``chunk_tokens`` the longest piece of a prompt per step (default: the
-    placement's).
+    placement's). ``patience`` says when a stage process (device ``process/cpu``) that is silent is given up.
     """
 
     def __init__(
@@ -60,13 +61,16 @@ class Engine:
         load: Load = "weights",
         depth: int | None = None,
         chunk_tokens: int | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self.placement = placement if isinstance(placement, Placement) else Placement.load(placement)
         reference = self.placement.model
         self.files = resolve(reference.source, reference.revision, weights=load == "weights")
         self.tokenizer = Tokenizer.load(self.files.path)
         chunk = chunk_tokens or self.placement.workload.chunk_tokens
-        self.core: EngineCore = assemble(self.placement, self.files, load=load, depth=depth, chunk_tokens=chunk)
+        self.core: EngineCore = assemble(
+            self.placement, self.files, load=load, depth=depth, chunk_tokens=chunk, patience=patience or Patience()
+        )
         self._ids = count(1)
 
     def __enter__(self) -> Self:

@@ -24,13 +24,15 @@ class BlockUse:
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage as it is now. ``last_step_ms`` and ``mean_step_ms`` are 0 before its first step."""
+    """One stage as it is now. ``last_step_ms`` and ``mean_step_ms`` are 0 before its first step. ``restarts`` counts
+    how often its process was lost and started again."""
 
     device: str
     units: str
     memory_bytes: int = 0
     last_step_ms: float = 0.0
     mean_step_ms: float = 0.0
+    restarts: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ requests.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from splitrun.planner.facts import VALUE_BYTES
 from splitrun.planner.kv import pool_blocks
 from splitrun.planner.placement import Placement, StageSpec
 from splitrun.schedule.step import Step
+from splitrun.stage.batch import Traits
 from splitrun.stage.generic import GenericStage
 from splitrun.stage.load import StageSize, load_stage
 from splitrun.transport.local import FromHost, Hop, Worker, hop, torch_device
@@ -59,14 +60,13 @@ class StageLoading:
         structure: ModelStructure,
         blocks: Mapping[str, int],
         load: Load,
-        *,
-        one_by_one: bool,
+        traits: Traits,
     ) -> None:
         self._placement = placement
         self._files = files
         self._structure = structure
         self._blocks = blocks
-        self._one_by_one = one_by_one
+        self._traits = traits
         self._source: WeightSource | None = files.source if load == "weights" else None
         self._tied: dict[tuple[str, str, str], Weight | Tensor] = {}
 
@@ -91,7 +91,7 @@ class StageLoading:
                 cut,
                 size,
                 lambda model: self._fill(model, spec, name),
-                one_by_one=self._one_by_one,
+                self._traits,
             )
         except SplitrunError:
             raise
@@ -187,8 +187,10 @@ class LoadedStages:
             worker.close()
 
 
-def load_stages(loading: StageLoading, placement: Placement, threads: Mapping[str, int | None]) -> LoadedStages:
-    """Load the stages whose devices are in ``threads`` (device -> CPU threads of its worker).
+def load_stages(
+    loading: StageLoading, placement: Placement, threads: Mapping[str, int | None], skip: Collection[int] = ()
+) -> LoadedStages:
+    """Load the stages whose devices are in ``threads`` (device -> CPU threads of its worker), less those to ``skip``.
 
     Nothing stays behind when one of them fails. Raises ModelError or DeviceOutOfMemory.
     """
@@ -200,7 +202,7 @@ def load_stages(loading: StageLoading, placement: Placement, threads: Mapping[st
         stages = {
             index: workers[spec.device].call(partial(loading.stage, index))
             for index, spec in enumerate(placement.stages)
-            if spec.device in workers
+            if spec.device in workers and index not in skip
         }
         undo.pop_all()
     return LoadedStages(stages, workers)

@@ -57,11 +57,12 @@ Outcome = Tokens | Failure | Interruption | Resumed
 
 @dataclass
 class StageClock:
-    """Seconds that a stage spent on steps; written by its worker, read by anyone."""
+    """Seconds that a stage spent on steps, and how often it was started again; read by anyone."""
 
     last_s: float = 0.0
     total_s: float = 0.0
     steps: int = 0
+    restarts: int = 0
 
     def add(self, seconds: float) -> None:
         """Count one step."""

@@ -1,0 +1,136 @@
+"""A stage process on this machine: start it, speak with it over its pipes, end it.
+
+Lines of JSON go both ways: the job with its keys to standard input, never argv or environment, and what became of it
+back from standard output. While the pipe is open the parent lives; its end ends the process. Knows nothing of what
+the process computes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import splitrun
+from splitrun import errors
+from splitrun.errors import SplitrunError, StageLost
+
+MODULE = "splitrun.engine.stage_process"
+LOCAL_NODE = re.compile(r"process(-[1-9][0-9]{0,3})?")
+"""Nodes with these names are processes on this machine."""
+
+
+class StageHandle(Protocol):
+    """A stage process, wherever it runs."""
+
+    @property
+    def end(self) -> str:
+        """How the process ended, "" while it runs."""
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Send it a line. A process that has ended is told nothing."""
+
+    def expect(self, key: str, silence_s: float) -> Any:
+        """What the process says under that key. Raises the error that it reports, or StageLost when it ends or gives
+        no sign of life for that long."""
+
+    def kill(self) -> None:
+        """End it at once and wait for its end."""
+
+
+class StageProcess:
+    """A `StageHandle` of a process on this machine. ``name`` stands for it in messages."""
+
+    def __init__(self, name: str, job: Mapping[str, Any]) -> None:
+        self._name = name
+        package_home = str(Path(splitrun.__file__).resolve().parent.parent)
+        path = os.pathsep.join([package_home, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", MODULE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # Its own session, so that Ctrl-C reaches the coordinator alone.
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+        )
+        self._said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._listen, name=f"splitrun {name}", daemon=True)
+        self._thread.start()
+        self.tell(job)
+
+    @property
+    def process_id(self) -> int:
+        """The process."""
+        return self._child.pid
+
+    @property
+    def end(self) -> str:
+        """See `StageHandle`."""
+        status = self._child.poll()
+        if status is None:
+            return ""
+        return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """See `StageHandle`."""
+        assert self._child.stdin is not None
+        try:
+            self._child.stdin.write(json.dumps(message).encode() + b"\n")
+            self._child.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            return  # it has ended, or was killed here: whoever expects an answer learns that
+
+    def expect(self, key: str, silence_s: float) -> Any:
+        """See `StageHandle`."""
+        while True:
+            try:
+                said = self._said.get(timeout=silence_s)
+            except queue.Empty:
+                raise StageLost(f"{self._name} gave no sign of life for {silence_s:.0f} s") from None
+            if said is None:
+                self._said.put(None)
+                self._child.wait()
+                raise StageLost(f"{self._name} {self.end}")
+            if "error" in said:
+                raise _error_of(said["error"])
+            if key in said:
+                return said[key]
+
+    def kill(self) -> None:
+        """See `StageHandle`."""
+        self._child.kill()
+        self._child.wait()
+        self._thread.join()
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    continue  # what was not written yet needs no writing now
+
+    def _listen(self) -> None:
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            try:
+                said = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(said, dict):
+                self._said.put(said)
+        self._said.put(None)
+
+
+def _error_of(described: Any) -> SplitrunError:
+    """An error that a process reported as its class's name and message."""
+    name, message = described
+    kind = getattr(errors, str(name), None)
+    if isinstance(kind, type) and issubclass(kind, SplitrunError):
+        return kind(str(message))
+    return StageLost(str(message))

@@ -1,0 +1,260 @@
+"""The coordinator's side of stages in other processes: start them, hear their heartbeats, start lost ones again.
+
+When a process ends, falls silent or misses a step, all KV is void: the requests wait, the process is started again and
+everything known is computed again from its tokens. Knows processes and frames, nothing of requests.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from splitrun import errors
+from splitrun.cluster.process import StageHandle
+from splitrun.engine.exchange import COORDINATOR, Exchange, Route
+from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Resumed, StageClock
+from splitrun.errors import SplitrunError, StageError, StageLost
+from splitrun.schedule.flat import MalformedMessage
+from splitrun.schedule.step import Step
+from splitrun.transport.frames import Frame, Kind
+from splitrun.transport.mailbox import Address
+from splitrun.transport.socket import SocketMailbox
+
+Starter = Callable[[str, Mapping[str, Any]], StageHandle]
+"""Starts the process of a device with its job."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often signs of life come, and when they are missed.
+
+    beat_s        between two heartbeats of a stage process
+    dead_after_s  silence after which a running process is given up
+    start_s       silence after which one that is being started is given up
+    starts        attempts to start a lost process; also how often one may be lost before a token has come through
+    """
+
+    beat_s: float = 0.5
+    dead_after_s: float = 2.0
+    start_s: float = 20.0
+    starts: int = 3
+
+
+class RemoteStages:
+    """All stage processes of a placement. ``peers``: per stage the device's name, or COORDINATOR for one that is here.
+
+    ``jobs`` has one entry per device in a process of its own: what ``stage_host`` needs, less what is decided here.
+    """
+
+    def __init__(
+        self, peers: tuple[str, ...], jobs: Mapping[str, Mapping[str, Any]], starter: Starter, patience: Patience
+    ) -> None:
+        self._patience = patience
+        self._starter = starter
+        session = secrets.randbits(64)
+        decided = {"session": session, "peers": peers, "host": "127.0.0.1", "beat_s": patience.beat_s}
+        self._jobs = {device: {**job, **decided, "device": device} for device, job in jobs.items()}
+        self._exchange = Exchange(Route(session, peers), COORDINATOR)
+        self._mailbox = SocketMailbox(session, self._receive)
+        self._addresses = {COORDINATOR: self._mailbox.address}
+        self._processes: dict[str, StageHandle] = {}
+        self._silence_s = dict.fromkeys(jobs, 0.0)
+        self._reports: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._deliver: Callable[[Outcome], None] = lambda outcome: None
+        self._clocks: tuple[StageClock, ...] = ()
+        self._losses = 0
+        self.memory_bytes: dict[int, int] = {}
+
+    def start(self) -> None:
+        """Start and load all processes at once. Raises what the first of them could not do, after ending all."""
+        failures = self._bring_up(set(self._jobs))
+        if failures:
+            self.close()
+            raise next(iter(failures.values()))
+
+    def run(self, pipeline: Pipeline, deliver: Callable[[Outcome], None]) -> None:
+        """Join the pipeline and watch over the processes from now on."""
+        self._exchange.pipeline = pipeline
+        self._deliver = deliver
+        self._clocks = pipeline.clocks
+        self._thread = threading.Thread(target=self._watch, name="splitrun stages", daemon=True)
+        self._thread.start()
+
+    def send(self, stage: int, step: Step, activation: Tensor | None) -> None:
+        """Send a step to a stage in another process."""
+        self._exchange.send_step(self._mailbox, stage, step, activation)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the processes are watched over."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def close(self) -> None:
+        """End all processes."""
+        with self._lock:
+            self._stopping.set()
+            processes = list(self._processes.values())
+        for process in processes:
+            process.kill()
+        if self._thread is not None:
+            self._thread.join()
+        self._mailbox.close()
+
+    # ---- starting ----
+
+    def _bring_up(self, devices: set[str]) -> dict[str, SplitrunError]:
+        """Start these processes, and tell all of them who the peers are. Returns what failed; empty: all run."""
+        patience = self._patience.start_s
+        failures = self._each(devices, self._start)
+        failures |= self._each(devices - failures.keys(), lambda device: self._learn_address(device, patience))
+        failures |= self._each(devices - failures.keys(), lambda device: self._await_loading(device, patience))
+        if failures:
+            return failures
+        peers = {name: (address.endpoint, address.public_key) for name, address in self._addresses.items()}
+        for process in self._processes.values():
+            process.tell({"peers": peers})
+        failures = self._each(self._jobs, lambda device: self._processes[device].expect("connected", patience))
+        self._silence_s = dict.fromkeys(self._jobs, 0.0)
+        return failures
+
+    def _each(self, devices: Iterable[str], action: Callable[[str], object]) -> dict[str, SplitrunError]:
+        failures: dict[str, SplitrunError] = {}
+        for device in sorted(devices):
+            try:
+                action(device)
+            except SplitrunError as error:
+                failures[device] = error
+        return failures
+
+    def _start(self, device: str) -> None:
+        earlier = self._processes.get(device)
+        if earlier is not None:
+            earlier.kill()
+        with self._lock:
+            if self._stopping.is_set():
+                raise StageLost("the engine is closing")
+            self._processes[device] = self._starter(device, self._jobs[device])
+
+    def _learn_address(self, device: str, silence_s: float) -> None:
+        endpoint, key = self._processes[device].expect("address", silence_s)
+        self._addresses[device] = Address(str(endpoint), str(key))
+        self._mailbox.connect(device, self._addresses[device])
+
+    def _await_loading(self, device: str, silence_s: float) -> None:
+        loaded = self._processes[device].expect("loaded", silence_s)
+        self.memory_bytes |= {int(index): int(count) for index, count in loaded.items()}
+
+    # ---- watching ----
+
+    def _watch(self) -> None:
+        """Notice what is lost. Silence is counted in this thread's own ticks: when the whole machine stood still, or
+        this process did, nobody is to blame."""
+        tick_s = self._patience.beat_s / 4
+        last = time.monotonic()
+        while not self._stopping.wait(tick_s):
+            now = time.monotonic()
+            elapsed, last = min(now - last, 2 * tick_s), now
+            faults = self._faults(elapsed)
+            if faults and not self._recovered(faults):
+                return
+
+    def _faults(self, elapsed_s: float) -> dict[str, str]:
+        """Device -> what is wrong with its process."""
+        faults: dict[str, str] = {}
+        while not self._reports.empty():
+            device, reason = self._reports.get()
+            faults[device] = reason
+        for device, process in self._processes.items():
+            self._silence_s[device] += elapsed_s
+            if self._silence_s[device] > self._patience.dead_after_s:
+                faults[device] = f"gave no sign of life for {self._patience.dead_after_s:g} s"
+            faults[device] = process.end or faults.get(device, "")
+        return {device: reason for device, reason in faults.items() if reason}
+
+    def _recovered(self, faults: dict[str, str]) -> bool:
+        """Start lost processes again; False when they do not come back, and all requests have been told so."""
+        self._losses += 1
+        reason = "; ".join(f"{device} {fault}" for device, fault in faults.items())
+        attempts = 0
+        while not self._stopping.is_set():
+            if self._losses > self._patience.starts or attempts == self._patience.starts:
+                again = "restart the server, or plan without that device"
+                self._deliver(Interruption(StageLost(f"lost for good: {reason}: {again}"), final=True))
+                return False
+            self._deliver(Interruption(StageLost(f"lost: {reason}: it is being started again")))
+            for device in faults:
+                for index in self._stages_of(device):
+                    self._clocks[index].restarts += 1
+            failures = self._bring_up(set(faults))
+            if not failures:
+                break
+            attempts += 1
+            reason = "; ".join(f"{device}: {error}" for device, error in failures.items())
+            faults = dict.fromkeys({*failures, *(name for name, process in self._processes.items() if process.end)}, "")
+        while not self._reports.empty():
+            self._reports.get()  # of the epoch that has ended
+        self._deliver(Resumed())
+        return True
+
+    def _stages_of(self, device: str) -> list[int]:
+        return [index for index, peer in enumerate(self._exchange.route.peers) if peer == device]
+
+    # ---- frames ----
+
+    def _receive(self, frame: Frame) -> None:
+        """Take what stages send. Runs on the mailbox's thread; raises MalformedMessage."""
+        if frame.stage >= len(self._exchange.route.peers):
+            raise MalformedMessage(f"there is no stage {frame.stage}")
+        device = self._exchange.route.peers[frame.stage]
+        if frame.kind is Kind.BEAT:
+            self._beat(device, frame)
+            return
+        if frame.kind is Kind.FAILURE:
+            self._failure(device, frame)
+            return
+        if frame.kind is Kind.STEP:
+            verdict = self._exchange.take_step(frame)
+        else:
+            verdict, tokens = self._exchange.take_tokens(frame)
+            if verdict == "run":
+                self._losses = 0
+                self._deliver(tokens)
+        if verdict != "run":
+            self._mailbox.dropped.add(verdict)
+        if verdict == "gap":
+            sender = frame.stage - (frame.kind is Kind.STEP)
+            self._reports.put((self._exchange.route.peers[sender], "lost a step on its way"))
+
+    def _beat(self, device: str, frame: Frame) -> None:
+        if device not in self._silence_s:
+            raise MalformedMessage("a heartbeat of nobody")
+        self._silence_s[device] = 0.0
+        clocks = frame.control.get("clocks")
+        if not self._clocks or not isinstance(clocks, dict):
+            return
+        for index in self._stages_of(device):
+            figures = clocks.get(str(index))
+            if isinstance(figures, list) and len(figures) == 3 and all(isinstance(one, int | float) for one in figures):
+                clock = self._clocks[index]
+                clock.last_s, clock.total_s, clock.steps = float(figures[0]), float(figures[1]), int(figures[2])
+
+    def _failure(self, device: str, frame: Frame) -> None:
+        if device not in self._silence_s:
+            raise MalformedMessage("a failure of nobody")
+        message = str(frame.control.get("message", ""))
+        if frame.control.get("lost"):
+            self._reports.put((device, message))
+            return
+        kind = getattr(errors, str(frame.control.get("kind")), StageError)
+        known = kind if isinstance(kind, type) and issubclass(kind, StageError) else StageError
+        self._deliver(Failure(frame.step, frame.epoch, known(message)))

@@ -1,0 +1,287 @@
+"""Stages in processes of their own: the same ids as in one process, whatever becomes of the processes meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from cut_models import NEW_TOKENS, TinyModel, tiny_model, write_checkpoint
+
+import splitrun
+from splitrun.cluster.process import StageProcess
+from splitrun.engine.remote import Patience, RemoteStages
+from splitrun.errors import CorruptWeights, InvalidPlacement, StageError, StageLost
+from splitrun.planner.facts import Workload
+from splitrun.planner.placement import ModelRef, Placement, StageSpec
+from splitrun.schedule.step import Step
+
+LAYERS = 8
+PATIENCE = Patience(beat_s=0.25, dead_after_s=3.0, start_s=60.0)
+PROMPTS = [[7 + (3 * index) % 200 for index in range(length)] for length in (90, 3, 41, 20)]
+GREEDY = splitrun.SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+SAMPLED = splitrun.SamplingParams(max_tokens=24, temperature=1.5, seed=3, ignore_eos=True, repetition_penalty=1.1)
+
+
+def plan(model: str, layers: int, devices: Mapping[str, int], workload: Workload) -> Placement:
+    """Stages on these devices; each device's number is the unit behind its last one."""
+    stages, start = [], 0
+    for device, stop in devices.items():
+        inner = (max(start - 1, 0), min(max(stop - 1, 0), layers))
+        stages.append(StageSpec(device, start == 0, inner, stop == layers + 2, weights="fp32"))
+        start = stop
+    return Placement(1, ModelRef(model, layers=layers), workload, tuple(stages))
+
+
+def demo(*devices: str) -> Placement:
+    """The demo model in equal parts."""
+    bounds = {device: (LAYERS + 2) * (index + 1) // len(devices) for index, device in enumerate(devices)}
+    return plan("demo", LAYERS, bounds, Workload(256, sessions=4, block_tokens=16))
+
+
+def run(engine: splitrun.Engine, sampling: splitrun.SamplingParams = GREEDY) -> list[tuple[int, ...]]:
+    return [completion.token_ids for completion in engine.generate(PROMPTS, sampling)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[tuple[int, ...]]]:
+    """What one process answers when nothing disturbs it."""
+    with splitrun.Engine(demo("cpu"), chunk_tokens=16) as engine:
+        return {"greedy": run(engine), "sampled": run(engine, SAMPLED)}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[splitrun.Engine]:
+    """First and last stage in processes, the middle here."""
+    with splitrun.Engine(demo("process/cpu", "cpu", "process-2/cpu"), chunk_tokens=16, patience=PATIENCE) as running:
+        yield running
+
+
+def remote_of(engine: splitrun.Engine) -> RemoteStages:
+    remote = engine.core._pipeline._elsewhere
+    assert isinstance(remote, RemoteStages)
+    return remote
+
+
+def process_of(engine: splitrun.Engine, device: str) -> StageProcess:
+    process = remote_of(engine)._processes[device]
+    assert isinstance(process, StageProcess)
+    return process
+
+
+def restarts(engine: splitrun.Engine) -> int:
+    return sum(stage.restarts for stage in engine.core.status().stages)
+
+
+def at_step(engine: splitrun.Engine, monkeypatch: pytest.MonkeyPatch, count: int, deed: Callable[[], None]) -> None:
+    """Do something right after the ``count``-th step from now has been submitted."""
+    pipeline = engine.core._pipeline
+    submit, seen = pipeline.submit, [0]
+
+    def counted(step: Step) -> None:
+        submit(step)
+        seen[0] += 1
+        if seen[0] == count:
+            deed()
+
+    monkeypatch.setattr(pipeline, "submit", counted)
+
+
+def test_two_processes_answer_as_one(engine: splitrun.Engine, expected: dict[str, Any]) -> None:
+    assert run(engine) == expected["greedy"]
+    assert run(engine, SAMPLED) == expected["sampled"]
+    status = engine.core.status()
+    assert status.healthy
+    assert all(stage.memory_bytes > 0 for stage in status.stages)
+
+
+FAULTS = [
+    (signal.SIGKILL, "process/cpu", 1),
+    (signal.SIGKILL, "process-2/cpu", 1),
+    (signal.SIGKILL, "process/cpu", 5),
+    (signal.SIGKILL, "process-2/cpu", 21),
+    (signal.SIGSTOP, "process-2/cpu", 5),
+    (signal.SIGSTOP, "process/cpu", 21),
+]
+"""Signal, which process, and behind which step: the first chunk of the prompts, a later one, or decoding."""
+
+
+@pytest.mark.parametrize(("number", "device", "step"), FAULTS)
+def test_no_token_is_lost_with_a_process(
+    engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, number: int, step: int,
+    device: str,
+) -> None:  # fmt: skip
+    before = restarts(engine)
+    lost = process_of(engine, device).process_id
+    at_step(engine, monkeypatch, step, lambda: os.kill(lost, number))
+    sampling = SAMPLED if step == 5 else GREEDY
+    assert run(engine, sampling) == expected["sampled" if step == 5 else "greedy"]
+    assert restarts(engine) == before + 1
+    assert not psutil.pid_exists(lost)
+    assert engine.core.status().healthy
+    assert all(use.used == 0 for use in engine.core.status().blocks.values())
+
+
+def test_both_processes_at_once(
+    engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = [process_of(engine, device).process_id for device in ("process/cpu", "process-2/cpu")]
+
+    def kill_both() -> None:
+        for one in lost:
+            os.kill(one, signal.SIGKILL)
+
+    at_step(engine, monkeypatch, 9, kill_both)
+    assert run(engine) == expected["greedy"]
+
+
+def test_a_process_lost_while_it_is_started_again(
+    engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = remote_of(engine)
+    start, started = remote._starter, []
+
+    def start_doomed(device: str, job: Mapping[str, Any]) -> StageProcess:
+        process = start(device, job)
+        assert isinstance(process, StageProcess)
+        started.append(device)
+        if len(started) == 1:
+            os.kill(process.process_id, signal.SIGKILL)
+        return process
+
+    monkeypatch.setattr(remote, "_starter", start_doomed)
+    lost = process_of(engine, "process/cpu").process_id
+    at_step(engine, monkeypatch, 7, lambda: os.kill(lost, signal.SIGKILL))
+    assert run(engine) == expected["greedy"]
+    assert started == ["process/cpu", "process/cpu"]
+
+
+@pytest.mark.parametrize("copies", [0, 2], ids=["lost", "duplicated"])
+def test_a_step_lost_or_repeated_on_its_way(
+    engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, copies: int
+) -> None:
+    remote, before = remote_of(engine), restarts(engine)
+    send, seen = remote._mailbox.send, [0]
+
+    def tampered(peer: str, frame: Any) -> None:
+        seen[0] += 1
+        for _ in range(copies if seen[0] == 6 else 1):
+            send(peer, frame)
+
+    monkeypatch.setattr(remote._mailbox, "send", tampered)
+    assert run(engine) == expected["greedy"]
+    assert (restarts(engine) > before) == (copies == 0)
+
+
+def test_what_cannot_come_back_is_said_once_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    with splitrun.Engine(demo("process/cpu", "cpu"), patience=PATIENCE) as engine:
+        remote = remote_of(engine)
+
+        def start_nothing(device: str, job: Mapping[str, Any]) -> StageProcess:
+            raise StageLost(f"{device} cannot be started")
+
+        monkeypatch.setattr(remote, "_starter", start_nothing)
+        lost = process_of(engine, "process/cpu").process_id
+        at_step(engine, monkeypatch, 4, lambda: os.kill(lost, signal.SIGKILL))
+        with pytest.raises(StageError, match=r"lost for good: process/cpu: .* cannot be started") as caught:
+            run(engine)
+        assert caught.value.http_status == 503
+        with pytest.raises(StageLost, match="lost for good"):
+            run(engine)
+        assert not engine.core.status().healthy
+
+
+@pytest.mark.parametrize("cut", range(1, LAYERS + 2))
+def test_every_cut_over_two_processes(cut: int, expected: dict[str, Any]) -> None:
+    devices = {"cpu": cut, "process/cpu": LAYERS + 2} if cut % 2 else {"process/cpu": cut, "cpu": LAYERS + 2}
+    placement = plan("demo", LAYERS, devices, Workload(256, sessions=4, block_tokens=16))
+    with splitrun.Engine(placement, chunk_tokens=16, patience=PATIENCE) as engine:
+        assert run(engine) == expected["greedy"]
+
+
+@pytest.fixture(scope="module", params=["qwen3_next", "gemma2", "deepseek_v3"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """States, windows, latent attention."""
+    return tiny_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_other_architectures_over_processes(model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = {"process/cpu": 2, "cpu": model.layers + 2}
+    placement = plan(str(model.path), model.layers, devices, Workload(64, sessions=3, block_tokens=4))
+    sampling = splitrun.SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+    with splitrun.Engine(placement, chunk_tokens=8, patience=PATIENCE) as engine:
+        lost = process_of(engine, "process/cpu").process_id
+        at_step(engine, monkeypatch, 6, lambda: os.kill(lost, signal.SIGKILL))
+        completions = engine.generate(model.prompts, sampling)
+        assert [completion.token_ids for completion in completions] == list(model.answers)
+        assert restarts(engine) == 1
+
+
+def test_closing_during_a_recovery_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = splitrun.Engine(demo("process/cpu", "cpu"), patience=PATIENCE)
+    remote, starting = remote_of(engine), threading.Event()
+    start, made = remote._starter, []
+
+    def noted(device: str, job: Mapping[str, Any]) -> StageProcess:
+        process = start(device, job)
+        assert isinstance(process, StageProcess)
+        made.append(process)
+        starting.set()
+        return process
+
+    monkeypatch.setattr(remote, "_starter", noted)
+    os.kill(process_of(engine, "process/cpu").process_id, signal.SIGKILL)
+    assert starting.wait(30)
+    engine.close()
+    assert [process.end for process in made] == ["was ended by signal 9"]
+
+
+SCRIPT = """
+import sys, splitrun
+from splitrun.engine.remote import RemoteStages
+engine = splitrun.Engine(sys.argv[1])
+print(engine.core._pipeline._elsewhere._processes["process/cpu"].process_id, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_coordinators_death_ends_its_processes(tmp_path: Path) -> None:
+    file = tmp_path / "placement.yaml"
+    demo("cpu", "process/cpu").save(file)
+    package_home = str(Path(splitrun.__file__).parent.parent)
+    coordinator = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(file)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": package_home},
+        text=True,
+    )
+    with coordinator:
+        assert coordinator.stdout is not None
+        child = psutil.Process(int(coordinator.stdout.readline()))
+        assert "stage_process" in " ".join(child.cmdline())
+        keys = [part for part in [*child.cmdline(), *child.environ().values()] if "tcp://" in part]
+        assert keys == []
+        coordinator.kill()
+        child.wait(timeout=5)
+
+
+def test_a_process_says_why_it_cannot_load(tmp_path: Path) -> None:
+    write_checkpoint("llama", tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    placement = plan(str(tmp_path), 3, {"process/cpu": 2, "cpu": 5}, Workload(64, 1, block_tokens=4))
+    with pytest.raises(CorruptWeights, match=r"model\.safetensors"):
+        splitrun.Engine(placement, patience=PATIENCE)
+
+
+def test_an_unknown_node_is_refused() -> None:
+    with pytest.raises(InvalidPlacement, match="knows no node laptop"):
+        splitrun.Engine(demo("laptop/cpu", "cpu"))
