@@ -55,8 +55,15 @@ class CutModel:
             outputs.register_forward_pre_hook(_with_plain_strides)
 
     def finish_loading(self) -> None:
-        """After the loader has installed the range's own parameters: free the others, move buffers to the device."""
+        """After the loader has installed the range's own parameters: free the others, move buffers to the device.
+
+        Foreign layers never run, so their buffers (masks of old models can be large) are dropped.
+        """
         self._make_foreign_units_free()
+        for index, layer in enumerate(self.skeleton.layers):
+            if not self.cut.start <= index < self.cut.stop:
+                for module in layer.modules():
+                    module._buffers.update(dict.fromkeys(module._buffers))
         for module in self.skeleton.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -174,7 +181,7 @@ class CutModel:
 
 
 def _with_plain_strides(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A prompt's last row as a tensor of its own: as a slice, its strides cost torch's CPU product thirty times more."""
+    """A prompt's last row as a tensor of its own: a slice's strides make torch's CPU product thirty times as slow."""
     hidden, *others = args
     return (hidden.clone(memory_format=torch.contiguous_format), *others)
 

@@ -6,6 +6,7 @@ of stages, files on disk or devices.
 
 from __future__ import annotations
 
+import copy
 import inspect as python_inspect
 import os
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ def build_skeleton(config: Any, dtype: str) -> Skeleton:
     from transformers.initialization import no_init_weights
 
     require_decoder(config)
+    config = copy.deepcopy(config)
     config._experts_implementation = "eager"
     try:
         with quiet_transformers(), init_empty_weights(include_buffers=False), no_init_weights():

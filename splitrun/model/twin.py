@@ -14,6 +14,9 @@ WINDOW = 8
 ROTARY = 16
 """Width of a twin's heads, all of it rotated unless a partial factor says less."""
 
+GROWING_ROTARY = ("dynamic", "longrope", None)
+"""Rotary scalings whose table changes with the length; their contexts are limited instead (`exact_context`)."""
+
 _SMALL = {
     "vocab_size": 128, "hidden_size": 64, "n_embd": 64, "d_model": 64, "word_embed_proj_dim": 64, "embedding_size": 64,
     "intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "ffn_hidden_size": 96, "dim_feedforward": 96,
@@ -27,6 +30,8 @@ _SMALL = {
     "qk_head_dim": 32,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "sliding_window": WINDOW, "attention_chunk_size": WINDOW, "attention_window_size": WINDOW, "window_size": WINDOW,
+    "sliding_window_size": WINDOW, "keep_window_size": WINDOW, "floor_scale": WINDOW, "log_scaling_n_floor": WINDOW,
+    "chunk_size": WINDOW, "mamba_chunk_size": WINDOW, "block_size": WINDOW, "index_topk": WINDOW, "rel_extent": WINDOW,
     "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_ssm": 128, "mamba_expand": 2,
     "mamba_dt_rank": 4, "time_step_rank": 4, "lru_width": 64, "block_ff_dim": 96, "conv_dim": 64,
 }  # fmt: skip
@@ -48,6 +53,8 @@ def twin_config(config: Any) -> Any:
     _shrink(fields, layers)
     if {"expand", "num_heads", "head_dim"} <= fields.keys():
         fields["head_dim"] = int(fields["expand"] * fields["hidden_size"]) // fields["num_heads"]
+    if {"mamba_d_ssm", "mamba_n_heads", "mamba_d_head"} <= fields.keys():
+        fields["mamba_d_head"] = fields["mamba_d_ssm"] // fields["mamba_n_heads"]
     fields.pop("transformers_version", None)
     fields.pop("dtype", None)
     fields.pop("quantization_config", None)
@@ -69,6 +76,8 @@ def _shrink(fields: dict[str, Any], layers: int) -> None:
             fields[name] = layers
         elif name in _PER_LAYER and isinstance(value, list):
             fields[name] = value[:layers]
+        elif name == "original_max_position_embeddings" and fields.get("rope_type") not in GROWING_ROTARY:
+            fields[name] = WINDOW
         elif name == "moe_layers" and isinstance(value, list):
             fields[name] = [layer for layer in value if layer < layers]
         elif name in ("short_factor", "long_factor") and isinstance(value, list):

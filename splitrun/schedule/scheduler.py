@@ -20,6 +20,9 @@ from splitrun.schedule.roster import Roster, Statistics
 from splitrun.schedule.sequence import Sequence, State
 from splitrun.schedule.step import RowTokens, Step, Tokens
 
+NO_TOKEN = "the logits hold NaN or infinity: the model's values overflow this format; plan with --weights bf16 or fp32"
+"""Why a row that wanted a token has none."""
+
 __all__ = ["GroupSpec", "Limits", "Scheduler", "Statistics"]
 
 
@@ -127,7 +130,8 @@ class Scheduler:
     def commit(self, tokens: Tokens) -> list[TokenEvent]:
         """Accept the tokens of the oldest step in flight; returns an event for every request that got any.
 
-        Tokens of an older epoch are passed over, and so are rows whose request has ended meanwhile.
+        Tokens of an older epoch are passed over, and so are rows whose request has ended meanwhile. A row that wanted a
+        token and has none ends its request with an error.
         """
         if tokens.epoch != self.epoch:
             return []

@@ -47,31 +47,50 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class BatchRules:
-    """What the model asks of a batch.
+class Traits:
+    """How a model's rows may be run together, as the proof found out (`splitrun.stage.proof`).
 
-    has_states       rows with and without history do not mix
-    one_by_one       tokens behind a history are fed singly (states that cannot continue by chunk)
+    one_by_one       tokens behind a history are fed singly: its states cannot be continued by chunk
+    equal_histories  rows of a batch have histories of one length: it reads positions off the padded cache
     """
+
+    one_by_one: bool = False
+    equal_histories: bool = False
+
+
+FREE = Traits()
+"""Any rows together, any chunks: almost every model."""
+
+
+@dataclass(frozen=True)
+class BatchRules:
+    """What the model asks of a batch. ``has_states``: rows with and without history do not mix."""
 
     groups: tuple[KVGroup, ...]
     block_tokens: int
     has_states: bool = False
-    one_by_one: bool = False
+    traits: Traits = FREE
 
 
 def split(step: Step, rules: BatchRules, device: torch.device) -> Iterator[Batch]:
     """The step as batches, in an order that respects histories."""
-    members: dict[tuple[int, int], list[int]] = {}
+    members: dict[tuple[int, int, bool], list[int]] = {}
     for row, count in enumerate(step.counts.tolist()):
-        history = int(step.context_lengths[row] > 0) if rules.has_states else 0
-        members.setdefault((count, history), []).append(row)
-    for (count, history), rows in members.items():
-        if rules.one_by_one and history and count > 1:
+        history = int(step.context_lengths[row])
+        kind = history if rules.traits.equal_histories else int(history > 0) if rules.has_states else 0
+        singly = count > 1 and (_is_replay(step, row) or (rules.traits.one_by_one and history > 0))
+        members.setdefault((count, kind, singly), []).append(row)
+    for (count, _, singly), rows in members.items():
+        if singly:
             for offset in range(count):
                 yield _batch(step, rules, device, rows, offset, 1, offset == count - 1)
         else:
             yield _batch(step, rules, device, rows, 0, count, True)
+
+
+def _is_replay(step: Step, row: int) -> bool:
+    """Generated tokens that are computed again take the way of their first time: one by one."""
+    return bool(step.replay) and step.replay[row]
 
 
 def _batch(
@@ -124,6 +143,7 @@ def _view(
         table[row, first[row] // block_tokens : -(-histories[row] // block_tokens)] if lengths[row] else table[row, :0]
         for row in range(len(rows))
     ]
+    assert min((int(piece.min()) for piece in pieces if len(piece)), default=0) >= 0, "a needed block was dropped"
     written = numpy.take_along_axis(table, positions // block_tokens, axis=1).reshape(-1)
     sizes = [len(piece) for piece in pieces]
     indices = torch.from_numpy(numpy.concatenate([*pieces, written, (positions % block_tokens).reshape(-1)])).to(device)

@@ -65,22 +65,37 @@ class BlockStore:
         pool[view.blocks, :, view.offsets] = new.transpose(1, 2).reshape(rows * count, heads, width).to(pool.dtype)
         if view.past == 0:
             return new
-        whole = new.new_zeros((rows, heads, view.past + count, width))
-        whole[:, :, view.past :] = new
+        # whole blocks are copied in place; what of the first and last is not wanted falls into a block's room on
+        # either side or is overwritten by the new tokens
+        room = pool.shape[2]
+        whole = new.new_zeros((rows, heads, room + view.past + count + room, width))
         for row, (length, table, skip) in enumerate(zip(view.lengths, view.tables, view.skips, strict=True)):
             if length:
-                history = pool[table].transpose(0, 1).reshape(heads, -1, width)[:, skip : skip + length]
-                whole[row, :, view.past - length : view.past] = history
-        return whole
+                start = room + view.past - length - skip
+                target = whole[row, :, start : start + len(table) * room].unflatten(1, (len(table), room))
+                target.copy_(pool[table].transpose(0, 1))
+        whole[:, :, room + view.past : room + view.past + count] = new
+        return whole[:, :, room : room + view.past + count]
 
 
 class StateStore:
-    """The states of one layer: one slot per sequence, in tensors named by (kind, index)."""
+    """The states of one layer: one slot per sequence, in tensors named by (kind, index).
 
-    def __init__(self, slots: int, states: tuple[tuple[str, int, tuple[int, ...], int], ...]) -> None:
-        self.slots = slots
+    ``states`` as in `LayerCache`; four-byte values are float32, others of the stage's compute type.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        states: tuple[tuple[str, int, tuple[int, ...], int], ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.shapes = {(kind, index): shape for kind, index, shape, _ in states}
-        self.tensors: dict[tuple[str, int], Tensor] = {}
+        self.tensors: dict[tuple[str, int], Tensor] = {
+            (kind, index): torch.zeros((slots, *shape), dtype=torch.float32 if width == 4 else dtype, device=device)
+            for kind, index, shape, width in states
+        }
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +107,5 @@ class StateStore:
         return self.tensors[name][slots]
 
     def write(self, name: tuple[str, int], slots: Tensor, state: Tensor) -> None:
-        """Replace some slots; the first write decides type and device. Shape of ``state``: (rows, *state)."""
-        if name not in self.tensors:
-            self.tensors[name] = state.new_zeros((self.slots, *state.shape[1:]))
-        self.tensors[name][slots] = state
+        """Replace some slots. Shape of ``state``: (rows, *state)."""
+        self.tensors[name][slots] = state.to(self.tensors[name].dtype)

@@ -71,12 +71,7 @@ class GenericStage:
         if not self.model.cut.head:
             assert computed.activation is not None
             return computed.activation
-        rows = sorted(computed.logits)
-        chosen: dict[int, RowTokens] = {}
-        if rows:
-            logits = torch.stack([computed.logits[row] for row in rows])
-            sampling = [wanted for row in rows if (wanted := step.sampling[row]) is not None]
-            chosen = dict(zip(rows, sample(logits, sampling), strict=True))
+        chosen = _choose(step, computed.logits)
         empty = RowTokens()
         return Tokens(
             step.index,
@@ -111,6 +106,19 @@ class GenericStage:
         self._stores.clear()
         self._states.clear()
         del self.model, self._cache
+
+
+def _choose(step: Step, logits: dict[int, Tensor]) -> dict[int, RowTokens]:
+    """Sample the rows that want a token. A row whose logits are not finite gets none, and its neighbours theirs."""
+    rows = {row: wanted for row in sorted(logits) if (wanted := step.sampling[row]) is not None}
+    if not rows:
+        return {}
+    try:
+        return dict(zip(rows, sample(torch.stack([logits[row] for row in rows]), list(rows.values())), strict=True))
+    except StageError:
+        finite = {row: wanted for row, wanted in rows.items() if bool(torch.isfinite(logits[row].max()))}
+        chosen = {row: sample(logits[row].unsqueeze(0), [wanted])[0] for row, wanted in finite.items()}
+        return {row: chosen.get(row, RowTokens()) for row in rows}
 
 
 def _rows_of(activation: Tensor, batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.skeleton import DTYPES
 from splitrun.model.structure import ModelStructure
-from splitrun.stage.batch import BatchRules
+from splitrun.stage.batch import FREE, BatchRules, Traits
 from splitrun.stage.blocks import BlockStore, StateStore
 from splitrun.stage.cache import BlockCache
 from splitrun.stage.generic import GenericStage
@@ -36,12 +36,14 @@ class StageSize:
 
 
 def load_stage(
-    config: Any, structure: ModelStructure, cut: CutRange, size: StageSize, fill: Fill, *, one_by_one: bool = False
+    config: Any,
+    structure: ModelStructure,
+    cut: CutRange,
+    size: StageSize,
+    fill: Fill,
+    traits: Traits = FREE,
 ) -> GenericStage:
-    """The stage of a range, ready to run.
-
-    ``one_by_one``: states cannot be continued by chunk, so tokens behind a history run singly.
-    """
+    """The stage of a range, ready to run. ``traits`` are what the proof learned about the model."""
     if size.dtype == "fp32" and size.device.startswith("cuda"):
         torch.backends.cudnn.allow_tf32 = False  # convolutions would otherwise round their inputs to 10 bits
     model = CutModel(config, structure, cut, size.dtype, size.device)
@@ -52,7 +54,7 @@ def load_stage(
         groups=tuple(group for group in structure.groups if group.kind != "state"),
         block_tokens=size.block_tokens,
         has_states=any(cache.states for cache in structure.caches),
-        one_by_one=one_by_one,
+        traits=traits,
     )
     cache = BlockCache(model.skeleton.model.config, structure.caches, stores, states)
     return GenericStage(model, cache, stores, states, rules, weight_bytes)
@@ -69,5 +71,5 @@ def _storage(
             dtype, device = DTYPES[size.kv_dtype], torch.device(size.device)
             stores[index] = BlockStore(blocks, size.block_tokens, kept.key, kept.value, dtype, device)
         if kept.states:
-            states[index] = StateStore(size.slots, kept.states)
+            states[index] = StateStore(size.slots, kept.states, DTYPES[size.dtype], torch.device(size.device))
     return stores, states

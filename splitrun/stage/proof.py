@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,17 @@ from splitrun.model.structure import ModelStructure, inspect
 from splitrun.model.twin import twin_config
 from splitrun.schedule.request import SamplingParams
 from splitrun.schedule.step import RowSampling, Step
+from splitrun.stage.batch import Traits
 from splitrun.stage.generic import GenericStage
 from splitrun.stage.load import StageSize, load_stage
 
 LENGTHS = (21, 13, 5)
 NEW_TOKENS = 4
-CHUNK = 6
+CHUNKS = (6, 11)
+"""Shorter and longer than the twin's windows."""
 BLOCK_TOKENS = 4
 TOLERANCE = 5e-4
 """Largest difference of logits, relative to the largest logit (at least 1)."""
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What the proof learned. ``one_by_one``: states cannot be continued by chunk, only token by token."""
-
-    one_by_one: bool = False
 
 
 def prove(config: Any, cache_folder: Path | None = None) -> Traits:
@@ -64,7 +59,7 @@ def prove(config: Any, cache_folder: Path | None = None) -> Traits:
         _write(file, outcome)
     if outcome.get("reason"):
         raise UnsupportedModel(f"{config.model_type} cannot be cut exactly: {outcome['reason']}")
-    return Traits(one_by_one=bool(outcome["one_by_one"]))
+    return Traits(one_by_one=outcome["one_by_one"] is True, equal_histories=outcome["equal_histories"] is True)
 
 
 def default_cache_folder() -> Path:
@@ -77,13 +72,13 @@ def _outcome(twin: Any) -> dict[str, Any]:
     try:
         reference = _reference(twin)
         structure = inspect(twin, "fp32")
-        difference = _difference(twin, reference, structure, one_by_one=False)
-        if difference <= TOLERANCE:
-            return {"one_by_one": False}
+        candidates = [Traits(), Traits(equal_histories=True)]
         if any(cache.states for cache in structure.caches):
-            difference = _difference(twin, reference, structure, one_by_one=True)
+            candidates.append(Traits(one_by_one=True))
+        for traits in candidates:
+            difference = _difference(twin, reference, structure, traits)
             if difference <= TOLERANCE:
-                return {"one_by_one": True}
+                return asdict(traits)
         return {"reason": f"its cut twin differs from the unsplit one by {difference:.1e} of the largest logit"}
     except SplitrunError as error:
         return {"reason": str(error)}
@@ -106,7 +101,7 @@ def _reference(twin: Any) -> Any:
     return model
 
 
-def _difference(twin: Any, reference: Any, structure: ModelStructure, *, one_by_one: bool) -> float:
+def _difference(twin: Any, reference: Any, structure: ModelStructure, traits: Traits) -> float:
     """Largest relative difference of logits over every step, cut into single units and whole."""
     count = structure.layers
     single = [CutRange(True, 0, 0, False)]
@@ -119,9 +114,10 @@ def _difference(twin: Any, reference: Any, structure: ModelStructure, *, one_by_
     rows = [torch.randint(3, vocabulary, (n + NEW_TOKENS,), generator=generator).tolist() for n in LENGTHS]
     expected = [_unsplit_logits(reference, ids) for ids in rows]
     worst = 0.0
-    for cuts in (single, halves, [CutRange(True, 0, count, True)]):
-        stages = [_load(twin, reference, structure, cut, one_by_one=one_by_one) for cut in cuts]
-        for step, ends in _steps(rows, structure):
+    whole = [CutRange(True, 0, count, True)]
+    for cuts, chunk in ((single, CHUNKS[0]), (halves, CHUNKS[1]), (whole, CHUNKS[1])):
+        stages = [_load(twin, reference, structure, cut, traits) for cut in cuts]
+        for step, ends in _steps(rows, structure, chunk):
             logits = _run(stages, step)
             for row, (sequence, length) in ends.items():
                 wanted = expected[sequence][length - 1]
@@ -136,9 +132,7 @@ def _unsplit_logits(reference: Any, ids: list[int]) -> Tensor:
     return logits
 
 
-def _load(
-    twin: Any, reference: nn.Module, structure: ModelStructure, cut: CutRange, *, one_by_one: bool
-) -> GenericStage:
+def _load(twin: Any, reference: nn.Module, structure: ModelStructure, cut: CutRange, traits: Traits) -> GenericStage:
     def fill(model: CutModel) -> int:
         for name in model.own_names:
             module = reference.get_submodule(name.rpartition(".")[0])
@@ -149,7 +143,7 @@ def _load(
     blocks = -(-(max(LENGTHS) + NEW_TOKENS) // BLOCK_TOKENS) * len(LENGTHS)
     pools = {group.name: blocks for group in structure.groups}
     size = StageSize("cpu", "fp32", "fp32", pools, BLOCK_TOKENS, len(LENGTHS))
-    return load_stage(twin, structure, cut, size, fill, one_by_one=one_by_one)
+    return load_stage(twin, structure, cut, size, fill, traits)
 
 
 def _run(stages: list[GenericStage], step: Step) -> dict[int, Tensor]:
@@ -159,8 +153,10 @@ def _run(stages: list[GenericStage], step: Step) -> dict[int, Tensor]:
     return stages[-1].compute(step, activation).logits
 
 
-def _steps(rows: list[list[int]], structure: ModelStructure) -> Iterator[tuple[Step, dict[int, tuple[int, int]]]]:
-    """Prompts in chunks, all sequences side by side, then tokens singly.
+def _steps(
+    rows: list[list[int]], structure: ModelStructure, chunk: int
+) -> Iterator[tuple[Step, dict[int, tuple[int, int]]]]:
+    """Prompts in chunks of ``chunk``, all sequences side by side, then tokens singly.
 
     Yields each step with its rows' (sequence, length after the step).
     """
@@ -169,7 +165,7 @@ def _steps(rows: list[list[int]], structure: ModelStructure) -> Iterator[tuple[S
     index = 0
     while any(length < len(ids) for length, ids in zip(done, rows, strict=True)):
         members = [sequence for sequence, ids in enumerate(rows) if done[sequence] < len(ids)]
-        counts = [min(CHUNK, LENGTHS[s] - done[s]) if done[s] < LENGTHS[s] else 1 for s in members]
+        counts = [min(chunk, LENGTHS[s] - done[s]) if done[s] < LENGTHS[s] else 1 for s in members]
         tables = numpy.array([[s * per_row + block for block in range(per_row)] for s in members], dtype=numpy.int32)
         ids = [rows[s][done[s] : done[s] + count] for s, count in zip(members, counts, strict=True)]
         step = Step(
@@ -204,7 +200,9 @@ def _read(file: Path) -> dict[str, Any] | None:
         outcome = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return outcome if isinstance(outcome, dict) and ("one_by_one" in outcome or "reason" in outcome) else None
+    if not isinstance(outcome, dict) or not ("reason" in outcome or asdict(Traits()).keys() <= outcome.keys()):
+        return None
+    return outcome
 
 
 def _write(file: Path, outcome: dict[str, Any]) -> None:

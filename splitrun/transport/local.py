@@ -128,7 +128,9 @@ class DeviceToHost:
         self._ring = ring
 
     def send(self, activation: Tensor) -> Parcel:
-        """Copy on the source's stream and mark its end."""
+        """Copy on the source's stream and mark its end. Devices other than CUDA's have no such events: they wait."""
+        if activation.device.type != "cuda":
+            return Parcel(activation.to("cpu"))
         buffer = self._ring.take(activation.shape[0])
         buffer.copy_(activation, non_blocking=True)
         ready = torch.cuda.Event()

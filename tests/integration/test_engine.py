@@ -259,7 +259,7 @@ def test_a_placement_of_other_layers_is_refused() -> None:
     ("device", "fields", "words"),
     [
         ("cuda:97", {}, "no such device here; `splitrun doctor` lists"),
-        ("attic/cpu", {}, "runs on one machine"),
+        ("attic/cpu", {}, "knows no node attic"),
         ("cpu", {"stream_buffer_bytes": 4096}, "stream_buffer 4096 is not supported"),
         ("cpu", {"kv": KVSpec(host_blocks=3)}, "host_blocks 3 is not supported"),
     ],
