@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from splitrun.planner.cost import estimate as estimate_of
+from splitrun.planner.datasheet import find_device
 from splitrun.planner.estimate import Estimate
-from splitrun.planner.facts import Cluster, Device, KVGroup, Link, ModelProfile, UnitProfile, Workload
-from splitrun.planner.placement import Placement
+from splitrun.planner.facts import Cluster, Device, KVGroup, ModelProfile, UnitProfile, Workload
+from splitrun.planner.placement import ModelRef, Placement, StageSpec
 from splitrun.planner.placement_file import dump
 from splitrun.planner.solve import solve
+from splitrun.planner.what_if import Changes, changed, machine_of
 from splitrun.quantities import format_bytes, format_rate, format_seconds
 
-MIB, GIB = 1 << 20, 1 << 30
+GIB = 1 << 30
 BLOCK = 64  # values that share one scale in nf4
 
 
@@ -37,6 +40,7 @@ class Ready:
     cluster: Cluster
     workload: Workload
     weights: str = "auto"
+    stages: tuple[StageSpec, ...] = ()
 
 
 def matrix_bytes(rows: int, columns: int) -> dict[str, int]:
@@ -76,10 +80,12 @@ def qwen_profile(source: str, config: dict[str, Any], bias_values: int, norm_val
             kv_values_per_token={"full": 2 * keys},
             activation_values_per_token=3 * inner,
             largest_weight_values=hidden * inner,
+            quantized_values=sum(rows * columns for rows, columns in shapes),
         )
         for index in range(config["num_hidden_layers"])
     ]
     embed = UnitProfile("embed", table, {name: size // vocabulary for name, size in table.items()}, 0.0)
+    embed = replace(embed, quantized_values=vocabulary * hidden)
     head_bytes = total(table, vector_bytes(hidden))
     head = UnitProfile(
         name="head",
@@ -88,6 +94,7 @@ def qwen_profile(source: str, config: dict[str, Any], bias_values: int, norm_val
         flops_per_token=2.0 * vocabulary * hidden,
         activation_values_per_token=3 * hidden,
         largest_weight_values=vocabulary * hidden,
+        quantized_values=vocabulary * hidden,
     )
     return ModelProfile(
         source=source,
@@ -127,48 +134,68 @@ def deepseek_profile() -> ModelProfile:
     return qwen_profile("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", config, bias_values=2048, norm_values=0)
 
 
+def llama_profile() -> ModelProfile:
+    """Llama-3.1-8B, from its published config."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    }
+    return qwen_profile("meta-llama/Llama-3.1-8B-Instruct", config, bias_values=0, norm_values=0)
+
+
 def processor(name: str, budget_bytes: int, bandwidth: float, flops: float) -> Device:
-    """A processor; further virtual ones draw on budgets of their own."""
-    pool = "host" if name == "cpu" else name
-    return Device(
-        name=name,
-        kind="cpu",
-        description="processor",
-        total_bytes=budget_bytes,
-        free_bytes=budget_bytes,
-        budget_bytes=budget_bytes,
-        memory_pool=pool,
-        context_bytes=0,
-        bandwidth_bytes_per_s=bandwidth,
-        flops_per_s=flops,
-        unit_overhead_s=0.5e-3,
-        compute_dtype="bf16",
+    """A virtual processor with a budget of its own."""
+    facts = find_device("desktop DDR4 CPU", "device").device(name, "host" if name == "cpu" else name)
+    sizes = {"total_bytes": budget_bytes, "free_bytes": budget_bytes, "budget_bytes": budget_bytes}
+    return replace(facts, description="processor", bandwidth_bytes_per_s=bandwidth, flops_per_s=flops, **sizes)
+
+
+def from_sheets(
+    name: str,
+    profile: ModelProfile,
+    workload: Workload,
+    machine: str,
+    weights: str = "auto",
+    changes: Changes | None = None,
+) -> Ready:
+    """A placement for hardware from the data sheets, and the command that plans it."""
+    changes = changes or Changes()
+    cluster, _ = changed(machine_of(machine), changes)
+    words = [f"--machine '{machine}'"]
+    words += [f"--add '{card}'" for card in changes.add]
+    words += [f"--add-node '{node}'" for node in changes.add_node]
+    words += [f"--link {changes.link}"] * bool(changes.add_node)
+    words += [f"--context {workload.context}"]
+    words += [f"--weights {weights}"] * (weights != "auto")
+    hardware = ", ".join([machine, *changes.add, *(f"a node with {node}" for node in changes.add_node)])
+    if changes.add_node:
+        hardware += f", joined by {changes.link}"
+    return Ready(
+        name, hardware, f"splitrun what-if {profile.source} {' '.join(words)}", profile, cluster, workload, weights
     )
 
 
-def card(budget_bytes: int, bandwidth: float, flops: float) -> Device:
-    """A discrete GPU whose driver context takes 300 MiB."""
-    return Device(
-        name="cuda:0",
-        kind="cuda",
-        description="graphics card",
-        total_bytes=4 * GIB,
-        free_bytes=budget_bytes,
-        budget_bytes=budget_bytes,
-        memory_pool="cuda:0",
-        context_bytes=300 * MIB,
-        bandwidth_bytes_per_s=bandwidth,
-        flops_per_s=flops,
-        unit_overhead_s=0.4e-3,
-        compute_dtype="bf16",
-    )
+def hybrid(ready: Ready, card: str) -> Ready:
+    """The same hardware with the map that guides recommend: head on the graphics, everything else on the processor."""
+    n = ready.profile.layers
+    stages = (StageSpec("cpu", True, (0, n), False, ready.weights), StageSpec(card, False, (n, n), True, ready.weights))
+    return replace(ready, name=f"{ready.name}-hybrid", stages=stages)
 
 
 def ready_placements() -> list[Ready]:
     """The placements that splitrun ships."""
-    pcie = Link(latency_s=20e-6, bandwidth_bytes_per_s=12e9)
-    host_and_card = Cluster((processor("cpu", 8 * GIB, 40e9, 0.5e12), card(3584 * MIB, 192e9, 9e12)), default_link=pcie)
+    small, large = deepseek_profile(), llama_profile()
+    i7 = from_sheets("i7-uhd-630", small, Workload(context=256), "i7 DDR4 CPU", "int8", Changes(add=("UHD 630",)))
+    lan = Changes(add_node=("GTX 1060 6GB", "RTX 2060 6GB"))
     two = (processor("cpu", GIB, 14e9, 0.5e12), processor("cpu:1", GIB, 14e9, 0.5e12))
+    desktop, laptop = "desktop DDR4 CPU", "laptop DDR4 CPU"
     return [
         Ready(
             "demo-cpu",
@@ -186,16 +213,29 @@ def ready_placements() -> list[Ready]:
             Cluster(two),
             Workload(context=2048, sessions=4, objective="throughput"),
         ),
-        Ready(
-            "deepseek-1.5b-4gib-card",
-            "a 4 GiB card such as a GeForce RTX 3050 Laptop (192 GB/s), 3.5 GiB of it for splitrun, "
-            "and a processor with two DDR4 channels (40 GB/s)",
-            "splitrun plan deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --memory cuda:0=3584MiB,cpu=8GiB --context 4096",
-            deepseek_profile(),
-            host_and_card,
-            Workload(context=4096),
+        from_sheets("rtx-3050-4gb-fp16", small, Workload(context=1024), laptop, "fp16", Changes(add=("RTX 3050 4GB",))),
+        from_sheets("rtx-3050-4gb-nf4", small, Workload(context=1024), laptop, "nf4", Changes(add=("RTX 3050 4GB",))),
+        from_sheets("gtx-1060-3gb-int8", small, Workload(context=512), desktop, "int8", Changes(add=("GTX 1060 3GB",))),
+        from_sheets("i7-cpu-only", small, Workload(context=256), "i7 DDR4 CPU", "int8"),
+        hybrid(i7, "xpu:0"),
+        from_sheets("core-ultra", small, Workload(), "Core Ultra CPU", "auto", Changes(add=("Core Ultra iGPU",))),
+        from_sheets(
+            "8b-two-6gb-cards", large, Workload(), desktop, "auto", Changes(add=("GTX 1060 6GB", "GTX 1060 6GB"))
         ),
+        from_sheets("8b-4gb-card", large, Workload(), desktop, "nf4", Changes(add=("RTX 3050 4GB",))),
+        from_sheets("8b-three-node-lan", large, Workload(), "laptop DDR5 CPU", "int8", lan),
     ]
+
+
+def planned(ready: Ready) -> Placement:
+    """The placement with its estimate: the solver's, or the map given by hand."""
+    if not ready.stages:
+        return solve(ready.profile, ready.cluster, ready.workload, ready.weights)
+    names = dict.fromkeys(stage.device for stage in ready.stages)
+    budgets = {name: ready.cluster.device(name).budget_bytes for name in names}
+    model = ModelRef(ready.profile.source, layers=ready.profile.layers)
+    plan = Placement(1, model, ready.workload, ready.stages, budgets)
+    return replace(plan, estimate=estimate_of(ready.profile, ready.cluster, plan, "the map, which is given by hand"))
 
 
 def header(ready: Ready, estimate: Estimate) -> str:
@@ -208,7 +248,7 @@ def header(ready: Ready, estimate: Estimate) -> str:
     speed += f", first token of a {estimate.prompt_tokens}-token prompt after {first}"
     lines = [
         f"hardware:  {ready.hardware}",
-        f"command:   {ready.command} -o placements/{ready.name}.yaml",
+        f"command:   {ready.command}" + ("" if ready.stages else f" -o placements/{ready.name}.yaml"),
         f"predicted: {speed}; {memory}",
         "           from data-sheet facts by examples/make_placements.py; plan on your own machine for its figures",
     ]
@@ -217,7 +257,7 @@ def header(ready: Ready, estimate: Estimate) -> str:
 
 def text_of(ready: Ready) -> str:
     """The whole file."""
-    placement: Placement = solve(ready.profile, ready.cluster, ready.workload, ready.weights)
+    placement = planned(ready)
     assert placement.estimate is not None, "solve always adds its estimate"
     return header(ready, placement.estimate) + dump(placement)
 
@@ -228,7 +268,7 @@ def main() -> None:
     for ready in ready_placements():
         (folder / f"{ready.name}.yaml").write_text(text_of(ready), "utf-8")
         print(f"{folder / ready.name}.yaml")
-        print(solve(ready.profile, ready.cluster, ready.workload, ready.weights).explain(), end="\n\n")
+        print(planned(ready).explain(), end="\n\n")
 
 
 if __name__ == "__main__":

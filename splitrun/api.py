@@ -5,13 +5,18 @@ The public way from a model to a placement; knows nothing of running one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from splitrun.errors import DoesNotFit, InvalidPlacement
 
 if TYPE_CHECKING:
-    from splitrun.planner.facts import Objective
+    from splitrun.planner.estimate import Estimate
+    from splitrun.planner.facts import Cluster, ModelProfile, Objective
+    from splitrun.planner.facts_file import Facts
     from splitrun.planner.placement import Placement
 
 DEFAULT_CONTEXT = 4096
@@ -27,6 +32,10 @@ def plan(
     weights: str = "auto",
     revision: str | None = None,
     load: Literal["weights", "dummy"] = "weights",
+    quality: str = "nf4",
+    facts: str | os.PathLike[str] | None = None,
+    refresh: bool = False,
+    report: Callable[[str], None] = lambda text: None,
 ) -> Placement:
     """Decide which device computes which units of ``model``: "demo", a directory, or a Hugging Face Hub id.
 
@@ -34,33 +43,94 @@ def plan(
     context    tokens per sequence, prompt and answer; None: 4096, or what the model knows if that is less
     sessions   sequences that must fit at once
     objective  "latency", "throughput" or "first-token"
-    weights    a weight format, or "auto" for the most precise that fits
+    weights    a weight format, or "auto" for the fastest mix of formats within ``quality``
     load       "dummy": the directory need not hold weights, because the engine will make random ones
+    quality    the most that weights may lose under "auto": as much as all-"nf4", all-"int8", … or a share of nf4's loss
+    facts      a file that ``splitrun profile --facts`` wrote: plan for the machine described there
+    refresh    measure again what earlier runs measured
+    report     is told what is being measured, which takes up to a minute the first time
 
-    Loads nothing. Raises DoesNotFit with the shortfall per device, InvalidPlacement for devices or sizes that cannot
-    be, and a ModelError for a model that cannot be run.
+    Loads nothing but single units, to time them. Raises DoesNotFit with the shortfall per device, InvalidPlacement for
+    devices or sizes that cannot be, and a ModelError for a model that cannot be run.
     """
-    from splitrun.measure.probe import probe
-    from splitrun.measure.profile import profile
-    from splitrun.model.files import resolve
     from splitrun.planner.facts import Workload
+    from splitrun.planner.quality import loss_limit
     from splitrun.planner.solve import solve
 
     for name, value in (("context", context), ("sessions", sessions)):
         if value is not None and value < 1:
             raise InvalidPlacement(f"{name} is {value}: it must be at least 1")
-    cluster = probe(memory)
-    facts = profile(resolve(model, revision, weights=load == "weights"))
-    wanted = min(DEFAULT_CONTEXT, facts.max_context) if context is None else context
+    rows = tuple(sorted({1, sessions if objective == "throughput" else 1}))
+    if facts is None:
+        known = gather_facts(model, memory, weights, revision, load, rows, refresh, report)
+    else:
+        known = read_facts_for(facts, model, memory)
+    loss_limit(known.profile, quality)
+    wanted = min(DEFAULT_CONTEXT, known.profile.max_context) if context is None else context
     workload = Workload(context=wanted, sessions=sessions, objective=objective)
     try:
-        return solve(facts, cluster, workload, weights)
+        return solve(known.profile, known.cluster, workload, weights, quality)
     except DoesNotFit as error:
         if memory is None or any(name.startswith("cpu") for name in memory):
             raise
         raise DoesNotFit(
             f"{error}; main memory is not used: name cpu in --memory too", error.shortfall_bytes
         ) from error
+
+
+def gather_facts(
+    model: str,
+    memory: Mapping[str, str | int] | None = None,
+    weights: str = "auto",
+    revision: str | None = None,
+    load: Literal["weights", "dummy"] = "weights",
+    rows: tuple[int, ...] = (1, 4, 16),
+    refresh: bool = False,
+    report: Callable[[str], None] = lambda text: None,
+) -> Facts:
+    """Profile ``model`` and time its units on this machine; arguments and errors as for ``plan``."""
+    from splitrun.measure.gather import gather
+    from splitrun.planner.solve import device_formats
+
+    def formats(profile: ModelProfile, cluster: Cluster) -> Mapping[str, tuple[str, ...]]:
+        return device_formats(profile, cluster, weights)
+
+    return gather(model, revision, load, memory, formats, rows, refresh=refresh, report=report)
+
+
+def read_facts_for(file: str | os.PathLike[str], model: str, memory: Mapping[str, str | int] | None) -> Facts:
+    """The facts in ``file``, with the budgets that ``memory`` names. Raises InvalidPlacement when they do not suit."""
+    from splitrun.planner.facts_file import read_facts
+    from splitrun.planner.what_if import with_budgets
+
+    found = read_facts(Path(file))
+    if found.profile.source != model:
+        raise InvalidPlacement(
+            f"{file} describes {found.profile.source}, not {model}; make it again with: "
+            f"splitrun profile {model} --facts {file}"
+        )
+    return found if memory is None else replace(found, cluster=with_budgets(found.cluster, memory, str(file)))
+
+
+def predict(
+    placement: Placement, prompt_tokens: int, new_tokens: int, load: Literal["weights", "dummy"] = "weights"
+) -> Estimate:
+    """What the placement will do on this machine with a prompt and an answer of those lengths, one session alone.
+
+    Times the units of the placement's formats on its devices, unless an earlier run did.
+    """
+    from splitrun.measure.gather import gather
+    from splitrun.planner.cost import estimate
+
+    formats: dict[str, tuple[str, ...]] = {}
+    for stage in placement.stages:
+        formats[stage.device] = tuple({*formats.get(stage.device, ()), stage.weights})
+    budgets: dict[str, str | int] = {name: placement.devices.get(name, "auto") for name in placement.device_names}
+    source, revision = placement.model.source, placement.model.revision
+    known = gather(source, revision, load, budgets, lambda profile, cluster: formats, (1,))
+    history = prompt_tokens + new_tokens // 2
+    workload = replace(placement.workload, history_tokens=history, prompt_tokens=prompt_tokens)
+    return estimate(known.profile, known.cluster, replace(placement, workload=workload))
 
 
 def check(placement: Placement, file: str = "FILE", *, load: Literal["weights", "dummy"] = "weights") -> None:

@@ -18,6 +18,7 @@ from splitrun.planner.facts import (
     UnitProfile,
     Workload,
 )
+from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -30,6 +31,7 @@ def formats_of(values: int, share: float = 1.0) -> dict[str, int]:
 
 
 def unit(name: str, values: int, kv: Mapping[str, int] | None = None, read: float = 1.0, **more: Any) -> UnitProfile:
+    more = {"quantized_values": values} | more
     return UnitProfile(name, formats_of(values), formats_of(values, read), 2.0 * values * read, dict(kv or {}), **more)
 
 
@@ -102,7 +104,7 @@ def random_cluster(draw: random.Random) -> Cluster:
             context_bytes=draw.choice([0, 20]) * MIB,
             unit_overhead_s=draw.choice([0.0, 1e-4]),
             compute_dtype=draw.choice(["bf16", "fp32"]),
-            formats=draw.choice([FORMATS, FORMATS, ("fp32", "fp16", "int8")]),
+            formats=draw.choice([FORMATS, ("bf16", "nf4"), ("bf16", "int8"), ("fp32", "fp16", "int8")]),
         )
         for name in names
     ]
@@ -110,6 +112,22 @@ def random_cluster(draw: random.Random) -> Cluster:
     if draw.random() < 0.5:
         links = {(a, b): Link(draw.choice([1e-5, 1e-2]), 1e9) for a in names for b in names if a != b}
     return Cluster(tuple(devices), links)
+
+
+def random_seconds(draw: random.Random, profile: ModelProfile, cluster: Cluster) -> ModelProfile:
+    """The model as measured on some of the devices, in some of their formats; every stage takes its share."""
+
+    def measured(scale: float) -> UnitSeconds:
+        lines = tuple(DecodeLine(rows, rows**0.5 * scale * draw.uniform(0.5, 2), 1e-6 * scale) for rows in (1, 4))
+        return UnitSeconds(lines, ((32, scale * draw.uniform(2, 4)), (512, scale * draw.uniform(4, 9))), 1e-7 * scale)
+
+    seconds = {}
+    for place in cluster.devices:
+        for name in place.formats:
+            if draw.random() < 0.6:
+                units = tuple(measured(5e-3) for _ in profile.units)
+                seconds[place.name, name] = DeviceSeconds(measured(draw.choice([1e-4, 5e-3])), units)
+    return replace(profile, seconds=seconds)
 
 
 def random_workload(draw: random.Random) -> Workload:

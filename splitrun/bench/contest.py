@@ -14,9 +14,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from splitrun.bench.terms import Result, Terms, ratios
+from splitrun.planner.estimate import Estimate
 from splitrun.planner.placement import Placement
 from splitrun.quantities import format_bytes, format_rate, format_seconds
 
@@ -29,6 +30,30 @@ def plan_apart(model: str, options: dict[str, Any]) -> Placement:
 
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(plan, model, **options).result()
+
+
+def predict_apart(placement: Placement, terms: Terms) -> Estimate:
+    """``api.predict`` on the terms of the contest, in another process, as ``plan_apart``."""
+    from splitrun.api import predict
+
+    load: Literal["weights", "dummy"] = "dummy" if terms.load == "dummy" else "weights"
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(predict, placement, terms.prompt_tokens, terms.new_tokens, load).result()
+
+
+def against(predicted: Estimate, result: Result) -> list[str]:
+    """What was predicted beside what was measured, with each error; nothing for a contestant that failed."""
+    if result.error or not result.decode_tokens_per_s:
+        return []
+    low, high = predicted.decode_interval
+    decode = predicted.decode_tokens_per_s / result.decode_tokens_per_s - 1
+    first = predicted.time_to_first_token_s / max(result.ttft_s, 1e-9) - 1
+    return [
+        f"decode       predicted {format_rate(predicted.decode_tokens_per_s)} ({low:.3g} to {high:.3g}), measured "
+        f"{format_rate(result.decode_tokens_per_s)}: {decode:+.0%}",
+        f"first token  predicted {format_seconds(predicted.time_to_first_token_s)}, measured "
+        f"{format_seconds(result.ttft_s)}: {first:+.0%}",
+    ]
 
 
 def make_terms(placement: Placement, file: Path, prompt_tokens: int, new_tokens: int, repeat: int, load: str) -> Terms:

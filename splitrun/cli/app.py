@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from splitrun import __version__
-from splitrun.cli import bench, doctor, plan, run, serve
+from splitrun.cli import bench, check, doctor, plan, profile, run, serve, what_if
 
 app = typer.Typer(
     name="splitrun",
@@ -23,6 +23,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("plan")(plan.plan)
+app.command("profile")(profile.profile)
+app.command("what-if")(what_if.what_if)
+app.command("check")(check.check)
 app.command("serve")(serve.serve)
 app.command("run")(run.run)
 app.command("bench")(bench.bench)

@@ -34,8 +34,21 @@ ObjectiveOption = Annotated[
 ]
 WeightsOption = Annotated[
     Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"],
-    typer.Option("--weights", help="Weight format; auto picks the most precise that fits."),
+    typer.Option("--weights", help="Weight format; auto picks the fastest mix within --quality."),
 ]
+QualityOption = Annotated[
+    str,
+    typer.Option(
+        "--quality",
+        metavar="FORMAT|SHARE",
+        help="The most precision that --weights auto may give up: as much as all-FORMAT does, or a SHARE of all-nf4's.",
+    ),
+]
+FactsOption = Annotated[
+    str | None,
+    typer.Option("--facts", metavar="FILE", help="Plan for the machine that 'splitrun profile --facts FILE' saw."),
+]
+NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="Measure again what earlier runs measured.")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
 LoadOption = Annotated[
     Literal["weights", "dummy"], typer.Option("--load", help="dummy: random weights, for measuring speed.")

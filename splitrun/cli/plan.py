@@ -9,14 +9,18 @@ import typer
 
 from splitrun.cli.options import (
     ContextOption,
+    FactsOption,
     LoadOption,
     MemoryOption,
     ModelArgument,
+    NoCacheOption,
     ObjectiveOption,
+    QualityOption,
     RevisionOption,
     SessionsOption,
     WeightsOption,
 )
+from splitrun.errors import InvalidPlacement
 
 
 def plan(
@@ -28,6 +32,11 @@ def plan(
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
     load: LoadOption = "weights",
+    quality: QualityOption = "nf4",
+    facts: FactsOption = None,
+    no_cache: NoCacheOption = False,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Draw the placement into this file.")] = None,
+    derive: Annotated[bool, typer.Option("--explain", help="Also tell how the figures come about.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the placement to this file.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the placement as JSON.")] = False,
 ) -> None:
@@ -35,6 +44,8 @@ def plan(
     import splitrun
     from splitrun.measure.budget import parse_memory
 
+    if facts is not None and no_cache:
+        raise InvalidPlacement("--no-cache measures this machine and --facts describes another; give one of them")
     placement = splitrun.plan(
         model,
         memory=parse_memory(memory),
@@ -44,12 +55,24 @@ def plan(
         weights=weights,
         revision=revision,
         load=load,
+        quality=quality,
+        facts=facts,
+        refresh=no_cache,
+        report=lambda text: typer.echo(text, err=True),
     )
     if output is not None:
         placement.save(output)
+    if svg is not None:
+        from splitrun.planner.picture import save_picture
+
+        save_picture(placement, svg)
     if json_output:
         typer.echo(placement.to_json())
         return
     typer.echo(placement.explain())
+    if derive:
+        from splitrun.planner.derivation import derivation
+
+        typer.echo("\n" + "\n".join(derivation(placement)))
     if output is not None:
         typer.echo(f"\nsaved to {output}; serve it with: splitrun serve {output}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -45,7 +45,7 @@ Report = Callable[[str], None]
 class Wanted:
     """What to measure: weight formats per device, and how many rows decode together."""
 
-    formats: tuple[str, ...]
+    formats: Mapping[str, Sequence[str]]
     rows: tuple[int, ...] = ROWS
     block_tokens: int = 64
 
@@ -67,7 +67,7 @@ def measure(
     hosts = sum(device.kind == "cpu" for device in cluster.devices)
     for device in cluster.devices:
         threads = worker_threads(hosts) if device.kind == "cpu" else None
-        for weights in (name for name in wanted.formats if name in device.formats):
+        for weights in (name for name in wanted.formats.get(device.name, ()) if name in device.formats):
             task = _Task(files, structure, profile, device, weights, threads, wanted, kept, report)
             found = task.seconds()
             if found is not None:

@@ -182,6 +182,19 @@ def throughput_tokens_per_s(profile: ModelProfile, cluster: Cluster, placement: 
     return best
 
 
+def placement_spread(profile: ModelProfile, cluster: Cluster, placement: Placement) -> float:
+    """How far the plan's seconds may be off, as a share: each stage's own, weighted by what it takes."""
+    weighted = total = 0.0
+    for stage in placement.stages:
+        device = cluster.device(stage.device)
+        measured = profile.seconds.get((stage.device, stage.weights))
+        seconds = stage_s(profile, cluster, placement, stage, prefill=False)
+        units = [measured.units[unit].spread for unit in stage.units] if measured else [device.spread]
+        weighted += seconds * max(units)
+        total += seconds
+    return weighted / total if total else 0.0
+
+
 def estimate(
     profile: ModelProfile, cluster: Cluster, placement: Placement, limit: str = "", notes: Iterable[str] = ()
 ) -> Estimate:
@@ -221,4 +234,5 @@ def estimate(
         devices=placement_memory(profile, cluster, placement),
         limit=limit,
         notes=tuple(notes),
+        spread=placement_spread(profile, cluster, placement),
     )

@@ -56,7 +56,8 @@ class Estimate:
 
     ``step_s`` and ``decode_tokens_per_s`` are one session's, alone, with ``history_tokens`` tokens in its cache;
     ``throughput_tokens_per_s`` is that of all sessions together; ``time_to_first_token_s`` and
-    ``prefill_tokens_per_s`` are for a prompt of ``prompt_tokens``. ``limit`` names the binding constraint.
+    ``prefill_tokens_per_s`` are for a prompt of ``prompt_tokens``. ``limit`` names the binding constraint. ``spread``
+    is how far, as a share, seconds may be off: the measured units' own, or that of a data sheet.
     """
 
     step_s: float
@@ -72,6 +73,17 @@ class Estimate:
     devices: tuple[DeviceMemory, ...]
     limit: str = ""
     notes: tuple[str, ...] = ()
+    spread: float = 0.0
+
+    @property
+    def decode_interval(self) -> tuple[float, float]:
+        """Tokens per second of decoding, at least and at most."""
+        return self.decode_tokens_per_s / (1 + self.spread), self.decode_tokens_per_s / max(1 - self.spread, 0.1)
+
+    @property
+    def first_token_interval(self) -> tuple[float, float]:
+        """Seconds to the first token, at least and at most."""
+        return self.time_to_first_token_s * (1 - min(self.spread, 0.9)), self.time_to_first_token_s * (1 + self.spread)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mappings, lists and numbers; seconds and rates to six significant digits."""
@@ -99,7 +111,10 @@ Made = TypeVar("Made", StageEstimate, DeviceMemory, Estimate)
 
 def _checked(kind: type[Made], data: object) -> Made | None:
     """``kind`` from a mapping with exactly its fields, each of its type, numbers finite and not negative."""
-    if not isinstance(data, Mapping) or set(data) != {field.name for field in fields(kind)}:
+    if not isinstance(data, Mapping):
+        return None
+    data = {field.name: field.default for field in fields(kind) if field.name == "spread"} | dict(data)
+    if set(data) != {field.name for field in fields(kind)}:
         return None
     values: dict[str, Any] = {}
     for field in fields(kind):

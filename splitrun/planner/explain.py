@@ -41,11 +41,17 @@ def explain(placement: Placement, profile: ModelProfile | None = None, cluster: 
 
 
 def _predictions(stored: Estimate) -> list[str]:
+    slow, fast = stored.decode_interval
+    soon, late = stored.first_token_interval
+    decode, first = "", ""
+    if stored.spread:
+        decode = f", {slow:.3g} to {format_rate(fast)}"
+        first = f", {format_seconds(soon)} to {format_seconds(late)}"
     lines = [
         f"Predicted   {format_rate(stored.decode_tokens_per_s)} decoding ({format_seconds(stored.step_s)} per token "
-        f"after {stored.history_tokens:,} tokens)",
+        f"after {stored.history_tokens:,} tokens{decode})",
         f"            first token of a {stored.prompt_tokens:,}-token prompt after "
-        f"{format_seconds(stored.time_to_first_token_s)} ({format_rate(stored.prefill_tokens_per_s)})",
+        f"{format_seconds(stored.time_to_first_token_s)} ({format_rate(stored.prefill_tokens_per_s)}{first})",
     ]
     if stored.sessions > 1:
         rate = format_rate(stored.throughput_tokens_per_s)

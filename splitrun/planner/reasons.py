@@ -1,19 +1,42 @@
-"""Why the plan is as it is: the constraint that binds, and the devices left out, each with its number."""
+"""Why the plan is as it is: the constraint that binds, the runner-up, devices left out, and what would help most.
+
+Every statement names a plan that exists: relaxed problems are solved with embed and head where they are now or on the
+device that was given more, so what is promised can be had, and now and then a little more than that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy
 
-from splitrun.planner.facts import Device, Workload
-from splitrun.planner.search import INFINITE, Outcome, Split, Tables, excess_of, fastest, used_devices
-from splitrun.quantities import format_bytes, format_seconds
+from splitrun.planner.facts import Cluster, Device, ModelProfile, Workload
+from splitrun.planner.problem import INFINITE, Split, Tables, choice_of, excess_of, used_devices
+from splitrun.planner.search import Outcome, fastest
+from splitrun.planner.tables import build_tables
+from splitrun.quantities import format_bytes, format_rate, format_seconds
 
 WORTH_NAMING = 0.005
 """A gain below half a percent is no constraint worth a sentence."""
 UNLIMITED_BYTES = 1 << 60
+SHORTER = 4
+"""The context that is tried as advice is one part in so many of the one asked for."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A solved problem: tables, answer, and the devices and workload behind the numbers."""
+
+    tables: Tables
+    outcome: Outcome
+    devices: Sequence[Device]
+    workload: Workload
+
+    @property
+    def bottleneck(self) -> bool:
+        """Whether the slowest device counts."""
+        return self.workload.objective == "throughput"
 
 
 def measure_text(workload: Workload, seconds: float) -> str:
@@ -41,11 +64,31 @@ def left_out(outcome: Outcome, devices: Sequence[Device], workload: Workload) ->
     return sentences
 
 
-def limit(tables: Tables, outcome: Outcome, devices: Sequence[Device], workload: Workload) -> str:
+def runner_up(found: Findings) -> list[str]:
+    """The best plan that does without one of the devices in use, and what it would cost; nothing when none fits."""
+    split = found.outcome.split
+    if split is None:
+        return []
+    values = {number: found.outcome.best_without(number) for number in used_devices(split)}
+    device = min(values, key=lambda number: values[number], default=None)
+    if device is None or values[device] == INFINITE:
+        return []
+    more = values[device] / found.outcome.value - 1
+    return [
+        f"the runner-up does without {found.devices[device].name} and takes "
+        f"{measure_text(found.workload, values[device])}, {more:.0%} more"
+    ]
+
+
+def limit(found: Findings) -> str:
     """The memory that holds the plan back most and how much more of it would help, or the device that sets the pace."""
+    tables, outcome, devices, workload = found.tables, found.outcome, found.devices, found.workload
+    if outcome.split is None:
+        return ""
     gains: list[tuple[float, str]] = []
     for members in _memories(tables):
-        relaxed = fastest(_without_limit(tables, members), workload.objective == "throughput")
+        ends = {outcome.split.embed, outcome.split.head, *members}
+        relaxed = fastest(_without_limit(tables, members), found.bottleneck, ends)
         if relaxed.split is None or relaxed.value >= outcome.value * (1 - WORTH_NAMING):
             continue
         more = sum(excess_of(tables, relaxed.split))
@@ -62,6 +105,32 @@ def limit(tables: Tables, outcome: Outcome, devices: Sequence[Device], workload:
     return f"speed of {_slowest(tables, outcome.split, devices)}; more memory would not help"
 
 
+def more_context(
+    found: Findings, profile: ModelProfile, cluster: Cluster, formats: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """What a shorter context would gain, in a sentence; nothing when it is not worth one.
+
+    The shorter plan is judged at the history of the longer one, so that only its smaller KV counts.
+    """
+    split, workload = found.outcome.split, found.workload
+    context = workload.context // SHORTER // workload.block_tokens * workload.block_tokens
+    if split is None or context < 2 * workload.block_tokens:
+        return []
+    history = workload.context // 2 if workload.history_tokens is None else workload.history_tokens
+    shorter = replace(workload, context=context, history_tokens=history)
+    ends = {split.embed, split.head}
+    outcome = fastest(build_tables(profile, cluster, formats, shorter), found.bottleneck, ends)
+    if workload.objective == "first-token" or outcome.value >= found.outcome.value * (1 - WORTH_NAMING):
+        return []
+    if workload.objective == "latency":
+        rates = f"{format_rate(1 / outcome.value)} instead of {format_rate(1 / found.outcome.value)}"
+    else:
+        rates = f"{format_seconds(outcome.value)} instead of {measure_text(workload, found.outcome.value)}"
+    return [
+        f"--context {context} instead of {workload.context} would leave room for more on the faster device: {rates}"
+    ]
+
+
 def _memories(tables: Tables) -> list[tuple[int, ...]]:
     """The devices of each memory."""
     shared = [members for members, _ in tables.pools]
@@ -75,12 +144,10 @@ def _without_limit(tables: Tables, members: tuple[int, ...]) -> Tables:
     return replace(tables, budget_bytes=budgets, pools=tuple(pool for pool in tables.pools if pool[0] != members))
 
 
-def _slowest(tables: Tables, split: Split | None, devices: Sequence[Device]) -> str:
-    if split is None:
-        return "no device"
-    busy = [0.0] * tables.devices
-    for device, start, stop in split.runs:
-        busy[device] += float(tables.layer_s[device, start, stop])
-    busy[split.embed] += float(tables.embed_s[split.embed])
-    busy[split.head] += float(tables.head_s[split.head])
-    return devices[max(range(tables.devices), key=busy.__getitem__)].name
+def _slowest(tables: Tables, split: Split, devices: Sequence[Device]) -> str:
+    busy = dict.fromkeys(used_devices(split), 0.0)
+    bounds = dict.fromkeys(busy, (0, 0)) | {device: (start, stop) for device, start, stop in split.runs}
+    for device, run in bounds.items():
+        choice = choice_of(tables, device, split.formats[device])
+        busy[device] = float(choice.seconds(device == split.embed, device == split.head)[run])
+    return devices[max(busy, key=busy.__getitem__)].name

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from splitrun.errors import DoesNotFit
 from splitrun.planner.facts import FORMATS, Cluster, Device, ModelProfile, Workload
-from splitrun.planner.search import Split, Tables, excess_of, least_excess
+from splitrun.planner.problem import Split, Tables, excess_of
+from splitrun.planner.search import least_excess
 from splitrun.planner.tables import build_tables
 from splitrun.quantities import format_bytes
 
@@ -20,7 +21,7 @@ def does_not_fit(profile: ModelProfile, cluster: Cluster, workload: Workload, fo
         return DoesNotFit(f"{profile.source} does not fit: no device computes {names}; add one with --memory")
     leanest = min(usable, key=lambda name: sum(unit.weight_bytes[name] for unit in profile.units))
     devices = _able(cluster, leanest)
-    tables = build_tables(profile, cluster, devices, workload, leanest)
+    tables = build_tables(profile, cluster, {device.name: (leanest,) for device in devices}, workload)
     split = least_excess(tables).split
     shortfall = dict.fromkeys((device.name for device in cluster.devices), 0)
     for device, missing in zip(devices, excess_of(tables, split) if split else [], strict=False):
@@ -44,7 +45,14 @@ def fits(profile: ModelProfile, cluster: Cluster, workload: Workload, weights: s
     devices = _able(cluster, weights)
     if not devices:
         return False
-    return least_excess(build_tables(profile, cluster, devices, workload, weights)).value == 0
+    return _least(profile, cluster, devices, workload, weights) == 0
+
+
+def _least(
+    profile: ModelProfile, cluster: Cluster, devices: Sequence[Device], workload: Workload, weights: str
+) -> float:
+    formats = {device.name: (weights,) for device in devices}
+    return least_excess(build_tables(profile, cluster, formats, workload)).value
 
 
 def _advice(profile: ModelProfile, cluster: Cluster, workload: Workload, tried: Sequence[str], leanest: str) -> str:

@@ -1,54 +1,95 @@
-"""Find the placement: the fastest split under the budgets, in the most precise weight format that fits.
+"""Find the placement: the fastest split under the budgets, each device in the weight format that suits it best.
 
-One format for all stages; formats are tried from the most precise that the checkpoint allows. The answer carries its
-estimate, the constraint that binds, and what was left out and why. Raises DoesNotFit (``refuse.py``) when nothing fits.
+Under "auto" every device may take any of its formats, within a limit on what the whole plan loses in precision. The
+answer carries its estimate, the constraint that binds, the runner-up, and what was left out and why. Raises DoesNotFit
+(``refuse.py``) when nothing fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from splitrun.errors import InvalidPlacement
+from splitrun.errors import DoesNotFit, InvalidPlacement
 from splitrun.planner.cost import estimate
-from splitrun.planner.facts import FORMATS, Cluster, Device, ModelProfile, Workload
+from splitrun.planner.facts import FORMATS, VALUE_BYTES, Cluster, Device, ModelProfile, Workload
 from splitrun.planner.memory import compute_dtype
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
-from splitrun.planner.reasons import left_out, limit
-from splitrun.planner.refuse import does_not_fit, shortfall_text
-from splitrun.planner.search import MAX_DEVICES, Split, fastest, least_excess, used_devices
+from splitrun.planner.problem import Split, used_devices
+from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss
+from splitrun.planner.reasons import Findings, left_out, limit, more_context, runner_up
+from splitrun.planner.refuse import does_not_fit
+from splitrun.planner.search import MAX_DEVICES, fastest
 from splitrun.planner.tables import build_tables
+from splitrun.planner.within import fastest_within
 
 QUANTIZED = ("int8", "nf4")
 
 
-def solve(profile: ModelProfile, cluster: Cluster, workload: Workload, weights: str = "auto") -> Placement:
+def solve(
+    profile: ModelProfile,
+    cluster: Cluster,
+    workload: Workload,
+    weights: str = "auto",
+    quality: str = DEFAULT_LIMIT,
+) -> Placement:
     """The best placement for ``workload.objective`` that keeps every budget.
 
-    ``weights`` is a format, or "auto" for the most precise that fits. Raises DoesNotFit with the shortfall per device
+    ``weights`` is a format, or "auto" for the fastest mix whose loss of precision stays within ``quality``: a format's
+    name (as much as with everything in it) or a share of that of nf4. Raises DoesNotFit with the shortfall per device
     and what would fit; InvalidPlacement when the request contradicts the model or names more than 8 devices.
     """
     _check(profile, cluster, workload)
-    formats = allowed_formats(profile, weights)
-    notes: list[str] = []
-    for weight_format in formats:
-        devices = [device for device in cluster.devices if weight_format in device.formats]
-        if not devices:
-            notes.append(f"{weight_format} was not used: no device here computes it")
-            continue
-        tables = build_tables(profile, cluster, devices, workload, weight_format)
-        outcome = fastest(tables, bottleneck=workload.objective == "throughput")
+    tried = allowed_formats(profile, weights)
+    most = loss_limit(profile, quality)
+    formats = device_formats(profile, cluster, weights)
+    if not any(formats.values()):
+        raise does_not_fit(profile, cluster, workload, tried)
+    devices = [device for device in cluster.devices if formats[device.name]]
+    tables = build_tables(profile, cluster, formats, workload)
+    bottleneck = workload.objective == "throughput"
+    outcome = fastest(tables, bottleneck)
+    if outcome.split is None:
+        raise does_not_fit(profile, cluster, workload, tried)
+    plan = build_placement(profile, devices, workload, outcome.split)
+    if weights == "auto" and placement_loss(profile, plan) > most:
+        outcome = fastest_within(tables, profile, bottleneck, most)
         if outcome.split is None:
-            short = shortfall_text(tables, least_excess(tables).split, devices)
-            notes.append(f"{weight_format} was not used: it does not fit, {short} short")
-            continue
-        unable = [device.name for device in cluster.devices if device not in devices]
-        notes += [f"{name} was left out: it does not compute {weight_format}" for name in unable]
-        notes += left_out(outcome, devices, workload)
-        plan = build_placement(profile, devices, workload, outcome.split, weight_format)
-        why = limit(tables, outcome, devices, workload)
-        return replace(plan, estimate=estimate(profile, cluster, plan, why, notes))
-    raise does_not_fit(profile, cluster, workload, formats)
+            raise DoesNotFit(
+                f"no plan within --quality {quality} fits; the fastest without it loses "
+                f"{loss_share(profile, plan):.0%} of what nf4 does: allow that with --quality "
+                f"{loss_share(profile, plan):.2f}",
+                dict.fromkeys((device.name for device in cluster.devices), 0),
+            )
+        plan = build_placement(profile, devices, workload, outcome.split)
+    unable = [device.name for device in cluster.devices if device not in devices]
+    notes = [f"{name} was left out: it does not compute {' or '.join(tried)}" for name in unable]
+    notes += left_out(outcome, devices, workload)
+    found = Findings(tables, outcome, devices, workload)
+    notes += runner_up(found)
+    notes += more_context(found, profile, cluster, formats)
+    loss = loss_share(profile, plan)
+    if weights == "auto" and loss:
+        notes.append(f"weights lose {loss:.0%} of the precision that all-nf4 loses; less with --quality")
+    return replace(plan, estimate=estimate(profile, cluster, plan, limit(found), notes))
+
+
+def device_formats(profile: ModelProfile, cluster: Cluster, weights: str = "auto") -> Mapping[str, tuple[str, ...]]:
+    """Device -> the formats to consider there.
+
+    Under "auto" a 16-bit type is considered where the checkpoint is stored in it or the device computes in it: another
+    one costs the same and is emulated.
+    """
+    allowed = allowed_formats(profile, weights)
+
+    def suits(name: str, device: Device) -> bool:
+        sixteen_bits = VALUE_BYTES.get(name) == 2
+        return not sixteen_bits or weights != "auto" or name in (profile.stored_format, device.compute_dtype)
+
+    return {
+        device.name: tuple(name for name in allowed if name in device.formats and suits(name, device))
+        for device in cluster.devices
+    }
 
 
 def allowed_formats(profile: ModelProfile, weights: str = "auto") -> tuple[str, ...]:
@@ -74,13 +115,11 @@ def allowed_formats(profile: ModelProfile, weights: str = "auto") -> tuple[str, 
     )
 
 
-def build_placement(
-    profile: ModelProfile, devices: Sequence[Device], workload: Workload, split: Split, weights: str
-) -> Placement:
+def build_placement(profile: ModelProfile, devices: Sequence[Device], workload: Workload, split: Split) -> Placement:
     """The placement of a split: embed and head join the run beside them when it is on the same device."""
 
     def stage(number: int, start: int, stop: int, embed: bool = False, head: bool = False) -> StageSpec:
-        device = devices[number]
+        device, weights = devices[number], FORMATS[split.formats[number]]
         kv = KVSpec(dtype=compute_dtype(device, weights))
         return StageSpec(device.name, embed, (start, stop), head, weights, kv)
 

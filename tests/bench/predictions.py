@@ -103,7 +103,9 @@ def compare(
     """Measure units, predict, run."""
     weights = placement.stages[0].weights
     prompt = placement.workload.context - count
-    timed = measure(files, structure, facts, cluster, Wanted((weights,), rows=(1,)), kept)
+    timed = measure(
+        files, structure, facts, cluster, Wanted(dict.fromkeys(placement.device_names, (weights,)), rows=(1,)), kept
+    )
     workload = replace(placement.workload, history_tokens=prompt + count // 2, prompt_tokens=prompt)
     foretold = estimate(timed, cluster, replace(placement, workload=workload))
     with tempfile.TemporaryDirectory() as folder:
@@ -135,8 +137,8 @@ def row(line: Line) -> str:
 def table(model: str, lines: list[Line]) -> str:
     """The lines under a head, and the errors in short."""
     head = (
-        "| placement | weights | prompt | decode tok/s predicted | measured | error | first token s predicted | measured "
-        "| error |\n|---|---|---|---|---|---|---|---|---|"
+        "| placement | weights | prompt | tok/s predicted | measured | error | first token | measured | error |"
+        "\n|---|---|---|---|---|---|---|---|---|"
     )
     decode = sorted(abs(line.errors[0]) for line in lines)
     first = sorted(abs(line.errors[1]) for line in lines)

@@ -174,7 +174,7 @@ def test_json_holds_what_the_file_holds(tmp_path: Path) -> None:
 )
 def test_an_estimate_that_no_longer_describes_the_plan_is_dropped(tmp_path: Path, old: str, new: str) -> None:
     file = tmp_path / "plan.yaml"
-    solve(model(), Cluster((device(),)), Workload()).save(file)
+    solve(model(), Cluster((device(),)), Workload(), "bf16").save(file)
     text = file.read_text("utf-8")
     assert old in text
     if old == "estimate:\n":

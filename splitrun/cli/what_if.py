@@ -1,0 +1,81 @@
+"""``splitrun what-if``: plan for hardware that is not here, or not here any more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitrun.cli.options import (
+    ContextOption,
+    FactsOption,
+    LoadOption,
+    MemoryOption,
+    ModelOrPlacement,
+    ObjectiveOption,
+    QualityOption,
+    RevisionOption,
+    SessionsOption,
+    WeightsOption,
+)
+
+
+def what_if(
+    model: ModelOrPlacement,
+    add: Annotated[
+        list[str] | None, typer.Option("--add", metavar="CARD", help="Add a card, such as 'GTX 1060 3GB'.")
+    ] = None,
+    add_node: Annotated[
+        list[str] | None,
+        typer.Option("--add-node", metavar="DEVICE", help="Add a machine with that processor or card."),
+    ] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option("--drop", metavar="DEVICE", help="Do without a device, such as cuda:1.")
+    ] = None,
+    link: Annotated[str, typer.Option("--link", help="Network to the nodes: 1GbE, 2.5GbE, 10GbE or Wi-Fi.")] = "1GbE",
+    machine: Annotated[
+        str | None,
+        typer.Option("--machine", metavar="CPU", help="Start from a machine with that processor, not this one."),
+    ] = None,
+    facts: FactsOption = None,
+    memory: MemoryOption = None,
+    context: ContextOption = None,
+    sessions: SessionsOption = None,
+    objective: ObjectiveOption = "latency",
+    weights: WeightsOption = "auto",
+    quality: QualityOption = "nf4",
+    revision: RevisionOption = None,
+    load: LoadOption = "weights",
+    svg: Annotated[Path | None, typer.Option("--svg", help="Draw the placement into this file.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the placement to this file.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the placement as JSON.")] = False,
+) -> None:
+    """Plan MODEL (or what PLACEMENT runs) with devices added from data sheets, or taken away. Nothing is loaded."""
+    from splitrun.measure.budget import parse_memory
+    from splitrun.planner.what_if import Changes
+    from splitrun.what_if import Question, answer
+
+    changes = Changes(tuple(add or ()), tuple(add_node or ()), tuple(drop or ()), link)
+    question = Question(
+        model,
+        changes,
+        machine,
+        facts,
+        parse_memory(memory),
+        context,
+        sessions or 1,
+        objective,
+        weights,
+        quality,
+        revision,
+        load,
+    )
+    placement = answer(question, lambda text: typer.echo(text, err=True))
+    if svg is not None:
+        from splitrun.planner.picture import save_picture
+
+        save_picture(placement, svg)
+    if output is not None:
+        placement.save(output)
+    typer.echo(placement.to_json() if json_output else placement.explain())

@@ -1,0 +1,1 @@
+"""Published figures of well-known devices and links, as data; read by ``splitrun.planner.datasheet``."""

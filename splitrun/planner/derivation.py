@@ -1,0 +1,100 @@
+"""How a plan's figures come about, with formulas and the numbers in them: the long form of the explanation.
+
+Reads the placement and its stored estimate; computes nothing anew, so that what is told is what was planned.
+"""
+
+from __future__ import annotations
+
+from splitrun.errors import InvalidPlacement
+from splitrun.planner.estimate import DeviceMemory, Estimate
+from splitrun.planner.memory import MARGIN_SHARE
+from splitrun.planner.placement import Placement
+from splitrun.quantities import format_bytes, format_rate, format_seconds
+
+
+def derivation(placement: Placement) -> list[str]:
+    """Lines of text. Raises InvalidPlacement for a placement without an estimate."""
+    stored = placement.estimate
+    if stored is None:
+        raise InvalidPlacement(
+            f"the placement has no estimate to explain; plan again with: splitrun plan {placement.model.source}"
+        )
+    return [
+        *_decoding(stored),
+        "",
+        *_prompt(placement, stored),
+        "",
+        *_memory(placement, stored),
+        "",
+        *_search(placement),
+    ]
+
+
+def _decoding(stored: Estimate) -> list[str]:
+    """Σ stages + Σ hops."""
+    lines = [
+        f"Decoding, one token after {stored.history_tokens:,} others: t = Σ stages + Σ hops + engine",
+        "  a stage takes s + Σ units (a + b · context): s of any stage, a and b timed on one unit of each shape;",
+        "  where nothing was timed, a unit takes max(bytes / bandwidth, operations / rate) + overhead",
+    ]
+    for number, stage in enumerate(stored.stages):
+        lines.append(
+            f"  stage {number}  {stage.device}, {stage.units}, {stage.weights}: {format_seconds(stage.decode_s)}"
+        )
+        if stage.hop_s:
+            lines.append(f"  hop      latency + bytes / bandwidth: {format_seconds(stage.hop_s)}")
+    known = sum(stage.decode_s + stage.hop_s for stage in stored.stages)
+    lines.append(f"  engine, and the way to the first stage: {format_seconds(max(0.0, stored.step_s - known))}")
+    rate = format_rate(stored.decode_tokens_per_s)
+    return [*lines, f"  t = {format_seconds(stored.step_s)}, 1 / t = {rate}, ± {stored.spread:.0%}"]
+
+
+def _prompt(placement: Placement, stored: Estimate) -> list[str]:
+    chunk = placement.workload.chunk_tokens
+    chunks = -(-stored.prompt_tokens // chunk)
+    stages = " + ".join(format_seconds(stage.prefill_s) for stage in stored.stages)
+    return [
+        f"First token of {stored.prompt_tokens:,}: {chunks} chunk{'s' * (chunks != 1)} of up to {chunk} tokens "
+        "through every stage,",
+        "  a chunk takes what chunks of 32 and 512 tokens took, on the line between, and c · tokens · history more",
+        f"  stages {stages}, with hops {format_seconds(stored.time_to_first_token_s)}",
+    ]
+
+
+def _memory(placement: Placement, stored: Estimate) -> list[str]:
+    workload = placement.workload
+    lines = [
+        "Memory of a device: weights + KV + workspace + context + margin <= budget",
+        f"  KV       {workload.sessions} x ceil({workload.context} / {workload.block_tokens}) blocks of "
+        f"{workload.block_tokens} tokens, times the bytes of K and V per token and layer",
+        "  workspace  the largest need of any one unit; a device computes one at a time",
+        f"  margin   what allocators round up: one part in {MARGIN_SHARE} of weights and KV, and a fixed part",
+    ]
+    return lines + [_bill(memory) for memory in stored.devices]
+
+
+def _bill(memory: DeviceMemory) -> str:
+    items = (
+        memory.weight_bytes,
+        memory.kv_bytes + memory.state_bytes,
+        memory.workspace_bytes,
+        memory.context_bytes,
+        memory.margin_bytes,
+    )
+    total, budget = format_bytes(memory.total_bytes), format_bytes(memory.budget_bytes)
+    return f"  {memory.device}: {' + '.join(format_bytes(item) for item in items)} = {total} <= {budget}"
+
+
+def _search(placement: Placement) -> list[str]:
+    goals = {
+        "latency": "the sum over stages and hops",
+        "throughput": "the seconds of the busiest device",
+        "first-token": "the seconds to the first token",
+    }
+    return [
+        f"Of all ways to share {placement.layers} layers in runs among the devices, embedding and head on any of them, "
+        "in any",
+        f"  weight format, this one makes {goals[placement.workload.objective]} smallest: a dynamic program over runs, "
+        "device",
+        "  order and subsets of devices, equal to trying everything",
+    ]

@@ -1,0 +1,200 @@
+"""The solver against brute force: every split, every holder of the ends, every format of every device."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from planner_models import GIB, random_cluster, random_model, random_seconds, random_workload
+
+from splitrun.errors import DoesNotFit
+from splitrun.planner.cost import activation_bytes, hop_s, objective_rows, pass_s, score, stage_s
+from splitrun.planner.facts import Cluster, Device, ModelProfile, Workload
+from splitrun.planner.memory import (
+    DeviceMemory,
+    compute_dtype,
+    device_memory,
+    over_budget,
+    placement_memory,
+    pool_budgets,
+    unit_memory,
+)
+from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
+from splitrun.planner.quality import loss_limit, placement_loss, unit_loss
+from splitrun.planner.solve import allowed_formats, device_formats, solve
+
+
+def chains(layers: int, devices: tuple[Device, ...]) -> Iterator[list[tuple[Device, int, int]]]:
+    """Every way to give all layers to distinct devices, one run each."""
+    for count in range(1, min(layers, len(devices)) + 1):
+        for order in itertools.permutations(devices, count):
+            for cuts in itertools.combinations(range(1, layers), count - 1):
+                edges = (0, *cuts, layers)
+                yield [(order[i], edges[i], edges[i + 1]) for i in range(count)]
+
+
+def every_plan(
+    profile: ModelProfile, devices: tuple[Device, ...], formats: Mapping[str, tuple[str, ...]]
+) -> Iterator[tuple[StageSpec, ...]]:
+    """Every chain, every holder of the ends, every format of every device in use."""
+
+    @cache
+    def stage(name: str, start: int, stop: int, embed: bool, head: bool, weights: str) -> StageSpec:
+        place = next(each for each in devices if each.name == name)
+        return StageSpec(name, embed, (start, stop), head, weights, KVSpec(compute_dtype(place, weights)))
+
+    n = profile.layers
+    for chain in chains(n, devices):
+        for first, last in itertools.product(devices, repeat=2):
+            pieces = []
+            if first is not chain[0][0]:
+                pieces.append((first.name, 0, 0, True, False))
+            for place, start, stop in chain:
+                joins_embed = start == 0 and first is place
+                joins_head = stop == n and last is place
+                pieces.append((place.name, start, stop, joins_embed, joins_head))
+            if last is not chain[-1][0]:
+                pieces.append((last.name, n, n, False, True))
+            names = list(dict.fromkeys(piece[0] for piece in pieces))
+            for chosen in itertools.product(*(formats[name] for name in names)):
+                weights = dict(zip(names, chosen, strict=True))
+                yield tuple([stage(*piece, weights[piece[0]]) for piece in pieces])
+
+
+class Force:
+    """Scores and bytes of placements, stage by stage, each stage counted once."""
+
+    def __init__(self, profile: ModelProfile, cluster: Cluster, workload: Workload) -> None:
+        self.profile, self.cluster, self.workload = profile, cluster, workload
+        self.formats = device_formats(profile, cluster)
+        self.stage_s = cache(self._stage_s)
+        self.hop_s = cache(self._hop_s)
+        self.bytes_of = cache(self._bytes_of)
+        self.size_of = cache(lambda name, weights: activation_bytes(profile, cluster.device(name), weights))
+        self.pools = pool_budgets(cluster)
+
+    def _stage_s(self, stage: StageSpec) -> float:
+        plan = Placement(1, ModelRef("x"), self.workload, (StageSpec("cpu", True, (0, 1), True),))
+        prefill = self.workload.objective == "first-token"
+        return stage_s(self.profile, self.cluster, plan, stage, prefill, objective_rows(self.workload))
+
+    def _hop_s(self, source: str, target: str, size: int) -> float:
+        prefill = self.workload.objective == "first-token"
+        return hop_s(self.cluster, source, target, size, self.workload, prefill, objective_rows(self.workload))
+
+    def _bytes_of(self, stages: tuple[StageSpec, ...]) -> DeviceMemory:
+        place = self.cluster.device(stages[0].device)
+        bills = [
+            unit_memory(self.profile, unit, place, stage.weights, self.workload, stage.kv)
+            for stage in stages
+            for unit in stage.units
+        ]
+        ends = any(stage.embed for stage in stages) and any(stage.head for stage in stages)
+        shared = self.profile.tied_bytes.get(stages[0].weights, 0) if ends else 0
+        return device_memory(place, place.budget_bytes, bills, shared)
+
+    def score(self, stages: tuple[StageSpec, ...]) -> float:
+        if self.workload.objective == "throughput":
+            busy: dict[str, float] = {}
+            for stage in stages:
+                busy[stage.device] = busy.get(stage.device, 0.0) + self.stage_s(stage)
+            return max(busy.values())
+        names = ["cpu", *(stage.device for stage in stages), "cpu"]
+        sizes = [self.size_of(stage.device, stage.weights) for stage in stages[:-1]]
+        hops = [(*pair, size) for pair, size in zip(itertools.pairwise(names), [4, *sizes, 4], strict=True)]
+        return sum(self.stage_s(stage) for stage in stages) + sum(self.hop_s(*hop) for hop in hops)
+
+    def loss(self, stages: tuple[StageSpec, ...]) -> float:
+        return sum(unit_loss(self.profile, unit, stage.weights) for stage in stages for unit in stage.units)
+
+    def fits(self, stages: tuple[StageSpec, ...]) -> bool:
+        names = dict.fromkeys(stage.device for stage in stages)
+        bills = [self.bytes_of(tuple(stage for stage in stages if stage.device == name)) for name in names]
+        return not over_budget(bills, self.pools)
+
+    def best(self, most: float = float("inf")) -> float | None:
+        """The best score of all placements that fit and lose no more than ``most``."""
+        devices = tuple(place for place in self.cluster.devices if self.formats[place.name])
+        best = float("inf")
+        for stages in every_plan(self.profile, devices, self.formats):
+            value = self.score(stages)
+            if value < best and self.loss(stages) <= most and self.fits(stages):
+                best = value
+        return None if best == float("inf") else best
+
+
+def instance(seed: int) -> tuple[ModelProfile, Cluster, Workload]:
+    draw = random.Random(seed)
+    profile, cluster, workload = random_model(draw), random_cluster(draw), random_workload(draw)
+    if draw.random() < 0.5:
+        profile = random_seconds(draw, profile, cluster)
+    return profile, cluster, workload
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_equals_brute_force(block: int) -> None:
+    fitted = refused = mixed = 0
+    for seed in range(block * 130, block * 130 + 130):
+        profile, cluster, workload = instance(seed)
+        expected = Force(profile, cluster, workload).best()
+        if expected is None:
+            with pytest.raises(DoesNotFit):
+                solve(profile, cluster, workload)
+            refused += 1
+            continue
+        placement = solve(profile, cluster, workload)
+        assert score(profile, cluster, placement) == pytest.approx(expected, rel=1e-9), seed
+        assert not over_budget(placement_memory(profile, cluster, placement), pool_budgets(cluster)), seed
+        fitted += 1
+        mixed += len({stage.weights for stage in placement.stages}) > 1
+    assert fitted > 40
+    assert refused > 2  # the instances must exercise both answers
+    assert mixed > 2
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_equals_brute_force_within_a_quality(block: int) -> None:
+    bound = 0
+    for seed in range(5000 + block * 40, 5000 + block * 40 + 40):
+        profile, cluster, workload = instance(seed)
+        quality = random.Random(seed).choice(["int8", "0.3", "0.6"])
+        force = Force(profile, cluster, workload)
+        expected = force.best(loss_limit(profile, quality))
+        if expected is None:
+            with pytest.raises(DoesNotFit):
+                solve(profile, cluster, workload, quality=quality)
+            continue
+        placement = solve(profile, cluster, workload, quality=quality)
+        assert placement_loss(profile, placement) <= loss_limit(profile, quality), seed
+        assert score(profile, cluster, placement) == pytest.approx(expected, rel=1e-9), seed
+        bound += expected > score(profile, cluster, solve(profile, cluster, workload)) * (1 + 1e-9)
+    assert bound > 3  # the limit must have cost something now and then
+
+
+def test_throughput_takes_the_quickest_of_equally_balanced_plans() -> None:
+    for seed in range(1000, 1060):
+        draw = random.Random(seed)
+        profile, cluster = random_model(draw), random_cluster(draw)
+        cluster = Cluster(tuple(replace(place, budget_bytes=GIB) for place in cluster.devices), cluster.links)
+        workload = replace(random_workload(draw), objective="throughput")
+        weights = allowed_formats(profile)[0]
+        devices = tuple(place for place in cluster.devices if weights in place.formats)
+        if not devices:
+            continue
+        found = solve(profile, cluster, workload, weights)
+        pools = pool_budgets(cluster)
+        formats = dict.fromkeys((place.name for place in devices), (weights,))
+        reference = ModelRef(profile.source, layers=profile.layers)
+        plans = [Placement(1, reference, workload, stages) for stages in every_plan(profile, devices, formats)]
+        balanced = [
+            pass_s(profile, cluster, placement, prefill=False, rows=workload.sessions)
+            for placement in plans
+            if not over_budget(placement_memory(profile, cluster, placement), pools)
+            and score(profile, cluster, placement) <= score(profile, cluster, found) * (1 + 1e-9)
+        ]
+        seconds = pass_s(profile, cluster, found, prefill=False, rows=workload.sessions)
+        assert seconds == pytest.approx(min(balanced), rel=1e-9), seed
