@@ -6,6 +6,7 @@ stage cannot finish costs the requests in it; all others are computed again from
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -15,11 +16,14 @@ from typing import Any
 from splitrun.engine.interface import BlockUse, EngineStatus, StageStatus
 from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Resumed
 from splitrun.errors import StageError, StageLost
+from splitrun.schedule.limits import check_request
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import Scheduler
 
 Deliver = Callable[[TokenEvent], None]
 _WARM_UP_ID = -1
+_WARM_UP = Request(_WARM_UP_ID, (0,), SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
+_LOG = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -73,8 +77,12 @@ class EngineCore:
                 raise StageLost("the engine is shutting down: send the request to another server, or again later")
             self._scheduler.submit(request)
             self._deliveries[request.request_id] = deliver
-            self._prompt_tokens += len(request.prompt)
+            self._prompt_tokens += len(request.prompt) if request is not _WARM_UP else 0
         self._inbox.put(None)
+
+    def check(self, request: Request) -> None:
+        """Raise what ``submit`` would raise because of the request itself, without queueing it."""
+        check_request(request, self._scheduler.limits, self._scheduler.capacity)
 
     def cancel(self, request_id: int) -> None:
         """Forget a request; see TokenEngine."""
@@ -87,8 +95,7 @@ class EngineCore:
     def warm_up(self, timeout_s: float = 600.0) -> None:
         """Send one real token through all stages. Raises what the stages raise, or StageLost after the timeout."""
         done: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
-        self.submit(Request(_WARM_UP_ID, (0,), sampling), done.put)
+        self.submit(_WARM_UP, done.put)
         try:
             event = done.get(timeout=timeout_s)
         except queue.Empty:
@@ -142,7 +149,8 @@ class EngineCore:
             self._idle.notify_all()
         self._hand_out(deliveries)
         self._inbox.put(None)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
         self._pipeline.close()
 
     def _loop(self) -> None:
@@ -197,7 +205,10 @@ class EngineCore:
             return []
         if isinstance(message, Failure):
             self._reason = str(message.error)
-            return self._scheduler.fail_step(message.step, self._reason)
+            events = self._scheduler.fail_step(message.step, self._reason)
+            if all(event.request_id != _WARM_UP_ID for event in events):
+                self._scheduler.submit(_WARM_UP)  # its token shows whether the stages are well again
+            return events
         self._reason = ""
         return self._scheduler.commit(message)
 
@@ -205,7 +216,7 @@ class EngineCore:
         """Pair events with their receivers and forget those of ended requests. Called under the lock."""
         pairs = []
         for event in events:
-            self._completion_tokens += len(event.token_ids)
+            self._completion_tokens += len(event.token_ids) if event.request_id != _WARM_UP_ID else 0
             deliver = self._deliveries.get(event.request_id)
             if event.finish_reason is not None:
                 self._deliveries.pop(event.request_id, None)
@@ -213,10 +224,14 @@ class EngineCore:
                 pairs.append((deliver, event))
         return pairs
 
-    @staticmethod
-    def _hand_out(deliveries: list[tuple[Deliver, TokenEvent]]) -> None:
+    def _hand_out(self, deliveries: list[tuple[Deliver, TokenEvent]]) -> None:
+        """Tell the receivers. One that raises loses its own request and nobody else's."""
         for deliver, event in deliveries:
-            deliver(event)
+            try:
+                deliver(event)
+            except Exception as error:  # the receivers' boundary: their faults are not the engine's
+                _LOG.error("the receiver of request %d failed: %r", event.request_id, error)
+                self.cancel(event.request_id)
 
 
 def raise_for(event: TokenEvent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import queue
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from splitrun.planner.placement import Placement
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent, TokenLogprob
 
 Prompt = str | Sequence[int]
+QUEUED = 512
+"""Requests that `generate` keeps submitted ahead of the one it waits for; the engine's own queue is bounded."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Engine:
     """Loads what a placement says and runs it until closed. A context manager.
 
     ``placement`` is a Placement or the path of one. ``load`` "dummy" makes random weights. ``depth`` is the number of
-    steps in flight (default: one per device), ``chunk_tokens`` the longest piece of a prompt per step (default: the
-    placement's). ``patience`` says when a stage process (device ``process/cpu``) that is silent is given up.
+    steps in flight (default: one per device), ``chunk_tokens`` the longest piece of a prompt per step (default, and
+    at most: the placement's). ``patience`` says when a stage process (device ``process/cpu``) that is silent is given up.
     """
 
     def __init__(
@@ -67,7 +70,8 @@ class Engine:
         reference = self.placement.model
         self.files = resolve(reference.source, reference.revision, weights=load == "weights")
         self.tokenizer = Tokenizer.load(self.files.path)
-        chunk = chunk_tokens or self.placement.workload.chunk_tokens
+        planned = self.placement.workload.chunk_tokens
+        chunk = min(chunk_tokens or planned, planned)  # the plan's blocks and workspace are for chunks of that size
         self.core: EngineCore = assemble(
             self.placement, self.files, load=load, depth=depth, chunk_tokens=chunk, patience=patience or Patience()
         )
@@ -96,16 +100,31 @@ class Engine:
             for prompt in prompts
             for index in range(sampling.n)
         ]
+        for job in jobs:
+            self.core.check(job.request)
         with ExitStack() as cancelling:
-            for job in jobs:
-                self.core.submit(job.request, job.events.put)
-                cancelling.callback(self.core.cancel, job.request.request_id)
-            return [job.finish(self.core) for job in jobs]
+            completions = []
+            for index, job in enumerate(jobs):
+                for later in jobs[index + QUEUED if index else 0 : index + QUEUED + 1]:
+                    later.start(self.core)
+                    cancelling.callback(self.core.cancel, later.request.request_id)
+                completions.append(job.finish())
+            return completions
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[StreamEvent]:
-        """The completion of one prompt, token by token. Leaving the loop early cancels the request."""
-        job = self._job(self._prompt_ids(prompt), _nth(sampling or SamplingParams(), 0))
-        self.core.submit(job.request, job.events.put)
+        """The completion of one prompt, token by token. Leaving the loop early cancels the request.
+
+        Raises a RequestError at once when the prompt cannot be served; ``sampling.n`` must be 1.
+        """
+        sampling = sampling or SamplingParams()
+        if sampling.n != 1:
+            raise InvalidRequest(f"n is {sampling.n}: a stream is of one completion; use generate for several")
+        job = self._job(self._prompt_ids(prompt), sampling)
+        self.core.check(job.request)
+        return self._streamed(job)
+
+    def _streamed(self, job: _Job) -> Iterator[StreamEvent]:
+        job.start(self.core)
         try:
             yield from job.stream()
         finally:
@@ -114,9 +133,10 @@ class Engine:
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(self.tokenizer.encode(prompt))
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
-            raise InvalidRequest("a prompt is a text or a list of token ids")
-        return tuple(prompt)
+        try:
+            return tuple(operator.index(token) for token in prompt)
+        except TypeError:
+            raise InvalidRequest("a prompt is a text or a list of token ids") from None
 
     def _job(self, ids: tuple[int, ...], sampling: SamplingParams) -> _Job:
         request = Request(next(self._ids), ids, sampling, tuple(self.tokenizer.eos_token_ids))
@@ -125,51 +145,57 @@ class Engine:
 
 
 class _Job:
-    """One request on its way: its events and its text."""
+    """One request on its way. Its text is made as its events arrive, so that a stop string ends it at once."""
 
     def __init__(self, request: Request, text: TextStream) -> None:
         self.request = request
-        self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self._text = text
-        self._last: TokenEvent | None = None
+        self._pieces: queue.SimpleQueue[tuple[TokenEvent, str, str | None]] = queue.SimpleQueue()
+
+    def start(self, core: EngineCore) -> None:
+        """Submit the request."""
+
+        def deliver(event: TokenEvent) -> None:
+            text = self._text.push(event.token_ids, event.finish_reason)
+            self._pieces.put((event, text, "stop" if self._text.stopped else event.finish_reason))
+            if self._text.stopped:
+                core.cancel(event.request_id)
+
+        core.submit(self.request, deliver)
 
     def stream(self) -> Iterator[StreamEvent]:
         """Events as text, until the request or its text ends."""
-        for event, text in self._pieces():
-            reason = "stop" if self._text.stopped else event.finish_reason
+        for event, text, reason in self._received():
             for token_id in event.token_ids[:-1]:
                 yield StreamEvent(token_id, "")
             yield StreamEvent(event.token_ids[-1] if event.token_ids else None, text, reason)
 
-    def finish(self, core: EngineCore) -> Completion:
+    def finish(self) -> Completion:
         """Wait for the end."""
         ids: list[int] = []
         pieces: list[str] = []
         logprobs: list[TokenLogprob] = []
         prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         reason = ""
-        for event, text in self._pieces():
+        for event, text, ended in self._received():
+            reason = ended or ""
             ids += event.token_ids
             logprobs += event.logprobs
             prompt_logprobs = event.prompt_logprobs or prompt_logprobs
             pieces.append(text)
-            reason = "stop" if self._text.stopped else event.finish_reason or ""
-        if self._text.stopped:
-            core.cancel(self.request.request_id)
         prompt_tokens = len(self.request.prompt)
         return Completion("".join(pieces), tuple(ids), reason, prompt_tokens, tuple(logprobs), prompt_logprobs)
 
-    def _pieces(self) -> Iterator[tuple[TokenEvent, str]]:
-        ended = False
-        while not ended:
-            event = self.events.get()
+    def _received(self) -> Iterator[tuple[TokenEvent, str, str | None]]:
+        """Events with the text they completed and why it ended, None while it goes on."""
+        reason: str | None = None
+        while reason is None:
+            event, text, reason = self._pieces.get()
             raise_for(event)
-            text = self._text.push(event.token_ids, event.finish_reason)
-            ended = event.finish_reason is not None or self._text.stopped
-            yield event, text
+            yield event, text, reason
 
 
 def _nth(sampling: SamplingParams, index: int) -> SamplingParams:
     """The sampling of the index-th of n completions: the same, with its own seed."""
-    seed = None if sampling.seed is None else sampling.seed + index
+    seed = None if sampling.seed is None else (sampling.seed + index) % 2**64 if index else sampling.seed
     return replace(sampling, n=1, seed=seed)

@@ -147,8 +147,10 @@ class Scheduler:
             if sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs.extend(row.prompt_logprobs)
             if slice_.end == sequence.known:
-                assert row.token_ids, f"step {index} chose no token for request {sequence.request.request_id}"
-                events.append(self._accept(sequence, row))
+                if row.token_ids:
+                    events.append(self._accept(sequence, row))
+                else:
+                    events += self.fail([sequence.request.request_id], NO_TOKEN)
         return events
 
     def _accept(self, sequence: Sequence, row: RowTokens) -> TokenEvent:

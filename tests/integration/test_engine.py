@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import queue
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import splitrun
+import splitrun.schedule.request
 from splitrun.demo import demo_path
 from splitrun.errors import (
     ContextTooLong,
@@ -114,6 +118,56 @@ def test_leaving_a_stream_frees_its_blocks(engine: splitrun.Engine) -> None:
     assert all(use.used == 0 for use in status.blocks.values())
 
 
+def test_more_prompts_than_the_queue_holds_are_all_answered(engine: splitrun.Engine) -> None:
+    prompts = [chat(engine, QUESTIONS[index % 5])[:6] for index in range(1100)]
+    completions = engine.generate(prompts, greedy(max_tokens=1, ignore_eos=True))
+    assert len(completions) == 1100
+    assert all(len(completion.token_ids) == 1 for completion in completions)
+
+
+def test_nothing_runs_when_one_prompt_cannot(engine: splitrun.Engine) -> None:
+    before = engine.core.status().prompt_tokens
+    with pytest.raises(ContextTooLong):
+        engine.generate([chat(engine, QUESTIONS[0]), [3] * 300], greedy())
+    assert engine.core.status().prompt_tokens == before
+
+
+def test_a_stream_refuses_at_once(engine: splitrun.Engine) -> None:
+    with pytest.raises(ContextTooLong):
+        engine.stream([3] * 300, greedy())
+    with pytest.raises(InvalidRequest, match="one completion"):
+        engine.stream([3], greedy(n=2))
+
+
+def test_a_receiver_that_fails_loses_only_its_own_request(engine: splitrun.Engine) -> None:
+    ids = tuple(chat(engine, QUESTIONS[3]))
+    engine.core.submit(splitrun.schedule.request.Request(10**9, ids, greedy()), lambda event: 1 / 0)
+    assert engine.generate([chat(engine, QUESTIONS[0])], greedy())[0].text == ANSWERS[0]
+
+
+def test_logits_that_are_not_finite_end_one_request_only(
+    engine: splitrun.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = engine.core._pipeline._links[1].stage
+    compute = stage.compute
+
+    def spoil(step: Any, incoming: Any) -> Any:
+        computed = compute(step, incoming)
+        for row, wanted in enumerate(step.sampling):
+            if wanted is not None and wanted.params.top_k == 7:
+                computed.logits[row] = computed.logits[row] * float("nan")
+        return computed
+
+    monkeypatch.setattr(stage, "compute", spoil)
+    bad, good = queue.SimpleQueue(), queue.SimpleQueue()
+    ids = tuple(chat(engine, QUESTIONS[0]))
+    engine.core.submit(splitrun.schedule.request.Request(10**9 + 1, ids, greedy(top_k=7)), bad.put)
+    engine.core.submit(splitrun.schedule.request.Request(10**9 + 2, ids, greedy(max_tokens=1)), good.put)
+    assert "NaN or infinity" in bad.get(timeout=60).error
+    assert good.get(timeout=60).finish_reason == "length"
+    assert engine.core.status().healthy
+
+
 def test_prompt_scores_equal_transformers(engine: splitrun.Engine) -> None:
     ids = chat(engine, QUESTIONS[1]) * 2
     completion = engine.generate([ids], greedy(max_tokens=1, prompt_logprobs=2))[0]
@@ -164,9 +218,32 @@ def test_a_failing_step_costs_only_its_own_requests(monkeypatch: pytest.MonkeyPa
             StageError, match=r"stage layers 5–7 \+ head on cpu:1 failed: RuntimeError: a made-up fault$"
         ):
             engine.generate([prompt], greedy())
-        assert not engine.core.status().healthy
         assert engine.generate([prompt], greedy())[0].text == ANSWERS[0]
         assert engine.core.status().healthy
+
+
+def test_health_returns_by_itself_after_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load balancer sends nothing to an unhealthy engine, so the engine tries its stages itself."""
+    with splitrun.Engine(demo_placement()) as engine:
+        stage = engine.core._pipeline._links[0].stage
+        run = stage.run
+        calls = []
+
+        def fail_once(*arguments: Any) -> Any:
+            calls.append(engine.core.status().healthy)
+            if len(calls) == 1:
+                raise RuntimeError("a made-up fault")
+            return run(*arguments)
+
+        monkeypatch.setattr(stage, "run", fail_once)
+        with pytest.raises(StageError, match="made-up"):
+            engine.generate([chat(engine, QUESTIONS[0])], greedy())
+        for _ in range(600):
+            if engine.core.status().healthy:
+                break
+            threading.Event().wait(0.05)
+        assert engine.core.status().healthy
+        assert calls == [True, False]
 
 
 def copy_demo(folder: Path) -> Path:
