@@ -30,9 +30,10 @@ from splitrun.engine.loading import (
 )
 from splitrun.engine.pipeline import Link, Outcome, Pipeline, RemoteLink
 from splitrun.engine.remote import Patience, RemoteStages
+from splitrun.engine.room import require_room
 from splitrun.errors import InvalidPlacement
+from splitrun.measure.profile import max_context
 from splitrun.model.files import ModelFiles
-from splitrun.model.skeleton import exact_context
 from splitrun.model.structure import ModelStructure, inspect
 from splitrun.planner.placement import Placement, StageSpec
 from splitrun.planner.placement_file import dump
@@ -58,6 +59,7 @@ def assemble(
     structure = inspect(files.config)
     _require_suitable(placement, files, structure)
     blocks = pool_sizes(placement, structure)
+    require_room(placement, structure, blocks)
     depth = depth or len(placement.device_names)
     scheduler = _scheduler(placement, structure, blocks, depth, chunk_tokens)
     loading = StageLoading(placement, files, structure, blocks, load, traits)
@@ -122,11 +124,11 @@ def _require_suitable(placement: Placement, files: ModelFiles, structure: ModelS
     source = placement.model.source
     if placement.layers != structure.layers:
         raise InvalidPlacement(f"the placement splits {placement.layers} layers, but {source} has {structure.layers}")
-    longest = exact_context(files.config)
-    if longest is not None and placement.workload.context > longest:
+    longest = max_context(files.config)
+    if placement.workload.context > longest:
         raise InvalidPlacement(
-            f"{source} changes its rotary table beyond {longest} tokens, which splitrun cannot do "
-            f"without losing exactness: plan again with --context {longest}"
+            f"the placement holds {placement.workload.context} tokens, but {source} computes at most {longest} "
+            f"exactly: plan again with --context {longest}"
         )
 
 

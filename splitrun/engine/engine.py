@@ -54,7 +54,7 @@ class Engine:
 
     ``placement`` is a Placement or the path of one. ``load`` "dummy" makes random weights. ``depth`` is the number of
     steps in flight (default: one per device), ``chunk_tokens`` the longest piece of a prompt per step (default, and
-    at most: the placement's). ``patience`` says when a stage process (device ``process/cpu``) that is silent is given up.
+    at most: the placement's). ``patience`` says when a silent stage process (``process/cpu``) is given up.
     """
 
     def __init__(

@@ -42,6 +42,12 @@ class Exchange:
         self._firsts: dict[int, int] = {}
         self._rows: dict[int, int] = {}
 
+    @property
+    def waiting(self) -> int:
+        """Steps of this epoch that were sent and whose tokens have not come. The coordinator's alone has a meaning."""
+        epoch = max(self._firsts, default=0)
+        return sum(1 for index in list(self._rows) if index >= self._firsts.get(epoch, 0))
+
     def send_step(self, mailbox: Mailbox, stage: int, step: Step, activation: Tensor | None) -> None:
         """Send a step to the process of ``stage``. ``activation`` is on the CPU. Shape: (tokens, hidden)."""
         first = self._begin(step.epoch, step.index)

@@ -159,14 +159,14 @@ def worker_threads(placement: Placement, device: str) -> int | None:
 def _hold_budgets(placement: Placement, workers: Mapping[str, Worker]) -> None:
     """Hold torch's allocator on each CUDA device to its budget less the context that the driver already took."""
     for name, worker in workers.items():
-        budget = placement.devices.get(name)
-        if budget is not None and name.startswith("cuda"):
-            worker.call(partial(_limit_allocator, name, budget))
+        if name.startswith("cuda"):
+            worker.call(partial(_limit_allocator, name, placement.devices.get(name)))
 
 
-def _limit_allocator(name: str, budget: int) -> None:
+def _limit_allocator(name: str, budget: int | None) -> None:
+    """Set the limit of torch's allocator; without a budget, lift what an earlier engine may have left."""
     total = torch.cuda.mem_get_info(torch.device(name))[1]
-    allowed = max(0, budget - probe().device(name).context_bytes)
+    allowed = total if budget is None else max(0, budget - probe().device(name).context_bytes)
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), torch.device(name))
 
 

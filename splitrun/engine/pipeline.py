@@ -119,6 +119,9 @@ class Pipeline:
         self._deliver = deliver
         self._elsewhere = elsewhere
         self._closing = threading.Event()
+        self._begun = 0
+        self._ended = 0
+        self._lock = threading.Lock()
         self.clocks = tuple(StageClock() for _ in self._links)
 
     def submit(self, step: Step) -> None:
@@ -134,6 +137,11 @@ class Pipeline:
     def alive(self) -> bool:
         """Whether every worker runs."""
         return all(link.worker.alive for link in self._local) and (self._elsewhere is None or self._elsewhere.alive)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a stage of this process computes, or is about to."""
+        return self._begun > self._ended
 
     def close(self) -> None:
         """Let steps in flight go, close the stages on their own workers, and end the workers."""
@@ -152,6 +160,7 @@ class Pipeline:
             self._deliver(Failure(step.index, step.epoch, translated(error, link.name)))
 
         if isinstance(link, Link):
+            self._count(begun=1)
             link.worker.post(lambda: self._run(index, link, step, parcel), failed)
             return
         try:
@@ -166,8 +175,18 @@ class Pipeline:
 
     def _run(self, index: int, link: Link, step: Step, parcel: Parcel | None) -> None:
         """One stage's share of a step, on the stage's worker."""
-        if self._closing.is_set():
-            return
+        try:
+            if not self._closing.is_set():
+                self._compute(index, link, step, parcel)
+        finally:
+            self._count(ended=1)
+
+    def _count(self, *, begun: int = 0, ended: int = 0) -> None:
+        with self._lock:
+            self._begun += begun
+            self._ended += ended
+
+    def _compute(self, index: int, link: Link, step: Step, parcel: Parcel | None) -> None:
         started = time.perf_counter()
         result = link.stage.run(step, self._received(index, parcel))
         if isinstance(result, Tokens):

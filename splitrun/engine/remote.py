@@ -38,12 +38,14 @@ class Patience:
     beat_s        between two heartbeats of a stage process
     dead_after_s  silence after which a running process is given up
     start_s       silence after which one that is being started is given up
+    stall_s       time without any stage at work after which a step that is under way counts as lost
     starts        attempts to start a lost process; also how often one may be lost before a token has come through
     """
 
     beat_s: float = 0.5
     dead_after_s: float = 2.0
     start_s: float = 20.0
+    stall_s: float = 10.0
     starts: int = 3
 
 
@@ -66,6 +68,8 @@ class RemoteStages:
         self._addresses = {COORDINATOR: self._mailbox.address}
         self._processes: dict[str, StageHandle] = {}
         self._silence_s = dict.fromkeys(jobs, 0.0)
+        self._busy: dict[str, bool] = {}
+        self._stalled_s = 0.0
         self._reports: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -125,6 +129,7 @@ class RemoteStages:
             process.tell({"peers": peers})
         failures = self._each(self._jobs, lambda device: self._processes[device].expect("connected", patience))
         self._silence_s = dict.fromkeys(self._jobs, 0.0)
+        self._stalled_s = 0.0
         return failures
 
     def _each(self, devices: Iterable[str], action: Callable[[str], object]) -> dict[str, SplitrunError]:
@@ -179,6 +184,10 @@ class RemoteStages:
             if self._silence_s[device] > self._patience.dead_after_s:
                 faults[device] = f"gave no sign of life for {self._patience.dead_after_s:g} s"
             faults[device] = process.end or faults.get(device, "")
+        at_work = any(self._busy.values()) or (self._exchange.pipeline is not None and self._exchange.pipeline.busy)
+        self._stalled_s = self._stalled_s + elapsed_s if self._exchange.waiting and not at_work else 0.0
+        if self._stalled_s > self._patience.stall_s:
+            return dict.fromkeys(self._processes, "lost a step, or cannot reach its peers")
         return {device: reason for device, reason in faults.items() if reason}
 
     def _recovered(self, faults: dict[str, str]) -> bool:
@@ -226,6 +235,7 @@ class RemoteStages:
             verdict = self._exchange.take_step(frame)
         else:
             verdict, tokens = self._exchange.take_tokens(frame)
+            self._stalled_s = 0.0
             if verdict == "run":
                 self._losses = 0
                 self._deliver(tokens)
@@ -239,6 +249,7 @@ class RemoteStages:
         if device not in self._silence_s:
             raise MalformedMessage("a heartbeat of nobody")
         self._silence_s[device] = 0.0
+        self._busy[device] = bool(frame.control.get("busy"))
         clocks = frame.control.get("clocks")
         if not self._clocks or not isinstance(clocks, dict):
             return

@@ -67,11 +67,12 @@ class StageHost:
 
     def beat(self) -> None:
         """Tell the coordinator that this process lives, and how its stages do."""
-        clocks = {} if self._pipeline is None else {
-            index: [self._pipeline.clocks[index].last_s, self._pipeline.clocks[index].total_s,
-                    self._pipeline.clocks[index].steps] for index in self._own
-        }  # fmt: skip
-        self._send(Frame(Kind.BEAT, self._exchange.route.session, self._own[0], control={"clocks": clocks}))
+        pipeline = self._pipeline
+        assert pipeline is not None, "the stages are loaded before they are connected"
+        clocks = {index: pipeline.clocks[index] for index in self._own}
+        figures = {index: [clock.last_s, clock.total_s, clock.steps] for index, clock in clocks.items()}
+        control = {"clocks": figures, "busy": pipeline.busy}
+        self._send(Frame(Kind.BEAT, self._exchange.route.session, self._own[0], control=control))
 
     def _start(self, placement: Placement, loaded: LoadedStages, ring: Ring) -> None:
         links = make_links(placement, loaded, self._send_step, ring)

@@ -22,6 +22,7 @@ from splitrun.demo import demo_path
 from splitrun.errors import (
     ContextTooLong,
     CorruptWeights,
+    DoesNotFit,
     InvalidPlacement,
     InvalidRequest,
     MissingWeights,
@@ -345,6 +346,36 @@ def test_what_cannot_be_done_is_refused_before_loading(device: str, fields: dict
     stage = StageSpec(device, True, (0, LAYERS), True, **fields)
     with pytest.raises(InvalidPlacement, match=words):
         splitrun.Engine(Placement(1, ModelRef("demo", layers=LAYERS), Workload(256), (stage,)))
+
+
+@pytest.mark.parametrize(
+    ("sessions", "budget", "words"),
+    [
+        (
+            60000,
+            "1GiB",
+            r"KV of cpu take .* its budget is 1.00 GiB: lower context \(512\) or sessions \(60000\)",
+        ),
+        (1, "1MiB", r"take .* MiB, but its budget is 1.00 MiB"),
+        (65536, None, r"but free there are"),
+    ],
+)
+def test_a_placement_by_hand_is_held_to_memory(tmp_path: Path, sessions: int, budget: str | None, words: str) -> None:
+    file = tmp_path / "plan.yaml"
+    devices = f"devices: {{cpu: {{memory: {budget}}}}}\n" if budget else ""
+    file.write_text(
+        f"version: 1\nmodel: {{source: demo}}\nworkload: {{context: 512, sessions: {sessions}}}\n{devices}"
+        "stages:\n  - {device: cpu, units: [embed, head], layers: [0, 8]}\n"
+    )
+    with pytest.raises(DoesNotFit, match=words) as raised:
+        splitrun.Engine(file)
+    assert raised.value.shortfall_bytes["cpu"] > 0
+
+
+def test_a_context_beyond_the_model_is_refused() -> None:
+    plan = Placement(1, ModelRef("demo", layers=8), Workload(8192), (StageSpec("cpu", True, (0, 8), True),))
+    with pytest.raises(InvalidPlacement, match="holds 8192 tokens, but demo computes at most 4096 exactly"):
+        splitrun.Engine(plan)
 
 
 def test_an_internal_error_ends_requests_instead_of_hanging(monkeypatch: pytest.MonkeyPatch) -> None:

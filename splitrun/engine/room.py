@@ -1,0 +1,89 @@
+"""Is there room for what a placement asks, before anything is allocated.
+
+Counts weights, KV blocks and states exactly, as loading will take them, against the budgets of the plan and what is
+free now; workspace is the planner's to foresee. Knows shapes, not files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from splitrun.engine.loading import compute_dtype
+from splitrun.errors import DoesNotFit
+from splitrun.kernels.formats import weight_bytes
+from splitrun.measure.host import read_host_memory
+from splitrun.model.cut import CutRange
+from splitrun.model.structure import ModelStructure
+from splitrun.planner.facts import VALUE_BYTES
+from splitrun.planner.placement import Placement, StageSpec
+from splitrun.quantities import format_bytes
+from splitrun.transport.local import torch_device
+
+
+def require_room(placement: Placement, structure: ModelStructure, blocks: Mapping[str, int]) -> None:
+    """Raise DoesNotFit when a device's stages in this process need more than its budget, or than is free there.
+
+    ``blocks`` are the blocks per KV group.
+    """
+    needed: dict[str, int] = {}
+    tied: set[tuple[str, str, str]] = set()
+    for stage in placement.stages:
+        if "/" not in stage.device:
+            size = _weight_bytes(stage, structure, tied) + _history_bytes(stage, placement, structure, blocks)
+            needed[stage.device] = needed.get(stage.device, 0) + size
+    for device, size in needed.items():
+        budget = placement.devices.get(device)
+        if budget is not None and size > budget:
+            raise _does_not_fit(placement, device, size, budget, "its budget is")
+    host = sum(size for device, size in needed.items() if torch_device(device) == "cpu")
+    pools = {device: size for device, size in needed.items() if torch_device(device) != "cpu"}
+    for device, size in ({"cpu": host} | pools).items():
+        free = _free_bytes(device)
+        if free is not None and size > free:
+            raise _does_not_fit(placement, device, size, free, "free there are")
+
+
+def _weight_bytes(stage: StageSpec, structure: ModelStructure, tied: set[tuple[str, str, str]]) -> int:
+    """Bytes of a stage's tensors; one that the device holds already under another name costs nothing more."""
+    cut = CutRange(stage.embed, stage.layers[0], stage.layers[1], stage.head)
+    units = set(cut.units(structure.layers))
+    dtype = compute_dtype(stage.device, stage.weights)
+    total = 0
+    for info in structure.parameters:
+        key = (torch_device(stage.device), stage.weights, info.tied_to or info.name)
+        if info.unit in units and key not in tied:
+            tied.add(key)
+            total += weight_bytes(info.shape, stage.weights, dtype, info.covered)
+    return total
+
+
+def _history_bytes(stage: StageSpec, placement: Placement, structure: ModelStructure, blocks: Mapping[str, int]) -> int:
+    """Bytes of a stage's KV blocks and state slots."""
+    workload = placement.workload
+    width = VALUE_BYTES[stage.kv.dtype or compute_dtype(stage.device, stage.weights)]
+    total = 0
+    for cache in structure.caches[stage.layers[0] : stage.layers[1]]:
+        total += cache.state_bytes * workload.sessions
+        if cache.group is not None:
+            total += blocks[cache.group.name] * workload.block_tokens * cache.values_per_token * width
+    return total
+
+
+def _free_bytes(device: str) -> int | None:
+    """What is free on a device now; None where it cannot be asked."""
+    if device == "cpu":
+        return read_host_memory().free_bytes
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    return None
+
+
+def _does_not_fit(placement: Placement, device: str, needed: int, room: int, what: str) -> DoesNotFit:
+    source, workload = placement.model.source, placement.workload
+    return DoesNotFit(
+        f"weights and KV of {device} take {format_bytes(needed)}, but {what} {format_bytes(room)}: lower context "
+        f"({workload.context}) or sessions ({workload.sessions}), or plan again with splitrun plan {source} -o FILE",
+        {device: needed - room},
+    )
