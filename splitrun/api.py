@@ -138,6 +138,7 @@ def check(placement: Placement, file: str = "FILE", *, load: Literal["weights", 
 
     ``file`` is the placement's, for the message. With ``load`` "dummy" the model's fingerprint does not matter.
     """
+    from splitrun.cluster.process import local_device
     from splitrun.measure.probe import cluster_of, survey, this_machine
     from splitrun.model.files import resolve
     from splitrun.planner.check import stale_reasons
@@ -146,8 +147,15 @@ def check(placement: Placement, file: str = "FILE", *, load: Literal["weights", 
     machine = this_machine()
     found = survey(machine)
     here = {"cpu", *(item.name for item in found.accelerators if item.fault is None)}
-    used = [name for name in placement.device_names if name in here or name.startswith("cpu:")]
+    local = {name: local_device(name) for name in placement.device_names}
+    used = [device for device in local.values() if device in here or device.startswith("cpu:")]
     cluster = cluster_of(found, machine, dict.fromkeys(used, "auto") or None)
+    in_processes = [
+        replace(cluster.device(device), name=name)
+        for name, device in local.items()
+        if name != device and device in used
+    ]
+    cluster = replace(cluster, devices=(*cluster.devices, *in_processes))
     layers = int(files.config.get_text_config(decoder=True).num_hidden_layers)
     reasons = stale_reasons(placement, files.fingerprint if load == "weights" else None, layers, cluster, file)
     if reasons:

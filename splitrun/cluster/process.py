@@ -27,6 +27,12 @@ LOCAL_NODE = re.compile(r"process(-[1-9][0-9]{0,3})?")
 """Nodes with these names are processes on this machine."""
 
 
+def local_device(name: str) -> str:
+    """The device of this machine that ``name`` uses: itself, or what a process on this machine runs on."""
+    node, _, device = name.rpartition("/")
+    return device if LOCAL_NODE.fullmatch(node) else name
+
+
 class StageHandle(Protocol):
     """A stage process, wherever it runs."""
 

@@ -91,9 +91,10 @@ def assemble(
 def _pipeline(
     links: Sequence[Link | RemoteLink], remote: RemoteStages | None, deliver: Callable[[Outcome], None]
 ) -> Pipeline:
-    pipeline = Pipeline(links, deliver, remote)
-    if remote is not None:
-        remote.run(pipeline, deliver)
+    if remote is None:
+        return Pipeline(links, deliver)
+    pipeline = Pipeline(links, remote.outcome, remote)
+    remote.run(pipeline, deliver)
     return pipeline
 
 

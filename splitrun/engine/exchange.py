@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from splitrun.engine.pipeline import Pipeline
+from splitrun.engine.pipeline import Outcome, Pipeline
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.schedule.step import Step, Tokens
 from splitrun.transport.frames import Frame
@@ -44,9 +44,16 @@ class Exchange:
 
     @property
     def waiting(self) -> int:
-        """Steps of this epoch that were sent and whose tokens have not come. The coordinator's alone has a meaning."""
+        """Steps of this epoch that were sent and not settled."""
         epoch = max(self._firsts, default=0)
         return sum(1 for index in list(self._rows) if index >= self._firsts.get(epoch, 0))
+
+    def settle(self, outcome: Outcome) -> None:
+        """Note what came of a step. Whatever is no token ends the epoch, and with it all that is under way."""
+        if isinstance(outcome, Tokens):
+            self._rows.pop(outcome.step, None)
+        else:
+            self._rows.clear()
 
     def send_step(self, mailbox: Mailbox, stage: int, step: Step, activation: Tensor | None) -> None:
         """Send a step to the process of ``stage``. ``activation`` is on the CPU. Shape: (tokens, hidden)."""
@@ -76,8 +83,8 @@ class Exchange:
         if self._rows.get(frame.step) not in (len(tokens.rows), None):
             raise MalformedMessage("the tokens are not those of their step")
         verdict = self._tokens_gate.judge(frame.epoch, first, frame.step)
-        if verdict == "run":
-            self._rows.pop(frame.step, None)
+        if verdict == "stale":
+            self.settle(tokens)
         return verdict, tokens
 
     def _begin(self, epoch: int, step: int) -> int:

@@ -22,7 +22,7 @@ from splitrun.engine.exchange import COORDINATOR, Exchange, Route
 from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Resumed, StageClock
 from splitrun.errors import SplitrunError, StageError, StageLost
 from splitrun.schedule.flat import MalformedMessage
-from splitrun.schedule.step import Step
+from splitrun.schedule.step import Step, Tokens
 from splitrun.transport.frames import Frame, Kind
 from splitrun.transport.mailbox import Address
 from splitrun.transport.socket import SocketMailbox
@@ -97,6 +97,14 @@ class RemoteStages:
     def send(self, stage: int, step: Step, activation: Tensor | None) -> None:
         """Send a step to a stage in another process."""
         self._exchange.send_step(self._mailbox, stage, step, activation)
+
+    def outcome(self, outcome: Outcome) -> None:
+        """Pass on what came of a step, here or elsewhere. Any thread."""
+        self._exchange.settle(outcome)
+        if isinstance(outcome, Tokens):
+            self._losses = 0
+            self._stalled_s = 0.0
+        self._deliver(outcome)
 
     @property
     def alive(self) -> bool:
@@ -198,9 +206,9 @@ class RemoteStages:
         while not self._stopping.is_set():
             if self._losses > self._patience.starts or attempts == self._patience.starts:
                 again = "restart the server, or plan without that device"
-                self._deliver(Interruption(StageLost(f"lost for good: {reason}: {again}"), final=True))
+                self.outcome(Interruption(StageLost(f"lost for good: {reason}: {again}"), final=True))
                 return False
-            self._deliver(Interruption(StageLost(f"lost: {reason}: it is being started again")))
+            self.outcome(Interruption(StageLost(f"lost: {reason}: it is being started again")))
             for device in faults:
                 for index in self._stages_of(device):
                     self._clocks[index].restarts += 1
@@ -212,7 +220,7 @@ class RemoteStages:
             faults = dict.fromkeys({*failures, *(name for name, process in self._processes.items() if process.end)}, "")
         while not self._reports.empty():
             self._reports.get()  # of the epoch that has ended
-        self._deliver(Resumed())
+        self.outcome(Resumed())
         return True
 
     def _stages_of(self, device: str) -> list[int]:
@@ -235,10 +243,8 @@ class RemoteStages:
             verdict = self._exchange.take_step(frame)
         else:
             verdict, tokens = self._exchange.take_tokens(frame)
-            self._stalled_s = 0.0
             if verdict == "run":
-                self._losses = 0
-                self._deliver(tokens)
+                self.outcome(tokens)
         if verdict != "run":
             self._mailbox.dropped.add(verdict)
         if verdict == "gap":
@@ -268,4 +274,4 @@ class RemoteStages:
             return
         kind = getattr(errors, str(frame.control.get("kind")), StageError)
         known = kind if isinstance(kind, type) and issubclass(kind, StageError) else StageError
-        self._deliver(Failure(frame.step, frame.epoch, known(message)))
+        self.outcome(Failure(frame.step, frame.epoch, known(message)))

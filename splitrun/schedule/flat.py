@@ -17,6 +17,7 @@ from splitrun.schedule.request import SamplingParams, TokenLogprob
 _REALS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _WHOLES = ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n")
 _SAMPLING_FIELDS = {entry.name for entry in fields(SamplingParams)}
+_DEFAULTS = asdict(SamplingParams())
 
 
 class MalformedMessage(SplitrunError):
@@ -24,9 +25,10 @@ class MalformedMessage(SplitrunError):
 
 
 def sampling_fields(params: SamplingParams) -> dict[str, Any]:
-    """Sampling parameters as a JSON object."""
-    values = asdict(params)
-    values["logit_bias"] = list(params.logit_bias.items())
+    """Sampling parameters as a JSON object of those that are not at their defaults."""
+    values = {name: value for name, default in _DEFAULTS.items() if (value := getattr(params, name)) != default}
+    if "logit_bias" in values:
+        values["logit_bias"] = list(params.logit_bias.items())
     return values
 
 

@@ -1,12 +1,15 @@
 """Every benchmark runs at toy size, so that none is found broken on the day it is needed; and two promised times."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import splitrun
 from splitrun.__main__ import main
 
 FIGURES = ("ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "load_s")
@@ -40,6 +43,16 @@ def test_quality_table(capsys: pytest.CaptureFixture[str]) -> None:
     shares = {weights: entry["share"] for weights, entry in json.loads(capsys.readouterr().out).items()}
     assert set(shares) == {"fp32", "bf16", "fp16", "int8", "nf4"}
     assert min(shares.values()) > 0
+
+
+def test_hops_between_processes() -> None:
+    script = Path(__file__).with_name("hops.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(splitrun.__file__).parent.parent)}
+    command = [sys.executable, str(script), "--quick"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    figures = json.loads(outcome.stdout.splitlines()[-1])
+    assert set(figures) == {"decode", "prefill_512"}
+    assert all(figure["hop_ms"] > 0 for figure in figures.values())
 
 
 def best_seconds(command: list[str]) -> float:

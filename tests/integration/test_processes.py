@@ -22,9 +22,10 @@ from splitrun.errors import CorruptWeights, InvalidPlacement, StageError, StageL
 from splitrun.planner.facts import Workload
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
 from splitrun.schedule.step import Step
+from splitrun.transport.frames import Frame
 
 LAYERS = 8
-PATIENCE = Patience(beat_s=0.25, dead_after_s=3.0, start_s=60.0)
+PATIENCE = Patience(beat_s=0.25, dead_after_s=3.0, start_s=60.0, stall_s=3.0)
 PROMPTS = [[7 + (3 * index) % 200 for index in range(length)] for length in (90, 3, 41, 20)]
 GREEDY = splitrun.SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 SAMPLED = splitrun.SamplingParams(max_tokens=24, temperature=1.5, seed=3, ignore_eos=True, repetition_penalty=1.1)
@@ -170,7 +171,7 @@ def test_a_step_lost_or_repeated_on_its_way(
     remote, before = remote_of(engine), restarts(engine)
     send, seen = remote._mailbox.send, [0]
 
-    def tampered(peer: str, frame: Any) -> None:
+    def tampered(peer: str, frame: Frame) -> None:
         seen[0] += 1
         for _ in range(copies if seen[0] == 6 else 1):
             send(peer, frame)
@@ -178,6 +179,55 @@ def test_a_step_lost_or_repeated_on_its_way(
     monkeypatch.setattr(remote._mailbox, "send", tampered)
     assert run(engine) == expected["greedy"]
     assert (restarts(engine) > before) == (copies == 0)
+
+
+def test_a_last_step_lost_on_its_way(
+    engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing follows that would show the gap: only that nobody works any more."""
+    remote, before = remote_of(engine), restarts(engine)
+    send, seen = remote._mailbox.send, []
+
+    def lose_one(peer: str, frame: Frame) -> None:
+        seen.append(frame.step)
+        if len(seen) != 9:
+            send(peer, frame)
+
+    monkeypatch.setattr(remote._mailbox, "send", lose_one)
+    completion = engine.generate([PROMPTS[1]], GREEDY)[0]
+    assert completion.token_ids == expected["greedy"][1]
+    assert restarts(engine) == before + 2
+
+
+def test_an_idle_engine_is_left_alone() -> None:
+    """Neither the answered nor the failed steps of before count as under way, wherever the head is."""
+    patience = Patience(beat_s=0.05, dead_after_s=3.0, start_s=60.0, stall_s=0.2)
+    with splitrun.Engine(demo("process/cpu", "cpu"), patience=patience) as engine:
+        head = engine.core._pipeline._local[0].stage
+        run_head = head.run
+
+        def fail(step: Step, incoming: Any) -> Any:
+            raise StageError("planted")
+
+        head.run = fail
+        with pytest.raises(StageError, match="planted"):
+            engine.generate([PROMPTS[1]], GREEDY)
+        assert not wait_for_restart(engine, 1.5)
+        head.run = run_head
+        engine.generate([PROMPTS[1]], GREEDY)
+        assert not wait_for_restart(engine, 1.5)
+
+
+def wait_for_restart(engine: splitrun.Engine, seconds: float) -> bool:
+    """Whether a process is started again within that time."""
+    done = threading.Event()
+
+    def noted(device: str, job: Mapping[str, Any]) -> StageProcess:
+        done.set()
+        return StageProcess(device, job)
+
+    remote_of(engine)._starter = noted
+    return done.wait(seconds)
 
 
 def test_what_cannot_come_back_is_said_once_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
