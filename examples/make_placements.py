@@ -213,6 +213,7 @@ def ready_placements() -> list[Ready]:
             Cluster(two),
             Workload(context=2048, sessions=4, objective="throughput"),
         ),
+        from_sheets("deepseek-1.5b-4gib-card", small, Workload(), desktop, "bf16", Changes(add=("RTX 3050 4GB",))),
         from_sheets("rtx-3050-4gb-fp16", small, Workload(context=1024), laptop, "fp16", Changes(add=("RTX 3050 4GB",))),
         from_sheets("rtx-3050-4gb-nf4", small, Workload(context=1024), laptop, "nf4", Changes(add=("RTX 3050 4GB",))),
         from_sheets("gtx-1060-3gb-int8", small, Workload(context=512), desktop, "int8", Changes(add=("GTX 1060 3GB",))),

@@ -1,0 +1,99 @@
+"""The planner's commands and flags: what each prints, saves and refuses, on the demo and on data-sheet machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitrun.__main__ import main
+from splitrun.measure import timing
+from splitrun.planner.placement import Placement
+
+MACHINE = ("--machine", "desktop DDR4 CPU")
+
+
+@pytest.fixture(autouse=True)
+def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few runs, a cache of its own, and the hook for unexpected errors as it was."""
+    monkeypatch.setattr(timing, "POINT_SECONDS", 0.0)
+    before = sys.excepthook
+    yield
+    sys.excepthook = before
+
+
+def test_a_profile_is_saved_and_planned_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, picture, plan = tmp_path / "facts.json", tmp_path / "plan.svg", tmp_path / "plan.yaml"
+    assert main(["profile", "demo", "--memory", "cpu=1GiB", "--weights", "bf16", "--facts", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "cpu, bf16" in out
+    assert f"splitrun plan demo --facts {file}" in out
+    words = ["plan", "demo", "--facts", str(file), "--weights", "bf16", "--context", "256"]
+    assert main([*words, "--explain", "--svg", str(picture), "-o", str(plan)]) == 0
+    out = capsys.readouterr().out
+    assert "t = Σ stages + Σ hops + engine" in out
+    assert picture.read_text("utf-8").startswith("<svg ")
+    assert Placement.load(plan).estimate is not None
+    assert main(["check", str(plan)]) == 0
+    assert "suits the model and this machine" in capsys.readouterr().out
+    changed = plan.read_text("utf-8").replace("source: demo", f"source: {tmp_path}")
+    plan.write_text(changed, "utf-8")
+    assert main(["check", str(plan)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_if_adds_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.yaml"
+    words = ["what-if", "demo", *MACHINE, "--add", "GTX 1060 3GB", "--context", "512"]
+    assert main([*words, "-o", str(file), "--svg", str(tmp_path / "plan.svg"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["workload"]["context"] == 512
+    assert Placement.load(file).device_names == ("cuda:0",)
+    assert main(["what-if", str(file), *MACHINE, "--context", "1024"]) == 0
+    assert "1 session of 1,024 tokens" in capsys.readouterr().out
+
+
+def test_what_if_warns_of_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["what-if", "demo", *MACHINE, "--add", "UHD 630", "--weights", "int8"]) == 0
+    assert "torch does not compute on it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["what-if", "demo", *MACHINE, "--add", "GTX 1066"], "--add 'GTX 1066' is not known; did you mean"),
+        (["what-if", "demo", *MACHINE, "--add-node", "GTX 1066"], "--add-node 'GTX 1066' is not known"),
+        (["what-if", "demo", *MACHINE, "--link", "string"], "--link 'string' is not known"),
+        (["what-if", "demo", "--machine", "toaster"], "--machine 'toaster' is not known"),
+        (["what-if", "demo", *MACHINE, "--drop", "cuda:1"], "--drop 'cuda:1': there is cpu"),
+        (["what-if", "demo", *MACHINE, "--facts", "x.json"], "--machine and --facts both say where to start"),
+        (["what-if", "demo", *MACHINE, "--memory", "cpu=0"], "a budget of 0 for cpu"),
+        (["what-if", "demo", *MACHINE, "--memory", "cpu=1MiB"], "demo does not fit"),
+        (["what-if", "demo", *MACHINE, "--quality", "good"], "--quality good is neither a weight format"),
+        (["what-if", "demo", *MACHINE, "--context", "9999999"], "context 9999999 is longer than"),
+        (["what-if", "nothere.yaml", *MACHINE], "no such file"),
+        (["plan", "demo", "--facts", "nothere.json"], "no such file; make one with: splitrun profile MODEL --facts"),
+        (["plan", "demo", "--facts", "x.json", "--no-cache"], "--no-cache measures this machine and --facts"),
+        (["check", "demo"], "demo is no placement file"),
+        (["check", "nothere.yaml"], "no such file"),
+        (["profile", "./nowhere"], "there is no directory ./nowhere"),
+    ],
+)
+def test_refusals_are_one_line(words: list[str], why: str, capsys: Any) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert why in error
+    assert error.count("\n") == 1
+
+
+def test_facts_of_another_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from splitrun.api import gather_facts
+    from splitrun.planner.facts_file import write_facts
+
+    file = tmp_path / "facts.json"
+    write_facts(gather_facts("demo", {"cpu": "1GiB"}, "bf16", rows=(1,)), file)
+    assert main(["plan", "other/model", "--facts", str(file)]) == 2
+    assert "describes demo, not other/model" in capsys.readouterr().err

@@ -1,0 +1,220 @@
+"""Measured seconds: lines between points, units apart from their stage, and the steps that are timed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planner_models import MIB, device, model
+from tiny_models import ARCHITECTURES, COMMON
+from transformers import AutoConfig
+
+from splitrun.measure import timing, unit_seconds
+from splitrun.measure.cache import Cache
+from splitrun.measure.profile import profile
+from splitrun.measure.timing import Sample, Setting, copies_needed, last_cache_bytes, sample, time_units
+from splitrun.measure.unit_seconds import Wanted, layer_shape, measure, share
+from splitrun.measure.unit_seconds import unit_seconds as lines_of
+from splitrun.measure.unit_steps import Point, make_step, pool_blocks
+from splitrun.model.cut import CutRange
+from splitrun.model.files import ModelFiles
+from splitrun.model.structure import inspect
+from splitrun.planner.cost import decode_s, prefill_s, stage_s
+from splitrun.planner.facts import Cluster, KVGroup, Workload
+from splitrun.planner.placement import ModelRef, Placement, StageSpec
+from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds, interpolated
+
+
+@pytest.mark.parametrize(
+    ("points", "position", "expected"),
+    [
+        ([(1, 2.0)], 5, 2.0),
+        ([(1, 2.0), (3, 4.0)], 2, 3.0),
+        ([(1, 2.0), (3, 4.0)], 0, 2.0),  # before the first point no smaller
+        ([(1, 2.0), (3, 4.0)], 5, 6.0),
+        ([(1, 2.0), (3, 4.0), (5, 4.0)], 9, 4.0),
+        ([(1, 4.0), (3, 2.0)], 9, 0.0),  # never negative
+    ],
+)
+def test_between_points(points: list[tuple[float, float]], position: float, expected: float) -> None:
+    assert interpolated(points, position) == pytest.approx(expected)
+
+
+UNIT = UnitSeconds((DecodeLine(1, 1e-3, 1e-6), DecodeLine(4, 2e-3, 4e-6)), ((32, 3e-3), (512, 30e-3)), 1e-8, 0.1)
+
+
+def test_a_unit_follows_its_lines() -> None:
+    assert UNIT.decode_s(1, 1000) == pytest.approx(2e-3)
+    assert UNIT.decode_s(4, 500) == pytest.approx(4e-3)
+    assert UNIT.prefill_s(32) == pytest.approx(3e-3)
+    assert UNIT.prefill_s(272) == pytest.approx(16.5e-3)
+    assert UNIT.prefill_s(512, 1000) == pytest.approx(30e-3 + 5.12e-3)
+
+
+def test_what_was_measured_goes_before_bandwidths() -> None:
+    place, workload = device(), Workload(context=1024, chunk_tokens=512)
+    stage = UnitSeconds((DecodeLine(1, 5e-4, 0.0),), ((512, 1e-3),))
+    facts = replace(model(layers=2), seconds={("cpu", "bf16"): DeviceSeconds(stage, (UNIT,) * 4)})
+    assert decode_s(facts, 1, place, "bf16", workload, "bf16") == pytest.approx(UNIT.decode_s(1, 512))
+    assert decode_s(facts, 1, place, "nf4", workload, "bf16") != pytest.approx(UNIT.decode_s(1, 512))
+    longer = replace(workload, prompt_tokens=600, history_tokens=7)
+    assert prefill_s(facts, 1, place, "bf16", longer, "bf16") == pytest.approx(
+        UNIT.prefill_s(512) + UNIT.prefill_s(88, 512)
+    )
+    spec = StageSpec("cpu", True, (0, 2), True, "bf16")
+    plan = Placement(1, ModelRef("x", layers=2), longer, (spec,))
+    expected = 5e-4 + 4 * UNIT.decode_s(1, 7)
+    assert stage_s(facts, Cluster((place,)), plan, spec, prefill=False) == pytest.approx(expected)
+
+
+def test_units_are_what_is_left_of_a_stage() -> None:
+    near, far, chunk, behind = Point(1, 1, 100), Point(1, 1, 1100), Point(1, 32, 0), Point(1, 32, 64)
+    stage = {point: Sample(1e-3, 0.5) for point in (near, far, chunk, behind)}
+    seconds = {near: 5e-3, far: 7e-3, chunk: 9e-3, behind: 13e-3}
+    found = {point: Sample(value, 0.1) for point, value in seconds.items()}
+    unit = lines_of(share(found, stage, 2), [near, far, chunk, behind])
+    (line,) = unit.decode
+    assert (line.per_token_s, line.fixed_s) == (pytest.approx(1e-6), pytest.approx(2e-3 - 1e-4))
+    assert unit.prefill == ((32, pytest.approx(4e-3)),)
+    assert unit.chunk_history_s == pytest.approx(2e-3 / (32 * 64))
+    assert unit.spread == 0.1
+
+
+def test_a_step_reads_and_writes_within_its_blocks() -> None:
+    point = Point(rows=3, tokens=5, context=70)
+    blocks = pool_blocks([point, Point(1, 1, 10)], 16)
+    step = make_step(point, [KVGroup("full"), KVGroup("state")], 16, blocks)
+    assert blocks == 3 * 5
+    assert step.counts.tolist() == [5, 5, 5]
+    assert step.block_tables["full"].shape == (3, 5)
+    assert sorted(step.block_tables["full"].reshape(-1).tolist()) == list(range(15))
+    assert make_step(point, [KVGroup("full")], 16, 4).block_tables["full"].max() == 3
+
+
+def test_copies_fill_more_than_the_cache(tmp_path: Path) -> None:
+    assert last_cache_bytes(tmp_path) == 0
+    for index, text in enumerate(("48K", "32M", "odd")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(text)
+    assert last_cache_bytes(tmp_path) == 32 << 20
+    assert copies_needed(1 << 30, "cuda") == 1
+    assert copies_needed(40 << 20, "cuda") == 3
+    assert copies_needed(1, "cpu") == 8
+
+
+def test_a_sample_is_a_median_and_its_spread() -> None:
+    calls: list[str] = []
+    found = sample(calls.append, ["a", "b"], spend_s=0.0)
+    assert calls == ["a", "b", "a", "b", "a"]
+    assert found.seconds > 0
+    assert found.spread >= 0
+
+
+def tiny(name: str = "llama", **changes: Any) -> Any:
+    kind, more = ARCHITECTURES[name]
+    import transformers
+
+    return getattr(transformers, kind)(**{**COMMON, **more, **changes})
+
+
+POINTS = [Point(1, 1, 4), Point(2, 1, 20), Point(1, 8, 0), Point(1, 8, 8)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen2_moe", "mamba"])
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+def test_every_kind_of_unit_can_be_timed(name: str, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "POINT_SECONDS", 0.0)
+    config = tiny(name)
+    structure = inspect(config)
+    setting = Setting("cpu", "cpu", "bf16", weights, 16)
+    n = structure.layers
+    for cut in (CutRange(True, 0, 0, False), CutRange(False, 0, 1, False), CutRange(False, n, n, True)):
+        found = time_units(config, structure, cut, setting, POINTS, unit_bytes=1 << 30)
+        assert set(found) == set(POINTS)
+        assert all(each.seconds > 0 for each in found.values())
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[CutRange, str, int]]:
+    """What is timed, without a clock: a layer takes 2 ms, an end 3 ms, the stage 1 ms of each."""
+    calls: list[tuple[CutRange, str, int]] = []
+
+    def timed(config: Any, structure: Any, cut: CutRange, setting: Setting, points: Any, size: int) -> Any:
+        calls.append((cut, setting.weights, len(points)))
+        seconds = 1e-3 if cut.embed else 1e-3 + 2e-3 * (cut.stop - cut.start) + 2e-3 * cut.head
+        return {point: Sample(seconds, 0.05) for point in points}
+
+    monkeypatch.setattr(unit_seconds, "time_units", timed)
+    return calls
+
+
+def measured(folder: Path, formats: tuple[str, ...] = ("nf4",), rows: tuple[int, ...] = (1,), **more: Any) -> Any:
+    config = tiny(num_hidden_layers=4)
+    files = ModelFiles("tiny", None, folder, config, weights=False)
+    structure = inspect(config)
+    files.__dict__["fingerprint"] = "sha256:0"
+    facts = profile(files, structure)
+    cluster = Cluster((device(budget=more.pop("budget", 64 * MIB)),))
+    return measure(files, structure, facts, cluster, Wanted({"cpu": formats}, rows, 16), Cache(folder, **more))
+
+
+def test_each_shape_is_timed_once_and_kept(tmp_path: Path, asked: list[tuple[CutRange, str, int]]) -> None:
+    found = measured(tmp_path).seconds["cpu", "nf4"]
+    assert [cut for cut, _, _ in asked] == [
+        CutRange(True, 0, 0, False), CutRange(False, 0, 2, False), CutRange(False, 4, 4, True)
+    ]  # fmt: skip
+    assert [weights for _, weights, _ in asked] == ["bf16", "nf4", "nf4"]
+    assert [unit.decode_s(1, 9) for unit in found.units] == pytest.approx([0, 2e-3, 2e-3, 2e-3, 2e-3, 2e-3])
+    assert found.stage.decode_s(1, 9) == pytest.approx(1e-3)
+    measured(tmp_path)
+    assert len(asked) == 3  # from the cache
+    measured(tmp_path, rows=(1, 4))
+    assert [points for _, _, points in asked[3:]] == [2, 2, 2]  # the further rows alone
+    measured(tmp_path, refresh=True)
+    assert len(asked) == 9
+
+
+def test_what_does_not_fit_or_fails_is_left_to_bandwidths(
+    tmp_path: Path, asked: list[tuple[CutRange, str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert measured(tmp_path, budget=1).seconds == {}
+
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("no kernel for this card")
+
+    monkeypatch.setattr(unit_seconds, "time_units", fails)
+    assert measured(tmp_path).seconds == {}
+
+
+def test_equal_layers_have_one_shape() -> None:
+    structure = inspect(tiny("gemma2", num_hidden_layers=4))
+    shapes = [layer_shape(structure, index) for index in range(4)]
+    assert shapes[0] == shapes[2] != shapes[1] == shapes[3]  # sliding and full attention in turn
+
+
+def test_the_last_row_of_a_prompt_reaches_the_head_as_a_tensor_of_its_own(tmp_path: Path) -> None:
+    from splitrun.model.cut import CutModel
+    from splitrun.model.dummy import DummySource
+    from splitrun.model.weights import Loader
+
+    config = AutoConfig.for_model("llama", **COMMON)
+    structure = inspect(config)
+    whole = CutModel(config, structure, CutRange(True, 0, 2, True), "fp32", "cpu")
+    Loader(whole.skeleton.model, DummySource.of(whole.skeleton.model), torch.float32).load(
+        whole.own_names, "fp32", "cpu"
+    )
+    whole.finish_loading()
+    strides = []
+    whole.skeleton.model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, arguments: strides.append(arguments[0].stride())
+    )
+    ids = torch.ones((1, 5), dtype=torch.long)
+    from transformers import DynamicCache
+
+    with torch.inference_mode():
+        logits = whole.forward(ids, torch.arange(5)[None], None, 0, DynamicCache(config=config), None, 1)
+    assert logits.shape == (1, 1, COMMON["vocab_size"])
+    assert strides == [(COMMON["hidden_size"], COMMON["hidden_size"], 1)]

@@ -1,0 +1,186 @@
+"""Hardware that is not here: data sheets, changes to a cluster, facts files, and what each refuses."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planner_models import GIB, device, model, random_seconds
+
+from splitrun.errors import InvalidPlacement, SplitrunError
+from splitrun.planner.datasheet import SPREAD, device_names, find_device, find_link
+from splitrun.planner.facts import Cluster, Link, Workload
+from splitrun.planner.facts_file import Facts, read_facts, write_facts
+from splitrun.planner.picture import draw, save_picture
+from splitrun.planner.profile_table import distinct, profile_lines
+from splitrun.planner.solve import solve
+from splitrun.planner.what_if import Changes, changed, machine_of, with_budgets
+
+HERE = Cluster((device(), device("cuda:0", budget=4 * GIB), device("cuda:1", budget=4 * GIB)), {})
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_every_sheet_makes_a_device(name: str) -> None:
+    sheet = find_device(name, "--add")
+    made = sheet.device("cpu" if sheet.kind == "cpu" else f"{sheet.kind}:0", "host")
+    assert 0 < made.budget_bytes < made.total_bytes
+    assert (made.source, made.spread) == ("datasheet", SPREAD)
+    assert made.bandwidth_bytes_per_s < 2e12
+    find_link(sheet.link)
+
+
+@pytest.mark.parametrize(
+    "text", ["GTX 1060 3GB", "gtx1060 3gb", "NVIDIA GeForce GTX 1060 3GiB", "geforce gtx 1060 3GB"]
+)
+def test_names_are_found_however_they_are_written(text: str) -> None:
+    assert find_device(text, "--add").name == "GTX 1060 3GB"
+
+
+def test_a_card_joins_its_machine_and_a_node_the_network() -> None:
+    cluster, notes = changed(HERE, Changes(("GTX 1060 3GB", "UHD 630"), ("RTX 2060 6GB",), ("cuda:1",), "2.5GbE"))
+    assert [each.name for each in cluster.devices] == ["cpu", "cuda:0", "cuda:1", "xpu:0", "node1/cuda:0"]
+    assert cluster.device("cuda:1").description == "GTX 1060 3GB (datasheet)"
+    assert cluster.link("cpu", "cuda:1") == find_link("PCIe 3.0 x16")
+    assert cluster.link("cuda:0", "node1/cuda:0") == find_link("2.5gbe")
+    assert cluster.device("xpu:0").memory_pool == "host"
+    assert notes == ["xpu:0: torch does not compute on it: the plan shows the split, it cannot be run"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (Changes(add=("GTX 1066 3GB",)), r"--add 'GTX 1066 3GB' is not known; did you mean GTX 1060"),
+        (Changes(add=("qqqq",)), "--add 'qqqq' is not known; known: GTX 1050 Ti 4GB, "),
+        (Changes(add=("desktop DDR4 CPU",)), "is a processor: name it with --machine or --add-node"),
+        (Changes(drop=("cuda:2",)), "--drop 'cuda:2': did you mean cuda:"),
+        (Changes(drop=("cpu", "cuda:0", "cuda:1")), "no device is left"),
+        (Changes(add=("cuda:0",), drop=("cuda:0",)), "is both added and dropped"),
+        (Changes(link="1GbF"), r"--link '1GbF' is not known; did you mean 1GbE"),
+    ],
+)
+def test_changes_refused(changes: Changes, why: str) -> None:
+    with pytest.raises(InvalidPlacement, match=why):
+        changed(HERE, changes)
+
+
+def test_a_machine_is_a_processor() -> None:
+    assert [each.name for each in machine_of("i7 ddr4 cpu").devices] == ["cpu"]
+    with pytest.raises(InvalidPlacement, match="is no processor"):
+        machine_of("RTX 3060 12GB")
+
+
+@pytest.mark.parametrize(
+    ("memory", "why"),
+    [
+        ({"cuda:7": "1GiB"}, "facts.json has no 'cuda:7'"),
+        ({"cpu": "0"}, "a budget of 0 for cpu"),
+        ({"cpu": "900GiB"}, "cpu has 16.0 GiB of memory, not 900GiB"),
+        ({"cpu": "much"}, "budget of cpu: "),
+    ],
+)
+def test_budgets_refused(memory: dict[str, str | int], why: str) -> None:
+    with pytest.raises(InvalidPlacement, match=why):
+        with_budgets(HERE, memory, "facts.json")
+
+
+def test_budgets_choose_the_devices() -> None:
+    found = with_budgets(HERE, {"cuda:0": "1GiB", "cpu": "auto"}, "x")
+    assert [(each.name, each.budget_bytes) for each in found.devices] == [("cuda:0", GIB), ("cpu", 8 * GIB)]
+
+
+def some_facts() -> Facts:
+    cluster = replace(HERE, links={("cpu", "cuda:0"): Link(1e-5, 1e10)}, step_s=1e-4)
+    return Facts(random_seconds(random.Random(3), model(layers=2), cluster), cluster, "0.1")
+
+
+def test_facts_survive_the_file(tmp_path: Path) -> None:
+    facts = some_facts()
+    write_facts(facts, tmp_path / "deep" / "facts.json")
+    assert read_facts(tmp_path / "deep" / "facts.json") == facts
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SplitrunError, match="cannot be written"):
+        write_facts(facts, tmp_path / "file" / "facts.json")
+
+
+def broken(change: str) -> Any:
+    content: Any = {"version": 1, **json.loads(json.dumps(_plain()))}
+    unit = content["profile"]["units"][0]
+    changes: dict[str, Any] = {
+        "version": lambda: content.update(version=2),
+        "no version": lambda: content.pop("version"),
+        "unknown": lambda: content["cluster"].update(colour=1),
+        "missing": lambda: unit.pop("weight_bytes"),
+        "text": lambda: unit.update(name=5),
+        "negative": lambda: unit["weight_bytes"].update(bf16=-1),
+        "kind": lambda: content["cluster"]["devices"][0].update(kind="tpu"),
+        "short": lambda: content["profile"]["seconds"].append(["cpu"]),
+        "list": lambda: content["profile"].update(units={}),
+    }
+    changes[change]()
+    return content
+
+
+def _plain() -> Any:
+    from splitrun.planner.facts_file import plain
+
+    return plain(some_facts())
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("version", "version 2 is not this splitrun's version 1; make it again with: splitrun profile MODEL --facts"),
+        ("no version", "not a facts file: it has no version"),
+        ("unknown", "cluster.colour is unknown"),
+        ("missing", r"profile.units\[0\].weight_bytes is missing"),
+        ("text", r"profile.units\[0\].name must be text"),
+        ("negative", r"weight_bytes.bf16 must be finite and not negative"),
+        ("kind", r"cluster.devices\[0\].kind must be one of cpu, cuda"),
+        ("short", "profile.seconds must be a mapping"),
+        ("list", "profile.units must be a list"),
+    ],
+)
+def test_facts_files_refused(tmp_path: Path, change: str, why: str) -> None:
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps(broken(change)))
+    with pytest.raises(InvalidPlacement, match=why) as refusal:
+        read_facts(file)
+    assert str(refusal.value).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize(("text", "why"), [("{", "not JSON"), ("[]", "no version"), (None, "no such file")])
+def test_what_is_no_facts_file(tmp_path: Path, text: str | None, why: str) -> None:
+    file = tmp_path / "facts.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InvalidPlacement, match=why):
+        read_facts(file)
+
+
+def test_the_profile_names_each_shape_once() -> None:
+    facts = some_facts()
+    assert [name for name, _ in distinct(facts.profile)] == ["embed", "layers 0–1", "head"]
+    text = "\n".join(profile_lines(facts.profile, facts.cluster))
+    assert "every stage" in text
+    assert "some/model · qwen3 · 2 layers" in text
+
+
+def test_the_picture_shows_every_device(tmp_path: Path) -> None:
+    from xml.etree import ElementTree
+
+    plan = solve(model(layers=8, values=400 << 20), HERE, Workload(), "bf16")
+    root = ElementTree.fromstring(draw(plan))
+    words = " ".join(node.text or "" for node in root.iter() if node.tag.endswith("text"))
+    assert all(name in words for name in plan.device_names)
+    assert len(plan.device_names) > 1
+    save_picture(plan, tmp_path / "deep" / "plan.svg")
+    assert (tmp_path / "deep" / "plan.svg").read_text("utf-8") == draw(plan)
+    with pytest.raises(InvalidPlacement, match="has no estimate to draw"):
+        draw(replace(plan, estimate=None))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SplitrunError, match="cannot be written"):
+        save_picture(plan, tmp_path / "file" / "plan.svg")
