@@ -55,6 +55,7 @@ def profile(files: ModelFiles, structure: ModelStructure | None = None) -> Model
     structure = structure or inspect(files.config)
     skeleton = build_skeleton(files.config, "bf16")
     use = _uses(files.config, structure, skeleton.model)
+    heads = _heads(skeleton.model)
     sizes = _sizes(skeleton.model, files)
     groups: list[list[ParameterInfo]] = [[] for _ in range(structure.layers + 2)]
     for info in structure.parameters:
@@ -62,7 +63,7 @@ def profile(files: ModelFiles, structure: ModelStructure | None = None) -> Model
     caches = [None, *structure.caches, None]
     names = ["embed", *(f"layer {index}" for index in range(structure.layers)), "head"]
     units = tuple(
-        _unit(name, infos, cache, use, sizes, structure)
+        _unit(name, infos, cache, use, sizes, structure, heads)
         for name, infos, cache in zip(names, groups, caches, strict=True)
     )
     tied = {name: _tied_bytes(groups, size, files) for name, size in sizes.items()}
@@ -87,6 +88,20 @@ def _tied_bytes(groups: list[list[ParameterInfo]], size: Callable[[Iterable[str]
         return sum(size([info.name]) for info in (*groups[0], *groups[-1]) if info.tied_to is not None)
     embed, head = ([info.name for info in group] for group in (groups[0], groups[-1]))
     return size(embed) + size(head) - size([*embed, *head])
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Query heads of a layer, and whether attention writes their scores out instead of working on tiles."""
+
+    query: int
+    writes_scores: bool
+
+
+def _heads(model: Any) -> _Heads:
+    text = model.config.get_text_config(decoder=True)
+    count = getattr(text, "num_attention_heads", None)
+    return _Heads(count if isinstance(count, int) else 1, model.config._attn_implementation == "eager")
 
 
 def max_context(config: Any) -> int:
@@ -147,6 +162,7 @@ def _unit(
     uses: Mapping[str, _Use],
     sizes: Mapping[str, Callable[[Iterable[str]], int]],
     structure: ModelStructure,
+    heads: _Heads,
 ) -> UnitProfile:
     matrices = [info for info in infos if len(info.shape) >= 2 and uses[info.name].multiplied]
     # The head's logits are counted apart, for the rows that are sampled only.
@@ -166,4 +182,6 @@ def _unit(
         activation_values_per_token=live * max(widths, default=0),
         largest_weight_values=max((uses[info.name].unpacked for info in matrices if info.covered), default=0),
         quantized_values=sum(prod(info.shape) for info in infos if info.covered),
+        heads_per_kv=max(1, heads.query // cache.key[0]) if cache is not None and cache.key is not None else 1,
+        score_heads=heads.query if heads.writes_scores else 0,
     )

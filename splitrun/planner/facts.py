@@ -115,6 +115,8 @@ class UnitProfile:
     activation_values_per_token  largest intermediate inside the unit, in values per token (workspace)
     largest_weight_values        largest matrix of the unit (a quantized product may dequantize one at a time)
     quantized_values             weights that int8 and nf4 apply to; the others stay in the compute type
+    heads_per_kv                 query heads that share a K and V head: attention may spread the history over them
+    score_heads                  heads whose scores attention writes out, 0 where it works on tiles (SDPA)
     """
 
     name: str
@@ -126,6 +128,8 @@ class UnitProfile:
     activation_values_per_token: int = 0
     largest_weight_values: int = 0
     quantized_values: int = 0
+    heads_per_kv: int = 1
+    score_heads: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@ from splitrun.planner.placement import KVSpec, Placement, ValueType
 
 LOGIT_COPIES = 3
 """Logits in float32, their sorted or filtered copy, and the probabilities."""
+SCORED_CHUNK_TOKENS = 32
+"""Prompt tokens that get logits at once when a prompt's log-probabilities are wanted."""
+SCORE_BYTES = 10
+"""Of a written-out score beside two copies in the compute type: the softmax in float32, in and out, and a copy."""
 MARGIN_BYTES = {"cpu": 16 << 20}
 DEFAULT_MARGIN_BYTES = 64 << 20
 """A GPU's matrix library keeps up to 32 MiB, and its allocator rounds segments up."""
@@ -60,7 +64,9 @@ def workspace_bytes(
 
     The sum of: hidden states in and out and the largest intermediate, for a whole chunk (for the head: one row per
     session); one matrix turned back into the compute type, for int8 and nf4; the history of all sessions gathered for
-    attention, and its mask; for the head the logits in float32, ``LOGIT_COPIES`` times.
+    attention (one session's twice, while it is copied), spread over the query heads, and its mask; the scores, where
+    attention writes them out; for the head the logits in float32, ``LOGIT_COPIES``
+    times, and those of a chunk of a prompt that is scored.
     """
     facts = profile.units[unit]
     head = unit == len(profile.units) - 1
@@ -70,10 +76,13 @@ def workspace_bytes(
     if weights in ("int8", "nf4"):
         total += facts.largest_weight_values * value_bytes
     if facts.kv_values_per_token:
-        total += kv.gathered_kv_bytes(facts, profile.groups, workload, kv_dtype)
-        total += workload.chunk_tokens * workload.context * value_bytes
+        gathered = kv.gathered_kv_bytes(facts, profile.groups, workload, kv_dtype)
+        total += gathered * (1 + facts.heads_per_kv) + gathered // max(workload.sessions, 1)
+        pairs = min(workload.chunk_tokens, workload.context) * workload.context
+        total += pairs * (value_bytes + 1) + pairs * facts.score_heads * (2 * value_bytes + SCORE_BYTES)
     if head:
         total += workload.sessions * profile.vocabulary * 4 * LOGIT_COPIES
+        total += min(SCORED_CHUNK_TOKENS, workload.context) * profile.vocabulary * (value_bytes + 8)
     return total
 
 

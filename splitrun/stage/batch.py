@@ -73,14 +73,16 @@ class BatchRules:
 
 
 def split(step: Step, rules: BatchRules, device: torch.device) -> Iterator[Batch]:
-    """The step as batches, in an order that respects histories."""
-    members: dict[tuple[int, int, bool], list[int]] = {}
+    """The step as batches, in an order that respects histories. A row whose prompt is scored is alone in its batch:
+    every token of a batch with such a row gets logits."""
+    members: dict[tuple[int, int, int, bool], list[int]] = {}
     for row, count in enumerate(step.counts.tolist()):
         history = int(step.context_lengths[row])
         kind = history if rules.traits.equal_histories else int(history > 0) if rules.has_states else 0
+        scored = row if step.prompt_logprobs and step.prompt_logprobs[row] is not None else -1
         singly = count > 1 and (_is_replay(step, row) or (rules.traits.one_by_one and history > 0))
-        members.setdefault((count, kind, singly), []).append(row)
-    for (count, _, singly), rows in members.items():
+        members.setdefault((count, kind, scored, singly), []).append(row)
+    for (count, _, _, singly), rows in members.items():
         if singly:
             for offset in range(count):
                 yield _batch(step, rules, device, rows, offset, 1, offset == count - 1)

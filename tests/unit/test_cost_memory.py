@@ -86,13 +86,20 @@ def test_workspace() -> None:
     profile = replace(base, units=(base.units[0], layer, base.units[2]))
     workload = Workload(context=1024, sessions=2, chunk_tokens=256)
     activations = 256 * (2 * 1024 + 100) * 2
-    attention = 512 * 1024 * 2 * 2 + 256 * 1024 * 2  # gathered history of both sessions, and the mask
+    gathered = 512 * 1024 * 2 * 2  # K and V of both sessions
+    attention = gathered * 2 + gathered // 2 + 256 * 1024 * 3  # spread over the heads, one copied, and the mask
     cpu = device()
     assert workspace_bytes(profile, 1, cpu, "bf16", workload, "bf16") == activations + attention
     assert workspace_bytes(profile, 1, cpu, "nf4", workload, "bf16") == activations + attention + 5000 * 2
-    assert workspace_bytes(profile, 1, cpu, "fp32", workload, "fp32") == 2 * (activations + attention)
+    assert workspace_bytes(profile, 1, cpu, "fp32", workload, "fp32") == 2 * (activations + attention) - 256 * 1024
+    scores = replace(profile, units=(base.units[0], replace(layer, score_heads=4, heads_per_kv=3), base.units[2]))
+    more = 2 * gathered + 4 * 256 * 1024 * (2 * 2 + 10)
+    assert workspace_bytes(scores, 1, cpu, "bf16", workload, "bf16") == activations + attention + more
     assert workspace_bytes(profile, 0, cpu, "bf16", workload, "bf16") == 256 * 2 * 1024 * 2
-    assert workspace_bytes(profile, 2, cpu, "bf16", workload, "bf16") == 2 * 2 * 1024 * 2 + 2 * 32000 * 4 * 3
+    assert (
+        workspace_bytes(profile, 2, cpu, "bf16", workload, "bf16")
+        == 2 * 2 * 1024 * 2 + 2 * 32000 * 4 * 3 + 32 * 32000 * 10
+    )
 
 
 def test_the_margin_of_a_gpu_leaves_room_for_its_libraries() -> None:
