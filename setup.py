@@ -14,8 +14,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCE = "splitrun/kernels/cpu/source"
-COMMON = ["-O3", "-std=c11", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC"]
-FILES = ("activations.c", "layout.c", "portable.c", "product.c", "quantize.c", "team.c")
+COMMON = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fPIC"]
+FILES = ("activations.c", "block.c", "layout.c", "portable.c", "product.c", "quantize.c", "team.c")
 LEVELS = {
     "x86_64": {
         "avx512vnni.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],

@@ -49,6 +49,7 @@ class CutModel:
         self.own_names = tuple(structure.names(cut.units(structure.layers)))
         self._incoming: Tensor | None = None
         self._captured: Tensor | None = None
+        self._inner: dict[int, _Inner] = {}
         self._wire_layers()
         outputs = self.skeleton.model.get_output_embeddings() if cut.head else None
         if outputs is not None:
@@ -110,6 +111,10 @@ class CutModel:
         finally:
             self._incoming = self._captured = None
 
+    def exchange(self, index: int, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Let layer ``index`` run ``make(its own forward)``; the cut around it stays. Modifies the model."""
+        self._inner[index].forward = make(self._inner[index].forward)
+
     def _logits(self, arguments: dict[str, Any]) -> Tensor:
         logits: Tensor = self.skeleton.model(**arguments).logits
         return logits
@@ -125,7 +130,9 @@ class CutModel:
     def _wire_layers(self) -> None:
         start, stop, count = self.cut.start, self.cut.stop, self.structure.layers
         for index, layer in enumerate(self.skeleton.layers):
-            if not start <= index < stop:
+            if start <= index < stop:
+                layer.forward = self._inner[index] = _Inner(layer.forward)
+            else:
                 layer.forward = self._pass_on(index)
         if not self.cut.embed:
             first = self.skeleton.layers[0]
@@ -178,6 +185,16 @@ class CutModel:
         if self._incoming is None:
             raise UnsupportedModel("a stage without embedding was run without an activation")
         return self._incoming
+
+
+class _Inner:
+    """A layer's own forward, which may be exchanged behind what the cut wraps around it."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
 
 
 def _with_plain_strides(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

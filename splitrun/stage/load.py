@@ -17,6 +17,7 @@ from splitrun.model.structure import ModelStructure
 from splitrun.stage.batch import FREE, BatchRules, Traits
 from splitrun.stage.blocks import BlockStore, StateStore
 from splitrun.stage.cache import BlockCache
+from splitrun.stage.fused import fuse
 from splitrun.stage.generic import GenericStage
 
 Fill = Callable[[CutModel], int]
@@ -50,6 +51,7 @@ def load_stage(
     weight_bytes = fill(model)
     model.finish_loading()
     stores, states = _storage(structure, cut, size)
+    fuse(model, stores)
     rules = BatchRules(
         groups=tuple(group for group in structure.groups if group.kind != "state"),
         block_tokens=size.block_tokens,

@@ -16,7 +16,7 @@ from splitrun.measure.health import find_compiler
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "splitrun/kernels/cpu/source"
 CHECK = ROOT / "tests/native/check.c"
-COMMON = ["-std=c11", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE}"]
+COMMON = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE}"]
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 
 

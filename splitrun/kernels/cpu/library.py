@@ -130,6 +130,22 @@ class Kernel:
         if first < 0 or first + rows.shape[0] > weight.rows:
             raise IndexError(f"rows {first} to {first + rows.shape[0]} are out of range for {weight.rows} rows")
 
+    def block(
+        self, block: int, rows: int, tokens: int, hidden: Tensor, cosines: Tensor, sines: Tensor, out: Tensor
+    ) -> None:
+        """Run a decoder layer whose structures lie at these addresses. Shape: (tokens, hidden) -> same."""
+        self._library.splitrun_block(
+            self._level,
+            block,
+            rows,
+            hidden.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            out.data_ptr(),
+            _scratch.address(self._library.splitrun_block_scratch_bytes(block, tokens)),
+            torch.get_num_threads(),
+        )
+
     def read(self, memory: Tensor) -> None:
         """Read memory with all threads and do nothing with it: the speed that the others are held against."""
         self._library.splitrun_read(memory.data_ptr(), memory.nbytes, torch.get_num_threads())
@@ -195,10 +211,14 @@ def _load() -> ctypes.CDLL | None:
         "splitrun_quantize": (None, (pointer, wide, wide, pointer, narrow, narrow)),
         "splitrun_product": (None, (pointer, pointer, pointer, narrow, narrow, pointer, pointer, pointer, narrow)),
         "splitrun_values": (narrow, (pointer, pointer, pointer, wide, wide, narrow, pointer, narrow)),
+        "splitrun_block_scratch_bytes": (wide, (pointer, wide)),
+        "splitrun_block": (None, (*[pointer] * 8, narrow)),
         "splitrun_read": (ctypes.c_uint64, (pointer, wide, narrow)),
     }
     for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            return None  # built from other sources: as good as not built
         function.restype, function.argtypes = result, arguments
     library.splitrun_use_openmp(_parallel_region())
     return library

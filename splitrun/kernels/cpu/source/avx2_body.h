@@ -33,6 +33,7 @@ ALWAYS_INLINE void int8_expand(const uint8_t *codes, int64_t stride, float scale
     _mm256_storeu_ps(values, _mm256_mul_ps(first, factor));
     _mm256_storeu_ps(values + 8, _mm256_mul_ps(second, factor));
 }
+#include "attend.h"
 #include "values.h"
 
 ALWAYS_INLINE __m256i four_columns(const int8_t *codes) {

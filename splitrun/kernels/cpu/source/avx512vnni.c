@@ -22,6 +22,7 @@ ALWAYS_INLINE void int8_expand(const uint8_t *codes, int64_t stride, float scale
     __m512 four = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(four_lines(codes, stride)));
     _mm512_storeu_ps(values, _mm512_mul_ps(four, _mm512_set1_ps(scale)));
 }
+#include "attend.h"
 #include "values.h"
 
 ALWAYS_INLINE __m512i four_columns(const int8_t *codes) {
@@ -91,4 +92,4 @@ ALWAYS_INLINE void int8_rows(const int rows, const uint8_t *lines, int64_t colum
 #define MOST_AT_ONCE 8
 #include "rows.h"
 
-const struct level level_avx512vnni = {"avx512vnni", nf4_tile, int8_tile, nf4_row, int8_row};
+const struct level level_avx512vnni = {"avx512vnni", nf4_tile, int8_tile, nf4_row, int8_row, attend};

@@ -20,6 +20,7 @@
 #define LINE 64          /* bytes of a line of a full tile */
 #define MOST_ROWS 16     /* activation rows of one product */
 #define LOOK_AHEAD 2048  /* bytes between what is read and what is prefetched */
+#define MOST_HEADS 64    /* query heads that share a KV head */
 #define ROUNDING 12582912.0f /* 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even */
 
 #if defined(__GNUC__)
@@ -55,10 +56,23 @@ typedef void tile_product(const uint8_t *lines, const float *scales, int64_t col
 typedef void row_values(const uint8_t *codes, int64_t code_stride, const float *scales, int64_t scale_stride,
                         int64_t columns, int dtype, void *out);
 
+/* One KV head's history of one token, seen from its query heads: keys first to last, in blocks that a table names. */
+struct view {
+    const void *keys, *values; /* of this head in block 0. Shape: (block tokens, width) */
+    int64_t block_stride;      /* values between a block and the next, in keys and in values */
+    const int64_t *table;
+    int64_t first, last, block_tokens; /* half-open, counted from the start of the table's first block */
+    int32_t dtype, width, heads;
+};
+
+/* out[head * width ..] = softmax(query . keys) . values. Queries are scaled already. Shape: (heads, width) both. */
+typedef void head_attention(const struct view *view, const float *query, float *out);
+
 struct level {
     const char *name;
     tile_product *nf4_tile, *int8_tile;
     row_values *nf4_row, *int8_row;
+    head_attention *attend;
 };
 
 extern const struct level level_avx512vnni, level_avx2vnni, level_avx2, level_neon, level_portable;
@@ -68,6 +82,10 @@ extern const int8_t nf4_codes[16]; /* the same times 127, rounded: what products
 
 /* team.c */
 void run_team(int threads, void (*work)(void *), void *argument);
+
+/* product.c */
+void multiply_tile(const struct level *level, const struct weight *weight, const struct activations *x, int rows,
+                   int64_t tile, float *sums);
 
 /* activations.c */
 void quantize_row(const void *x, int dtype, int64_t columns, float unit, int8_t *codes, float *scales,

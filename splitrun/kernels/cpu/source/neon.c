@@ -2,6 +2,7 @@
 #include <arm_neon.h>
 
 #include "kernels.h"
+#include "attend.h"
 #include "values.h"
 
 ALWAYS_INLINE int8x16_t four_columns(const int8_t *codes) {
@@ -77,4 +78,4 @@ ALWAYS_INLINE void int8_rows(const int rows, const uint8_t *lines, int64_t colum
 #define MOST_AT_ONCE 4
 #include "rows.h"
 
-const struct level level_neon = {"neon", nf4_tile, int8_tile, nf4_row, int8_row};
+const struct level level_neon = {"neon", nf4_tile, int8_tile, nf4_row, int8_row, attend};

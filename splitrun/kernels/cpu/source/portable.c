@@ -1,5 +1,6 @@
 /* Any processor: plain C, and the definition that the other levels are compared with. */
 #include "kernels.h"
+#include "attend.h"
 #include "values.h"
 
 static void add_group(const int32_t *sums, const float *scales, float activation_scale, float *out) {
@@ -42,4 +43,4 @@ static void int8_tile(const uint8_t *lines, const float *scales, int64_t columns
         }
 }
 
-const struct level level_portable = {"portable", nf4_tile, int8_tile, nf4_row, int8_row};
+const struct level level_portable = {"portable", nf4_tile, int8_tile, nf4_row, int8_row, attend};

@@ -15,8 +15,8 @@ struct product {
 };
 
 /* A last tile with lines shorter than a register: group by group in full lines, with zeros for rows that do not exist. */
-static void short_tile(const struct product *product, int64_t tile, float *sums) {
-    const struct weight *weight = product->weight;
+static void short_tile(const struct level *level, const struct weight *weight, const struct activations *all, int rows,
+                       int64_t tile, float *sums) {
     struct place place = place_of(weight, tile * TILE);
     int nf4 = weight->format == NF4;
     int64_t lanes = lanes_of(weight, tile), line_columns = nf4 ? 8 : 4;
@@ -27,12 +27,28 @@ static void short_tile(const struct product *product, int64_t tile, float *sums)
         for (int64_t line = 0; line < columns / line_columns; line++, place.codes += place.code_stride)
             memcpy(lines + line * LINE, place.codes, (size_t)lanes * 4);
         if (nf4) memcpy(scales, place.scales + start / GROUP * lanes, (size_t)lanes * 4);
-        struct activations x = product->x;
+        struct activations x = *all;
         x.codes += start;
         x.scales += start / GROUP;
         x.offsets += start / GROUP;
-        (nf4 ? product->level->nf4_tile : product->level->int8_tile)(lines, scales, columns, &x, product->rows, sums);
+        (nf4 ? level->nf4_tile : level->int8_tile)(lines, scales, columns, &x, rows, sums);
     }
+}
+
+/* sums[row * TILE + lane] = the products of one tile with each activation row. */
+void multiply_tile(const struct level *level, const struct weight *weight, const struct activations *x, int rows,
+                   int64_t tile, float *sums) {
+    int64_t lanes = lanes_of(weight, tile);
+    struct place place = place_of(weight, tile * TILE);
+    memset(sums, 0, sizeof(float) * TILE * (size_t)rows);
+    if (lanes < TILE)
+        short_tile(level, weight, x, rows, tile, sums);
+    else if (weight->format == NF4)
+        level->nf4_tile(place.codes, place.scales, weight->columns, x, rows, sums);
+    else
+        level->int8_tile(place.codes, 0, weight->columns, x, rows, sums);
+    for (int row = 0; weight->format == INT8 && row < rows; row++)
+        for (int64_t lane = 0; lane < lanes; lane++) sums[row * TILE + lane] *= weight->scales[tile * TILE + lane];
 }
 
 static void finish_tile(const struct product *product, int64_t tile, float *sums) {
@@ -40,8 +56,6 @@ static void finish_tile(const struct product *product, int64_t tile, float *sums
     int64_t lanes = lanes_of(weight, tile), first = tile * TILE;
     for (int row = 0; row < product->rows; row++) {
         float *values = sums + row * TILE;
-        if (weight->format == INT8)
-            for (int64_t lane = 0; lane < lanes; lane++) values[lane] = values[lane] * weight->scales[first + lane];
         if (product->bias)
             for (int64_t lane = 0; lane < lanes; lane++)
                 values[lane] = values[lane] + load_value(product->bias, product->dtype, first + lane);
@@ -51,18 +65,11 @@ static void finish_tile(const struct product *product, int64_t tile, float *sums
 
 static void multiply(void *argument) {
     struct product *product = argument;
-    const struct weight *weight = product->weight;
     int64_t start, stop;
+    float sums[MOST_ROWS * TILE];
     while (take(&product->shares, &start, &stop))
         for (int64_t tile = start; tile < stop; tile++) {
-            float sums[MOST_ROWS * TILE] = {0};
-            struct place place = place_of(weight, tile * TILE);
-            if (lanes_of(weight, tile) < TILE)
-                short_tile(product, tile, sums);
-            else if (weight->format == NF4)
-                product->level->nf4_tile(place.codes, place.scales, weight->columns, &product->x, product->rows, sums);
-            else
-                product->level->int8_tile(place.codes, 0, weight->columns, &product->x, product->rows, sums);
+            multiply_tile(product->level, product->weight, &product->x, product->rows, tile, sums);
             finish_tile(product, tile, sums);
         }
 }

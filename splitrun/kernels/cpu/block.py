@@ -1,0 +1,157 @@
+"""A whole decoder layer for 1 to 16 tokens in one call of the library: its weights, vectors, KV blocks and sizes.
+
+Computes RMSNorm, grouped rotary attention over blocks with optional biases and query/key norms, and a gated SiLU MLP,
+both with their residuals; in fp32 between the products, so it differs from torch's layer by rounding only. A token's
+bits depend on that token and its history alone. Knows shapes and storage, neither models nor who made them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitrun.kernels.cpu.library import DTYPES, MOST_ROWS, Kernel, Matrix
+from splitrun.kernels.cpu.tiled import TiledWeight
+
+LANES = 16
+MOST_WIDTH = 512
+MOST_GROUP_HEADS = 64
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+VECTORS = (
+    *("query_bias", "key_bias", "value_bias", "output_bias"),
+    *("first_norm", "second_norm", "query_norm", "key_norm"),
+)
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        *((name, Matrix) for name in MATRICES),
+        *((name, ctypes.c_void_p) for name in (*VECTORS, "keys", "values")),
+        ("block_tokens", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "width", "dtype", "kv_dtype")),
+        ("epsilon", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tables", "table_starts", "skips", "lengths")),
+        ("rows", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """What a layer consists of.
+
+    weights  MATRICES -> weight, all of one format and dtype
+    vectors  VECTORS -> tensor of that dtype; absent: the layer has none
+    keys, values  Shape: (blocks, KV heads, block tokens, width)
+    window   tokens that a token sees, itself included; None: all
+    scale    what scores are multiplied with
+    """
+
+    weights: dict[str, TiledWeight]
+    vectors: dict[str, Tensor]
+    keys: Tensor
+    values: Tensor
+    window: int | None
+    epsilon: float
+    scale: float
+
+    def fault(self) -> str | None:
+        """Why the kernel cannot run the layer, None when it can."""
+        weights, width = self.weights, self.keys.shape[-1]
+        query, key, value = (weights[name].shape[0] for name in ("query", "key", "value"))
+        hidden = weights["query"].shape[1]
+        heads = query // width
+        inner = weights["gate"].shape[0]
+        columns = {"output": query, "down": inner}
+        rows = {"output": hidden, "down": hidden, "gate": inner, "up": inner}
+        if self.keys.shape != self.values.shape or key != value or key != self.keys.shape[1] * width:
+            return "keys and values differ in shape"
+        if query % width or width % LANES or width > MOST_WIDTH:
+            return f"heads are {width} wide"
+        if heads % self.keys.shape[1] or heads // self.keys.shape[1] > MOST_GROUP_HEADS:
+            return f"{heads} query heads do not share {self.keys.shape[1]} KV heads"
+        if any(weight.shape[1] != columns.get(name, hidden) for name, weight in weights.items()):
+            return "the matrices do not follow each other"
+        if any(weights[name].shape[0] != count for name, count in rows.items()):
+            return "the matrices do not follow each other"
+        if len({(weight.format, weight.dtype) for weight in weights.values()}) != 1:
+            return "the matrices have several formats"
+        lengths = {"query_bias": query, "key_bias": key, "value_bias": value, "query_norm": width, "key_norm": width}
+        for name, vector in self.vectors.items():
+            if vector.dtype != weights["query"].dtype or tuple(vector.shape) != (lengths.get(name, hidden),):
+                return f"{name} has another type or length"
+        if self.keys.dtype not in DTYPES or not (self.keys.is_contiguous() and self.values.is_contiguous()):
+            return "the KV blocks are stored otherwise"
+        return None
+
+
+class RowHistories:
+    """Where the rows of a call read their history and write their new tokens.
+
+    tables   per row: ids of the blocks that hold history and new tokens, in order
+    skips    per row: slot of the history's first token in the first of them
+    lengths  per row: tokens of history
+    count    new tokens per row
+    """
+
+    def __init__(self, tables: Sequence[Sequence[int]], skips: Sequence[int], lengths: Sequence[int], count: int):
+        starts = [0]
+        for table in tables:
+            starts.append(starts[-1] + len(table))
+        flat = [identifier for table in tables for identifier in table]
+        self._memory = torch.tensor([*flat, *starts[:-1], *skips, *lengths], dtype=torch.int64)
+        address, rows = self._memory.data_ptr(), len(tables)
+        places = [address + 8 * (len(flat) + rows * index) for index in range(3)]
+        self.structure = _Rows(address, *places, rows, count)
+        self.tokens = rows * count
+
+
+class BlockKernel:
+    """One layer, ready to run. Keeps its parts alive; their tensors must not be replaced."""
+
+    def __init__(self, parts: LayerParts, kernel: Kernel) -> None:
+        """Raises ValueError for parts that have a `LayerParts.fault`."""
+        fault = parts.fault()
+        if fault is not None:
+            raise ValueError(fault)
+        self._parts = parts
+        self._kernel = kernel
+        width = parts.keys.shape[-1]
+        query = parts.weights["query"]
+        self._structure = _Block(
+            *(parts.weights[name].matrix for name in MATRICES),
+            *(parts.vectors[name].data_ptr() if name in parts.vectors else None for name in VECTORS),
+            parts.keys.data_ptr(),
+            parts.values.data_ptr(),
+            parts.keys.shape[2],
+            parts.window or 0,
+            query.shape[0] // width,
+            parts.keys.shape[1],
+            width,
+            DTYPES[query.dtype],
+            DTYPES[parts.keys.dtype],
+            parts.epsilon,
+            parts.scale,
+        )
+
+    def run(self, hidden: Tensor, cosines: Tensor, sines: Tensor, rows: RowHistories) -> Tensor:
+        """The layer's output. Writes the new keys and values into the blocks.
+
+        Shape: (tokens, hidden), twice (tokens, width) -> (tokens, hidden); 1 to 16 tokens, contiguous, one dtype.
+        """
+        assert 1 <= rows.tokens <= MOST_ROWS
+        out = torch.empty_like(hidden)
+        structure, histories = ctypes.addressof(self._structure), ctypes.addressof(rows.structure)
+        self._kernel.block(structure, histories, rows.tokens, hidden, cosines, sines, out)
+        return out

@@ -1,0 +1,213 @@
+"""Layers run by one kernel against the same layers run by their own code; and which layers are taken at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from native_library import compiled_levels
+from torch import Tensor
+from transformers import AutoConfig
+
+from splitrun.kernels.formats import quantize
+from splitrun.kernels.weight import install
+from splitrun.model.cut import CutModel, CutRange
+from splitrun.model.structure import ModelStructure, inspect
+from splitrun.schedule.step import Step
+from splitrun.stage import fused, load
+from splitrun.stage.generic import GenericStage
+from splitrun.stage.load import StageSize, load_stage
+
+LEVELS = compiled_levels()
+pytestmark = pytest.mark.skipif(not LEVELS, reason="nothing is compiled here")
+BLOCK_TOKENS, BLOCKS, LAYERS = 4, 16, 2
+SIZES = {
+    **{"hidden_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 8},
+    **{"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "max_position_embeddings": 128},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 7},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "granite": {"residual_multiplier": 0.3},
+    "gemma2": {},
+    "cohere": {},
+    "olmo2": {},
+    "phi3": {"pad_token_id": 0},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Run:
+    """A stage with its steps so far."""
+
+    stage: GenericStage
+    structure: ModelStructure
+    lengths: dict[int, int]
+    index: int = 0
+
+    def feed(self, rows: dict[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Run tokens of some sequences as one step. Shape of each result: (tokens, hidden)."""
+        counts = [len(ids) for ids in rows.values()]
+        tables = numpy.array([[row * BLOCKS + block for block in range(BLOCKS)] for row in rows], dtype=numpy.int32)
+        step = Step(
+            index=self.index,
+            epoch=0,
+            token_ids=numpy.array([token for ids in rows.values() for token in ids], dtype=numpy.int32),
+            query_starts=numpy.cumsum([0, *counts]).astype(numpy.int32),
+            context_lengths=numpy.array([self.lengths.get(row, 0) for row in rows], dtype=numpy.int32),
+            slots=numpy.array(list(rows), dtype=numpy.int32),
+            block_tables={group.name: tables for group in self.structure.groups},
+            sampling=(None,) * len(rows),
+        )
+        self.index += 1
+        activation = self.stage.compute(step, None).activation
+        assert activation is not None
+        for row, ids in rows.items():
+            self.lengths[row] = self.lengths.get(row, 0) + len(ids)
+        return dict(zip(rows, activation.split(counts), strict=True))
+
+
+def make(name: str, overrides: dict[str, Any], format: str = "nf4", dtype: str = "bf16") -> tuple[Run, list[bool]]:
+    """A stage of embedding and layers with random weights, and which layers have the kernel."""
+    inner = {"intermediate_size": 192 if format == "nf4" else 212}
+    config = AutoConfig.for_model(name, **SIZES, **inner, **overrides)
+    structure = inspect(config)
+    generator = torch.Generator().manual_seed(11)
+
+    def fill(model: CutModel) -> int:
+        for own in model.own_names:
+            shape = model.skeleton.model.get_parameter(own).shape
+            noise = torch.randn(shape, generator=generator)
+            if len(shape) < 2:
+                install(model.skeleton.model, own, (1 + 0.3 * noise).to(model.dtype))
+            elif "embed" in own:
+                install(model.skeleton.model, own, noise.to(model.dtype))
+            else:
+                install(model.skeleton.model, own, quantize(noise * 1.5 / shape[-1] ** 0.5, format, model.dtype))
+        return 0
+
+    pools = {group.name: BLOCKS * 3 for group in structure.groups}
+    size = StageSize("cpu", dtype, dtype, pools, BLOCK_TOKENS, 3)
+    stage = load_stage(config, structure, CutRange(True, 0, LAYERS, False), size, fill)
+    taken = [isinstance(stage.model._inner[index].forward, fused._Forward) for index in range(LAYERS)]
+    return Run(stage, structure, {}), taken
+
+
+def generic(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Run:
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "fuse", lambda model, stores: 0)
+        run, taken = make(*arguments)
+    assert not any(taken)
+    return run
+
+
+def tokens(count: int, seed: int = 3) -> list[int]:
+    return torch.randint(3, 64, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("format", "dtype"), [("nf4", "bf16"), ("int8", "bf16"), ("nf4", "fp16")])
+def test_as_the_layers_own_code(name: str, format: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As close to the exact products as the layers' own code over the same kernels: a prompt by that code, then single
+    tokens and groups across block borders and windows."""
+    run, taken = make(name, MODELS[name], format, dtype)
+    assert all(taken)
+    reference, exact = (
+        generic(monkeypatch, name, MODELS[name], format, dtype),
+        make(name, MODELS[name], format, "fp32")[0],
+    )
+    ids = tokens(40)
+    errors = []
+    for start, stop in ((0, 18), (18, 19), (19, 20), (20, 25), (25, 26), (26, 39), (39, 40)):
+        found, own, wanted = (stage.feed({0: ids[start:stop]})[0].double() for stage in (run, reference, exact))
+        errors.append([((result - wanted).norm() / wanted.norm()).item() for result in (found, own)])
+        assert errors[-1][0] < 0.06, (start, stop)
+    fused_error, own_error = torch.tensor(errors).mean(0).tolist()
+    assert fused_error < 1.25 * own_error
+    for index, store in run.stage._stores.items():
+        other = exact.stage._stores[index]
+        for mine, theirs in ((store.keys, other.keys), (store.values, other.values)):
+            assert ((mine.double() - theirs.double()).norm() / theirs.double().norm()).item() < 0.06
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_token_depends_on_its_history_alone(name: str) -> None:
+    """Alone, in groups, beside others and on more threads: the same bits."""
+    ids, other, third = tokens(30), tokens(30, 4), tokens(30, 5)
+    alone, taken = make(name, MODELS[name])
+    assert all(taken)
+    expected = torch.cat([alone.feed({0: [token]})[0] for token in ids])
+    for size in (2, 5, 16):
+        run, _ = make(name, MODELS[name])
+        found = [run.feed({0: ids[start : start + size]})[0] for start in range(0, len(ids), size)]
+        assert torch.equal(torch.cat(found), expected), size
+    torch.set_num_threads(3)
+    run, _ = make(name, MODELS[name])
+    run.feed({1: other[:5], 2: third[:5]})
+    found = []
+    for start in range(0, 30, 5):  # up to 3 x 5 tokens in a call, sequences at other positions
+        part = slice(start, start + 5)
+        rows = {2: third[part], 0: ids[part], 1: other[part]} if start < 25 else {0: ids[part]}
+        found.append(run.feed(rows)[0])
+    assert torch.equal(torch.cat(found), expected)
+
+
+def test_more_tokens_than_a_call_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows of seven tokens: two calls, and the bits of three."""
+    ids = [tokens(7, seed) for seed in (1, 2, 3)]
+    together, _ = make("qwen2", {})
+    found = together.feed(dict(enumerate(ids)))
+    for row, own in enumerate(ids):
+        alone, _ = make("qwen2", {})
+        assert torch.equal(alone.feed({row: own})[row], found[row])
+
+
+@pytest.mark.parametrize("level", list(LEVELS))
+def test_every_level_gives_the_same_bits(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for name in (level, "portable"):
+        monkeypatch.setattr(fused, "kernel", lambda name=name: LEVELS[name])
+        run, taken = make("qwen3", {})
+        assert all(taken)
+        results.append(torch.cat([run.feed({0: [token]})[0] for token in tokens(9)]))
+    assert torch.equal(*results)
+
+
+def test_what_is_not_finite_stays_visible() -> None:
+    run, _ = make("llama", {})
+    ids = tokens(8)
+    run.feed({0: ids[:4], 1: ids[:4]})
+    run.stage._stores[0].keys[1, :, 2] = torch.nan  # in the second block of sequence 0, not yet written
+    run.feed({0: ids[4:6], 1: ids[4:6]})
+    run.stage._stores[0].keys[1, :, 0] = torch.nan
+    found = run.feed({0: ids[6:7], 1: ids[6:7]})
+    assert found[0].isnan().any()
+    assert found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers_keep_their_own_code(name: str) -> None:
+    _, taken = make(name, OTHERS[name])
+    assert not any(taken)
+
+
+def test_float32_and_dense_weights_keep_their_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(make("llama", {}, "nf4", "fp32")[1])
+    monkeypatch.setattr("splitrun.kernels.formats.kernel", lambda: None)
+    assert not any(make("llama", {})[1])
