@@ -16,6 +16,7 @@ import pytest
 from cut_models import NEW_TOKENS, TinyModel, tiny_model, write_checkpoint
 
 import splitrun
+from splitrun import api
 from splitrun.cluster.process import StageProcess
 from splitrun.engine.remote import Patience, RemoteStages
 from splitrun.errors import CorruptWeights, InvalidPlacement, StageError, StageLost
@@ -141,6 +142,17 @@ def test_both_processes_at_once(
 
     at_step(engine, monkeypatch, 9, kill_both)
     assert run(engine) == expected["greedy"]
+
+
+def test_restarts_leave_no_file_and_no_thread_behind(engine: splitrun.Engine, expected: dict[str, Any]) -> None:
+    counts = []
+    for _ in range(3):
+        os.kill(process_of(engine, "process-2/cpu").process_id, signal.SIGKILL)
+        assert run(engine) == expected["greedy"]
+        counts.append((psutil.Process().num_fds(), threading.active_count()))
+    files, threads = zip(*counts, strict=True)
+    assert files[2] <= files[0] + 2  # sockets are closed in the background
+    assert threads[2] == threads[0]
 
 
 def test_a_process_lost_while_it_is_started_again(
@@ -330,6 +342,13 @@ def test_a_process_says_why_it_cannot_load(tmp_path: Path) -> None:
     placement = plan(str(tmp_path), 3, {"process/cpu": 2, "cpu": 5}, Workload(64, 1, block_tokens=4))
     with pytest.raises(CorruptWeights, match=r"model\.safetensors"):
         splitrun.Engine(placement, patience=PATIENCE)
+
+
+def test_checking_knows_processes_of_this_machine() -> None:
+    api.check(demo("process/cpu", "cpu", "process-2/cpu:1"))
+    for device in ("process/cuda:99", "laptop/cpu"):
+        with pytest.raises(InvalidPlacement, match=f"{device} is not here"):
+            api.check(demo("cpu", device))
 
 
 def test_an_unknown_node_is_refused() -> None:
