@@ -9,15 +9,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageLost
+from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageLost, StageTimeout
 from splitrun.schedule.step import Step, Tokens
 from splitrun.transport.local import Hop, Parcel, Worker
+
+CLOSING_S = 30.0
+"""How long closing waits for a stage that computes."""
 
 
 class Stage(Protocol):
@@ -144,14 +148,16 @@ class Pipeline:
         return self._begun > self._ended
 
     def close(self) -> None:
-        """Let steps in flight go, close the stages on their own workers, and end the workers."""
+        """Let steps in flight go, close the stages on their own workers, and end the workers. One that is stuck for
+        CLOSING_S is left behind."""
         self._closing.set()
         if self._elsewhere is not None:
             self._elsewhere.close()
         for link in self._local:
-            link.worker.call(link.stage.close)
+            with suppress(StageTimeout):
+                link.worker.call(link.stage.close, CLOSING_S)
         for worker in {id(link.worker): link.worker for link in self._local}.values():
-            worker.close()
+            worker.close(CLOSING_S)
 
     def _post(self, index: int, step: Step, parcel: Parcel | None) -> None:
         link = self._links[index]

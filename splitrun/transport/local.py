@@ -11,11 +11,14 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from splitrun.errors import StageTimeout
 
 Result = TypeVar("Result")
 
@@ -38,22 +41,30 @@ class Worker:
         """Run ``task`` after everything posted before; ``failed`` is told what it raises, on the same thread."""
         self._tasks.put((task, failed))
 
-    def call(self, function: Callable[[], Result]) -> Result:
-        """Run ``function`` on the worker, wait, and return its result or raise what it raised."""
+    def call(self, function: Callable[[], Result], timeout_s: float | None = None) -> Result:
+        """Run ``function`` on the worker, wait, and return its result or raise what it raised.
+
+        Raises StageTimeout when the worker is still busy with something else, or with this, after ``timeout_s``.
+        """
         future: Future[Result] = Future()
         self.post(lambda: future.set_result(function()), future.set_exception)
-        return future.result()
+        try:
+            return future.result(timeout_s)
+        except FutureTimeout as error:
+            if future.done():
+                raise
+            raise StageTimeout(f"{self.device} is still busy after {timeout_s:.0f} s") from error
 
     @property
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    def close(self) -> None:
-        """Finish what was posted, then end the thread."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Finish what was posted, then end the thread; one that is stuck for ``timeout_s`` is left behind, a daemon."""
         self._tasks.put(None)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     def _loop(self) -> None:
         if self._threads is not None:

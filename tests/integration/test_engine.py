@@ -378,6 +378,23 @@ def test_a_context_beyond_the_model_is_refused() -> None:
         splitrun.Engine(plan)
 
 
+def test_closing_leaves_a_stuck_stage_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitrun.engine.pipeline.CLOSING_S", 0.2)
+    engine = splitrun.Engine(demo_placement())
+    stuck = threading.Event()
+    reached = threading.Event()
+
+    def hang(*arguments: Any) -> None:
+        reached.set()
+        stuck.wait(60)
+
+    monkeypatch.setattr(engine.core._pipeline._links[0].stage, "run", hang)
+    engine.core.submit(splitrun.schedule.request.Request(7, (3,), greedy()), lambda event: None)
+    assert reached.wait(60)
+    engine.close()
+    stuck.set()
+
+
 def test_an_internal_error_ends_requests_instead_of_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop dies on our own bug: whoever waits is told, and new requests are refused."""
     monkeypatch.setattr("threading.excepthook", lambda arguments: None)
