@@ -156,7 +156,10 @@ class RemoteStages:
         with self._lock:
             if self._stopping.is_set():
                 raise StageLost("the engine is closing")
-            self._processes[device] = self._starter(device, self._jobs[device])
+            try:
+                self._processes[device] = self._starter(device, self._jobs[device])
+            except OSError as error:
+                raise StageLost(f"{device} cannot be started: {error.strerror}") from error
 
     def _learn_address(self, device: str, silence_s: float) -> None:
         endpoint, key = self._processes[device].expect("address", silence_s)

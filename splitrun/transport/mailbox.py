@@ -94,7 +94,13 @@ class FakeMailbox:
         for parts in self._network.tamper([bytes(part) for part in encode(frame)]):
             arrived = opened(parts, self._network.session, target.dropped)
             if arrived is not None:
-                target._receive(arrived)
+                target._take(arrived)
+
+    def _take(self, frame: Frame) -> None:
+        try:
+            self._receive(frame)
+        except MalformedMessage:
+            self.dropped.add("malformed")
 
     def close(self) -> None:
         """See `Mailbox`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -247,12 +248,12 @@ def test_what_cannot_come_back_is_said_once_and_for_all(monkeypatch: pytest.Monk
         remote = remote_of(engine)
 
         def start_nothing(device: str, job: Mapping[str, Any]) -> StageProcess:
-            raise StageLost(f"{device} cannot be started")
+            raise OSError(errno.EAGAIN, "no process left")
 
         monkeypatch.setattr(remote, "_starter", start_nothing)
         lost = process_of(engine, "process/cpu").process_id
         at_step(engine, monkeypatch, 4, lambda: os.kill(lost, signal.SIGKILL))
-        with pytest.raises(StageError, match=r"lost for good: process/cpu: .* cannot be started") as caught:
+        with pytest.raises(StageError, match=r"lost for good: .* cannot be started: no process left") as caught:
             run(engine)
         assert caught.value.http_status == 503
         with pytest.raises(StageLost, match="lost for good"):

@@ -1,0 +1,178 @@
+"""Steps between two pipelines over a network that misbehaves: each runs once and in order, or is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from splitrun.engine.exchange import COORDINATOR, Exchange, Route
+from splitrun.engine.pipeline import Failure, Link, Outcome, Pipeline, RemoteLink
+from splitrun.errors import StageError
+from splitrun.schedule.flat import MalformedMessage
+from splitrun.schedule.step import RowTokens, Step, Tokens
+from splitrun.transport.frames import Frame
+from splitrun.transport.local import FromHost, SameMemory
+from splitrun.transport.mailbox import FakeNetwork, Mailbox
+from splitrun.transport.messages import step_frame
+
+SESSION, HIDDEN = 9, 3
+ROUTE = Route(SESSION, (COORDINATOR, "process/cpu", COORDINATOR))
+
+
+class InPlace:
+    """A worker without a thread."""
+
+    alive = True
+
+    def post(self, task: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        try:
+            task()
+        except (StageError, AssertionError) as error:
+            failed(error)
+
+
+class AddOne:
+    """A stage that adds one; at the end the sum is the token. Remembers the steps that it ran."""
+
+    def __init__(self, head: bool = False) -> None:
+        self.ran: list[int] = []
+        self._head = head
+
+    def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
+        self.ran.append(step.index)
+        if int(step.token_ids[0]) == 99:
+            raise StageError("planted")
+        activation = torch.zeros(1, HIDDEN) if incoming is None else incoming
+        if self._head:
+            return Tokens(step.index, step.epoch, (RowTokens((int(activation[0, 0]) + 1,)),))
+        return activation + 1
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class Two:
+    """A coordinator with the first and last stage, and a process with the one between."""
+
+    def __init__(self) -> None:
+        self.network = FakeNetwork(SESSION)
+        self.here, self.there = Exchange(ROUTE, COORDINATOR), Exchange(ROUTE, "process/cpu")
+        self.verdicts: list[str] = []
+        self.outcomes: list[Outcome] = []
+        near, far = self.network.mailbox(self.take_here), self.network.mailbox(self.take_there)
+        near.connect("process/cpu", far.address)
+        far.connect(COORDINATOR, near.address)
+        self.stages = (AddOne(), AddOne(), AddOne(head=True))
+        worker: Any = InPlace()
+        self.here.pipeline = Pipeline(
+            [
+                Link(self.stages[0], worker, "first", SameMemory()),
+                RemoteLink("second", sender(self.here, near, 1), FromHost("cpu")),
+                Link(self.stages[2], worker, "third", None),
+            ],
+            self.outcome,
+        )
+        self.there.pipeline = Pipeline(
+            [
+                RemoteLink("first", sender(self.there, far, 0), FromHost("cpu")),
+                Link(self.stages[1], worker, "second", SameMemory()),
+                RemoteLink("third", sender(self.there, far, 2), None),
+            ],
+            self.outcome,
+        )
+
+    def outcome(self, outcome: Outcome) -> None:
+        self.here.settle(outcome)
+        self.outcomes.append(outcome)
+
+    def take_here(self, frame: Frame) -> None:
+        self.verdicts.append(self.here.take_step(frame))
+
+    def take_there(self, frame: Frame) -> None:
+        self.verdicts.append(self.there.take_step(frame))
+
+    def submit(self, index: int, epoch: int = 0, token: int = 1) -> None:
+        assert self.here.pipeline is not None
+        self.here.pipeline.submit(make_step(index, epoch, token))
+
+
+def sender(exchange: Exchange, mailbox: Mailbox, stage: int) -> Callable[[Step, Tensor | None], None]:
+    return lambda step, activation: exchange.send_step(mailbox, stage, step, activation)
+
+
+def make_step(index: int, epoch: int = 0, token: int = 1) -> Step:
+    one = numpy.array([token], numpy.int32)
+    zero = numpy.zeros(1, numpy.int32)
+    return Step(index, epoch, one, numpy.array([0, 1], numpy.int32), zero, zero, {}, (None,), (None,), None, (False,))
+
+
+def test_a_step_goes_out_and_comes_back() -> None:
+    two = Two()
+    for index in range(3):
+        two.submit(index)
+    assert two.outcomes == [Tokens(index, 0, (RowTokens((3,)),)) for index in range(3)]
+    assert two.here.waiting == 0
+
+
+def test_duplicates_run_once() -> None:
+    two = Two()
+    two.network.tamper = lambda parts: [parts, parts]
+    two.submit(0)
+    two.submit(1)
+    assert [stage.ran for stage in two.stages] == [[0, 1]] * 3
+    assert two.verdicts.count("repeated") == 4
+    assert len(two.outcomes) == 2
+
+
+def test_what_follows_a_lost_step_does_not_run() -> None:
+    two = Two()
+    two.network.tamper = lambda parts: []
+    two.submit(0)
+    assert two.here.waiting == 1
+    two.network.tamper = lambda parts: [parts]
+    two.submit(1)
+    assert two.verdicts == ["gap"]
+    assert two.stages[1].ran == []
+    two.submit(2, epoch=1)
+    assert two.outcomes == [Tokens(2, 1, (RowTokens((3,)),))]
+
+
+def test_an_older_epoch_is_shut_out() -> None:
+    two = Two()
+    held: list[list[bytes]] = []
+    two.network.tamper = lambda parts: held.append(parts) or []
+    two.submit(0)
+    two.network.tamper = lambda parts: [parts]
+    two.submit(1, epoch=1)
+    two.network.tamper = lambda parts: [parts, *held]
+    two.submit(2, epoch=1)
+    assert two.verdicts.count("stale") == 1
+    assert two.stages[1].ran == [1, 2]
+    assert two.outcomes == [Tokens(index, 1, (RowTokens((3,)),)) for index in (1, 2)]
+    assert two.here.waiting == 0
+
+
+def test_a_failure_settles_all_that_is_under_way() -> None:
+    two = Two()
+    two.network.tamper = lambda parts: []
+    two.submit(0)
+    assert two.here.waiting == 1
+    two.submit(1, token=99)
+    assert isinstance(two.outcomes[0], Failure)
+    assert two.here.waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "activation"),
+    [(7, torch.zeros(1, HIDDEN)), (0, None), (1, None), (2, torch.zeros(1, HIDDEN))],
+    ids=["no such stage", "the first stage is elsewhere", "no activation", "the last stage is elsewhere"],
+)
+def test_a_step_for_somebody_else_is_malformed(stage: int, activation: Tensor | None) -> None:
+    two = Two()
+    with pytest.raises(MalformedMessage):
+        two.there.take_step(step_frame(SESSION, stage, 0, make_step(0), activation))
