@@ -29,6 +29,7 @@ def doctor(
     missing = [package.name for package in packages if package.version is None and package.name in PROBE_NEEDS]
     if missing:
         raise SplitrunError(f"{', '.join(missing)} is not installed: pip install . in splitrun's folder")
+    from splitrun.kernels.cpu.library import kernel
     from splitrun.measure.context import driver_cards
     from splitrun.measure.probe import cluster_of, survey, this_machine
 
@@ -39,25 +40,33 @@ def doctor(
     found = survey(machine)
     cluster = cluster_of(found, machine)
     torch_version = str(machine.torch.__version__)
+    compiler, fast = find_compiler(), kernel()
+    level = None if fast is None else fast.name
     faults = findings(
-        packages, found.processor, found.memory, found.accelerators, driver_cards(), torch_version, find_compiler()
+        packages, found.processor, found.memory, found.accelerators, driver_cards(), torch_version, compiler, level
     )
     if json_output:
-        typer.echo(json.dumps(_as_json(found, cluster, packages, faults, find_compiler())))
+        typer.echo(json.dumps(_as_json(found, cluster, packages, faults, compiler, level)))
     else:
-        _print(found, cluster, packages, faults, find_compiler())
+        _print(found, cluster, packages, faults, compiler, level)
     if any(finding.needed for finding in faults):
         raise typer.Exit(1)
 
 
 def _print(
-    found: Survey, cluster: Cluster, packages: list[Package], faults: list[Finding], compiler: str | None
+    found: Survey,
+    cluster: Cluster,
+    packages: list[Package],
+    faults: list[Finding],
+    compiler: str | None,
+    level: str | None,
 ) -> None:
     from splitrun import __version__
     from splitrun.quantities import format_bytes, format_seconds
 
     typer.echo(f"splitrun {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     typer.echo(f"compiler: {compiler or 'none'}")
+    typer.echo(f"compiled CPU kernels: {level or 'none'}")
     typer.echo(f"instruction sets: {' '.join(found.processor.instruction_sets) or 'none that matter'}")
     typer.echo("\ndevices")
     for device in cluster.devices:
@@ -89,7 +98,12 @@ def _print(
 
 
 def _as_json(
-    found: Survey, cluster: Cluster, packages: list[Package], faults: list[Finding], compiler: str | None
+    found: Survey,
+    cluster: Cluster,
+    packages: list[Package],
+    faults: list[Finding],
+    compiler: str | None,
+    level: str | None,
 ) -> dict[str, object]:
     from dataclasses import asdict
 
@@ -103,5 +117,6 @@ def _as_json(
         "devices": [asdict(device) for device in cluster.devices],
         "packages": {package.name: package.version for package in packages},
         "compiler": compiler,
+        "cpu_kernels": level,
         "findings": [asdict(finding) for finding in faults],
     }

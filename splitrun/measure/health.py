@@ -82,8 +82,12 @@ def findings(
     driver_cards: Sequence[tuple[str, int]],
     torch_version: str,
     compiler: str | None,
+    kernels: str | None,
 ) -> list[Finding]:
-    """What is missing or slow here, and what mends it; empty when all is well."""
+    """What is missing or slow here, and what mends it; empty when all is well.
+
+    ``kernels``: the instruction set that the compiled products run on, None where there are none.
+    """
     found = [*_package_findings(packages)]
     found += [Finding(item.fault) for item in accelerators if item.fault is not None]
     if driver_cards and not any(item.kind == "cuda" for item in accelerators):
@@ -105,6 +109,13 @@ def findings(
         )
     if compiler is None:
         found.append(Finding(f"there is no C compiler ({', '.join(COMPILERS)}): {_compiler_advice()}"))
+    if kernels is None:
+        found.append(
+            Finding(
+                "the compiled CPU kernels are absent: nf4 and int8 stages on the CPU generate about ten times slower; "
+                "with a C compiler, pip install --force-reinstall --no-deps splitrun builds them"
+            )
+        )
     return found
 
 

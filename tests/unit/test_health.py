@@ -17,6 +17,7 @@ WELL: dict[str, Any] = {
     "driver_cards": [],
     "torch_version": "2.13.0",
     "compiler": "/usr/bin/cc",
+    "kernels": "avx2",
 }
 
 
@@ -42,6 +43,7 @@ def test_nothing_to_say_where_all_is_well() -> None:
         ({"processor": Processor("Old CPU", 2, ("avx",))}, "Old CPU has no AVX2", False),
         ({"memory": HostMemory(4 * GIB, GIB)}, "only 1.00 GiB of main memory is free", False),
         ({"compiler": None}, "there is no C compiler", False),
+        ({"kernels": None}, "the compiled CPU kernels are absent", False),
     ],
 )
 def test_findings(change: dict[str, Any], text: str, needed: bool) -> None:
