@@ -1,0 +1,69 @@
+"""A 1.5B shape with half of its layers on a card held to a budget, the rest on the CPU, NF4 on both sides.
+
+    python tests/bench/half_on_card.py [--budget 1GiB] [--card cuda:0] [--model DIR] [--vs accelerate]
+
+Without --model, weights are random in the shape of DeepSeek-R1-Distill-Qwen-1.5B (28 layers, hidden 1536). The bench
+holds torch's allocator on the card to the budget less the measured context. Two placements run: the half, and what the
+planner makes of the same budget. Each ends with one JSON line of `splitrun bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SHAPE = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16", "hidden_size": 1536,
+    "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+    "vocab_size": 151936, "max_position_embeddings": 131072, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "bos_token_id": 151643, "eos_token_id": 151643,
+}  # fmt: skip
+HALF = """version: 1
+model: {{source: {model}, layers: 28}}
+workload: {{context: {context}, sessions: 1}}
+stages:
+  - {{device: cpu, units: [embed], weights: nf4}}
+  - {{device: "{card}", layers: [0, 14], weights: nf4}}
+  - {{device: cpu, units: [head], layers: [14, 28], weights: nf4}}
+devices: {{"{card}": {{memory: {budget}}}, cpu: {{memory: {host}}}}}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", default="1GiB")
+    parser.add_argument("--host", default="8GiB")
+    parser.add_argument("--card", default="cuda:0")
+    parser.add_argument("--model")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--vs", action="append", default=[])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model or folder
+        if args.model is None:
+            Path(folder, "config.json").write_text(json.dumps(SHAPE))
+        context = args.prompt_tokens + args.new_tokens
+        half = Path(folder, "half.yaml")
+        half.write_text(HALF.format(model=model, card=args.card, budget=args.budget, host=args.host, context=context))
+        common = ["--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens), "--json"]
+        common += ["--repeat", str(args.repeat), "--load", "weights" if args.model else "dummy"]
+        versus = [word for name in args.vs for word in ("--vs", name)]
+        memory = f"{args.card}={args.budget},cpu={args.host}"
+        planned = [model, "--memory", memory, "--weights", "nf4", "--context", str(context)]
+        codes = [run([str(half), *common, *versus]), run([*planned, *common])]
+    sys.exit(max(codes))
+
+
+def run(words: list[str]) -> int:
+    """One bench in a process of its own; its exit status."""
+    return subprocess.run([sys.executable, "-m", "splitrun", "bench", *words], check=False).returncode
+
+
+if __name__ == "__main__":
+    main()
