@@ -2,8 +2,8 @@
 
     python tests/bench/predictions.py MODEL [--formats bf16,int8,nf4] [--contexts 256,2048] [--cuts 0,8,28] [-o FILE]
 
-MODEL needs only its config: weights are random. Each line measures the units anew, predicts, and runs the placement in
-a process of its own directly afterwards, so that a busy machine is equally busy for both. The cut is the first layer
+MODEL needs only its config: weights are random. Each line measures the units just before and just after the placement
+runs in a process of its own, so that a busy machine is about equally busy for both. The cut is the first layer
 on a second worker (``cpu:1``, or the card named with --card); 0 puts every layer there, the last all on ``cpu``.
 """
 
@@ -103,11 +103,15 @@ def compare(
     """Measure units, predict, run."""
     weights = placement.stages[0].weights
     prompt = placement.workload.context - count
-    timed = measure(
-        files, structure, facts, cluster, Wanted(dict.fromkeys(placement.device_names, (weights,)), rows=(1,)), kept
-    )
     workload = replace(placement.workload, history_tokens=prompt + count // 2, prompt_tokens=prompt)
-    foretold = estimate(timed, cluster, replace(placement, workload=workload))
+    wanted = Wanted(dict.fromkeys(placement.device_names, (weights,)), rows=(1,))
+
+    def foretell() -> tuple[float, float]:
+        timed = measure(files, structure, facts, cluster, wanted, kept)
+        found = estimate(timed, cluster, replace(placement, workload=workload))
+        return found.step_s, found.time_to_first_token_s
+
+    before = foretell()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "placement.yaml")
         placement.save(file)
@@ -115,12 +119,14 @@ def compare(
         (result,) = contest.hold(terms, ())
     if result.error:
         raise SystemExit(f"{placement.stages}: {result.error}")
+    # A machine that others use is not equally busy before and after: what is foretold is the mean of both.
+    after = foretell() if kept.refresh else before
     name = " + ".join(f"{stage.device}: {stage.units_text}" for stage in placement.stages)
     return Line(
         name,
         weights,
         prompt,
-        (foretold.decode_tokens_per_s, foretold.time_to_first_token_s),
+        (2 / (before[0] + after[0]), (before[1] + after[1]) / 2),
         (result.decode_tokens_per_s, result.ttft_s),
     )
 
