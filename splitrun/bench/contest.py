@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from splitrun.bench.terms import Result, Terms, ratios
+from splitrun.child import child_command, child_environment, safe_spawning
 from splitrun.planner.estimate import Estimate
 from splitrun.planner.placement import Placement
 from splitrun.quantities import format_bytes, format_rate, format_seconds
@@ -28,7 +28,7 @@ def plan_apart(model: str, options: dict[str, Any]) -> Placement:
     """``api.plan(model, **options)`` in another process: planning opens cards, and their contexts take memory."""
     from splitrun.api import plan
 
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with safe_spawning(), ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(plan, model, **options).result()
 
 
@@ -37,7 +37,7 @@ def predict_apart(placement: Placement, terms: Terms) -> Estimate:
     from splitrun.api import predict
 
     load: Literal["weights", "dummy"] = "dummy" if terms.load == "dummy" else "weights"
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with safe_spawning(), ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(predict, placement, terms.prompt_tokens, terms.new_tokens, load).result()
 
 
@@ -80,8 +80,10 @@ def hold(terms: Terms, others: Iterable[str]) -> list[Result]:
 
 
 def _play(terms: Terms) -> Result:
-    command = [sys.executable, "-m", "splitrun.bench.contestant"]
-    outcome = subprocess.run(command, input=json.dumps(terms.to_json()), stdout=subprocess.PIPE, text=True, check=False)
+    command, given = child_command("splitrun.bench.contestant"), json.dumps(terms.to_json())
+    outcome = subprocess.run(
+        command, input=given, stdout=subprocess.PIPE, text=True, check=False, env=child_environment()
+    )
     lines = outcome.stdout.splitlines()
     if outcome.returncode != 0 or not lines:
         error = f"the process ended with status {outcome.returncode} and no result"

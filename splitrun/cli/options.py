@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -58,3 +60,12 @@ LoadOption = Annotated[
 def is_placement(text: str) -> bool:
     """Whether an argument names a placement file rather than a model."""
     return text.endswith((".yaml", ".yml"))
+
+
+def refuse_destinations(files: Mapping[str, Path | None]) -> None:
+    """Before minutes of planning: raise InvalidPlacement for an output file, by option, that could not be written."""
+    from splitrun.planner.destination import check_destination
+
+    for option, file in files.items():
+        if file is not None:
+            check_destination(file, option)

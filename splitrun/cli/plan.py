@@ -19,6 +19,7 @@ from splitrun.cli.options import (
     RevisionOption,
     SessionsOption,
     WeightsOption,
+    refuse_destinations,
 )
 from splitrun.errors import InvalidPlacement
 
@@ -44,6 +45,7 @@ def plan(
     import splitrun
     from splitrun.measure.budget import parse_memory
 
+    refuse_destinations({"-o": output, "--svg": svg})
     if facts is not None and no_cache:
         raise InvalidPlacement("--no-cache measures this machine and --facts describes another; give one of them")
     placement = splitrun.plan(

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from splitrun.cli.options import LoadOption, MemoryOption, ModelArgument, NoCacheOption, RevisionOption, WeightsOption
+from splitrun.cli.options import (
+    LoadOption,
+    MemoryOption,
+    ModelArgument,
+    NoCacheOption,
+    RevisionOption,
+    WeightsOption,
+    refuse_destinations,
+)
 
 
 def profile(
@@ -29,6 +37,7 @@ def profile(
     from splitrun.planner.facts_file import plain, write_facts
     from splitrun.planner.profile_table import profile_lines
 
+    refuse_destinations({"--facts": facts})
     found = gather_facts(
         model,
         parse_memory(memory),

@@ -18,6 +18,7 @@ from splitrun.cli.options import (
     RevisionOption,
     SessionsOption,
     WeightsOption,
+    refuse_destinations,
 )
 
 
@@ -56,6 +57,7 @@ def what_if(
     from splitrun.planner.what_if import Changes
     from splitrun.what_if import Question, answer
 
+    refuse_destinations({"-o": output, "--svg": svg})
     changes = Changes(tuple(add or ()), tuple(add_node or ()), tuple(drop or ()), link)
     question = Question(
         model,

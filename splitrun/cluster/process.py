@@ -8,18 +8,15 @@ the process computes.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
-import splitrun
 from splitrun import errors
+from splitrun.child import child_command, child_environment
 from splitrun.errors import SplitrunError, StageLost
 
 MODULE = "splitrun.engine.stage_process"
@@ -56,15 +53,13 @@ class StageProcess:
 
     def __init__(self, name: str, job: Mapping[str, Any]) -> None:
         self._name = name
-        package_home = str(Path(splitrun.__file__).resolve().parent.parent)
-        path = os.pathsep.join([package_home, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._child = subprocess.Popen(
-            [sys.executable, "-m", MODULE],
+            child_command(MODULE),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # Its own session, so that Ctrl-C reaches the coordinator alone.
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+            env=child_environment({"TOKENIZERS_PARALLELISM": "false"}),
         )
         self._said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._listen, name=f"splitrun {name}", daemon=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from splitrun.errors import InvalidPlacement, SplitrunError
+from splitrun.errors import InvalidPlacement
+from splitrun.planner.destination import write_whole
 from splitrun.planner.facts import Cluster, ModelProfile
 
 VERSION = 1
@@ -33,19 +34,17 @@ class Facts:
 
 
 def write_facts(facts: Facts, file: Path) -> None:
-    """Save the facts. Raises SplitrunError when the file cannot be written."""
+    """Save the facts. Raises InvalidPlacement when the file cannot be written."""
     content = {"version": VERSION, **plain(facts)}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SplitrunError(f"{file} cannot be written: {error.strerror or error}; name another file") from error
+    write_whole(file, json.dumps(content, indent=1) + "\n", "--facts")
 
 
 def read_facts(file: Path) -> Facts:
     """The facts in that file. Raises InvalidPlacement naming the file, the entry and what mends it."""
     again = f"make it again with: splitrun profile MODEL --facts {file}"
     try:
+        if file.exists() and not file.is_file():
+            raise InvalidPlacement(f"{file}: cannot be read: it is not a regular file; {again}")
         if file.stat().st_size > MAX_FILE_BYTES:
             raise InvalidPlacement(f"{file}: larger than 64 MiB, so not a facts file; {again}")
         content = json.loads(file.read_bytes())

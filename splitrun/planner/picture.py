@@ -8,7 +8,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from splitrun.errors import InvalidPlacement, SplitrunError
+from splitrun.errors import InvalidPlacement
+from splitrun.planner.destination import write_whole
 from splitrun.planner.estimate import DeviceMemory, Estimate
 from splitrun.planner.placement import Placement
 from splitrun.quantities import format_bytes, format_rate, format_seconds
@@ -26,13 +27,8 @@ ITEMS = (
 
 
 def save_picture(placement: Placement, file: Path) -> None:
-    """Draw into that file. Raises SplitrunError when it cannot be written, and what ``draw`` raises."""
-    text = draw(placement)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SplitrunError(f"{file} cannot be written: {error.strerror or error}; name another file") from error
+    """Draw into that file. Raises InvalidPlacement when it cannot be written, and what ``draw`` raises."""
+    write_whole(file, draw(placement), "--svg")
 
 
 def draw(placement: Placement) -> str:

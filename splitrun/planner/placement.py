@@ -144,7 +144,7 @@ class Placement:
         return read(Path(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file whole or not at all: what was there before stays when writing fails (SplitrunError)."""
+        """Write the file whole or not at all: what was there before stays when writing fails (InvalidPlacement)."""
         from splitrun.planner.placement_file import write  # here, because the writer reads Placement
 
         write(self, Path(path))

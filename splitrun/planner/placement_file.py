@@ -6,16 +6,14 @@ or the model; an ``estimate`` is kept only while it still describes the stages b
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
 
-from splitrun.errors import SplitrunError
 from splitrun.planner import estimate as estimates
+from splitrun.planner.destination import write_whole
 from splitrun.planner.facts import FORMATS, VALUE_BYTES, Objective, Workload
 from splitrun.planner.placement import (
     MAX_COUNT,
@@ -228,21 +226,8 @@ def dump(placement: Placement) -> str:
 
 
 def write(placement: Placement, file: Path) -> None:
-    """Write the file whole or not at all; raises SplitrunError naming the file and the reason."""
-    file = Path(os.path.realpath(file))
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(dump(placement))
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except (OSError, ValueError) as fault:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        why = fault.strerror if isinstance(fault, OSError) and fault.strerror else str(fault)
-        raise SplitrunError(f"{file}: cannot be written: {why}; name another file with -o FILE") from fault
+    """Write the file whole or not at all; raises InvalidPlacement naming the file and the reason."""
+    write_whole(file, dump(placement))
 
 
 def _stage_mapping(stage: StageSpec) -> dict[str, Any]:

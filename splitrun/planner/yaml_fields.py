@@ -157,6 +157,9 @@ def read_root(file: Path) -> Field:
 
 def _read_text(file: Path) -> str:
     try:
+        # Looked at first: opening a pipe would wait for whoever writes into it.
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise InvalidPlacement(f"{file}: cannot be read: it is not a regular file; name a placement file")
         with file.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError as fault:

@@ -13,12 +13,10 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import json
-import os
 import selectors
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import splitrun
+from splitrun.child import child_command, child_environment
 from splitrun.engine.interface import TokenEngine
 from splitrun.errors import SplitrunError
 from splitrun.serve.service import EngineService
@@ -153,22 +151,15 @@ class Server:
             "address": dataclasses.asdict(self._service.address),
             "listener": self._listener.fileno(),
         }
-        package_home = str(Path(splitrun.__file__).resolve().parent.parent)
-        path = os.pathsep.join([package_home, *filter(None, [os.environ.get("PYTHONPATH")])])
         child = subprocess.Popen(
-            [sys.executable, "-m", "splitrun.serve.http_process"],
+            child_command("splitrun.serve.http_process"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[self._listener.fileno()],
             # Its own session, so that Ctrl-C reaches this process alone, which then drains.
             start_new_session=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": path,
-                "TOKENIZERS_PARALLELISM": "false",
-                # transformers would advise to install torch, which this process does without on purpose.
-                "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-            },
+            # transformers would advise to install torch, which this process does without on purpose.
+            env=child_environment({"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}),
         )
         self._tell(child, json.dumps(settings))
         return child

@@ -1,6 +1,7 @@
 """The command line: statuses, one line per error, what each command parses, calls and prints. Nothing is loaded."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,7 +205,7 @@ def test_plan_prints_saves_and_speaks_json(tmp_path: Path, engine: type[FakeEngi
     monkey = pytest.MonkeyPatch()
     monkey.setattr(splitrun, "plan", api.plan, raising=False)
     try:
-        file = tmp_path / "deep" / "mine.yaml"
+        file = tmp_path / "mine.yaml"
         assert main(["plan", "demo", "--memory", "cpu=1GiB", "-o", str(file)]) == 0
         assert f"splitrun serve {file}" in capsys.readouterr().out
         assert Placement.load(file) == placement()
@@ -219,8 +220,31 @@ def test_plan_says_when_the_file_cannot_be_written(
 ) -> None:
     monkeypatch.setattr(splitrun, "plan", lambda model, **options: placement(), raising=False)
     (tmp_path / "file").write_text("")
-    assert main(["plan", "demo", "-o", str(tmp_path / "file" / "mine.yaml")]) == 1
+    assert main(["plan", "demo", "-o", str(tmp_path / "file" / "mine.yaml")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "what-if", "profile"])
+def test_an_output_that_cannot_be_written_is_refused_before_planning(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planned(*arguments: object, **options: object) -> None:
+        raise AssertionError("planned")
+
+    for where in ("plan", "gather_facts"):
+        monkeypatch.setattr(api, where, planned)
+    monkeypatch.setattr(splitrun, "plan", planned, raising=False)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    option = "--facts" if command == "profile" else "-o"
+    for file, why in (("pipe.yaml", "not a regular file"), ("absent/mine.yaml", "there is no folder"), (".", "folder")):
+        assert main([command, "demo", option, str(tmp_path / file)]) == 2
+        told = capsys.readouterr().err
+        assert why in told
+        assert told.startswith("splitrun: ")
+        assert told.count("\n") == 1
+    assert main(["check", str(tmp_path / "pipe.yaml")]) == 2
+    assert "not a regular file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe.yaml"]
 
 
 def test_serve_takes_the_port_before_it_loads(

@@ -210,8 +210,11 @@ def test_saving_where_a_folder_or_a_file_stands_in_the_way(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_saving_makes_the_folder_and_follows_links(tmp_path: Path) -> None:
+def test_saving_makes_no_folder_and_follows_links(tmp_path: Path) -> None:
     plan = placement(WHOLE)
+    with pytest.raises(SplitrunError, match=r"there is no folder .*new"):
+        plan.save(tmp_path / "new" / "plan.yaml")
+    (tmp_path / "new").mkdir()
     plan.save(tmp_path / "new" / "plan.yaml")
     (tmp_path / "link.yaml").symlink_to(tmp_path / "new" / "plan.yaml")
     placement(StageSpec("mps", True, (0, 4), True)).save(str(tmp_path / "link.yaml"))

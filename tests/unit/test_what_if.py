@@ -99,8 +99,8 @@ def some_facts() -> Facts:
 
 def test_facts_survive_the_file(tmp_path: Path) -> None:
     facts = some_facts()
-    write_facts(facts, tmp_path / "deep" / "facts.json")
-    assert read_facts(tmp_path / "deep" / "facts.json") == facts
+    write_facts(facts, tmp_path / "facts.json")
+    assert read_facts(tmp_path / "facts.json") == facts
     (tmp_path / "file").write_text("")
     with pytest.raises(SplitrunError, match="cannot be written"):
         write_facts(facts, tmp_path / "file" / "facts.json")
@@ -177,8 +177,8 @@ def test_the_picture_shows_every_device(tmp_path: Path) -> None:
     words = " ".join(node.text or "" for node in root.iter() if node.tag.endswith("text"))
     assert all(name in words for name in plan.device_names)
     assert len(plan.device_names) > 1
-    save_picture(plan, tmp_path / "deep" / "plan.svg")
-    assert (tmp_path / "deep" / "plan.svg").read_text("utf-8") == draw(plan)
+    save_picture(plan, tmp_path / "plan.svg")
+    assert (tmp_path / "plan.svg").read_text("utf-8") == draw(plan)
     with pytest.raises(InvalidPlacement, match="has no estimate to draw"):
         draw(replace(plan, estimate=None))
     (tmp_path / "file").write_text("")
