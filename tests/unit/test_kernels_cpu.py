@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ from native_library import compiled_levels
 from torch import Tensor
 from torch.nn import functional
 
+from splitrun.__main__ import main
 from splitrun.kernels.cpu import library
 from splitrun.kernels.cpu.library import Kernel
 from splitrun.kernels.cpu.reference import nf4_codes, product_reference, quantize_activations
@@ -322,3 +324,17 @@ def test_one_openmp_runtime_in_the_process() -> None:
     kind, *runtimes = run.stdout.split()
     assert kind == "TiledWeight"
     assert len(runtimes) == 1, runtimes
+
+
+@pytest.mark.parametrize(
+    ("policy", "own", "expected"), [(None, None, "1000"), (None, "7", "7"), ("active", None, None)]
+)
+def test_idle_threads_spin_briefly(
+    policy: str | None, own: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("OMP_WAIT_POLICY", policy), ("GOMP_SPINCOUNT", own)):
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    assert main(["--help"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
