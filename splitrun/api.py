@@ -140,6 +140,7 @@ def check(placement: Placement, file: str = "FILE", *, load: Literal["weights", 
     """
     from splitrun.cluster.process import local_device
     from splitrun.measure.probe import cluster_of, survey, this_machine
+    from splitrun.measure.profile import max_context
     from splitrun.model.files import resolve
     from splitrun.planner.check import stale_reasons
 
@@ -157,6 +158,7 @@ def check(placement: Placement, file: str = "FILE", *, load: Literal["weights", 
     ]
     cluster = replace(cluster, devices=(*cluster.devices, *in_processes))
     layers = int(files.config.get_text_config(decoder=True).num_hidden_layers)
-    reasons = stale_reasons(placement, files.fingerprint if load == "weights" else None, layers, cluster, file)
+    fingerprint = files.fingerprint if load == "weights" else None
+    reasons = stale_reasons(placement, fingerprint, layers, cluster, file, max_context(files.config))
     if reasons:
         raise InvalidPlacement(f"{file}: {reasons[0]}")

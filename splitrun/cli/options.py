@@ -25,11 +25,11 @@ MemoryOption = Annotated[
     ),
 ]
 ContextOption = Annotated[
-    int | None, typer.Option("--context", min=1, help="Tokens per sequence, prompt and answer. Default: 4096 or less.")
+    int | None, typer.Option("--context", min=1, max=1 << 30, help="Tokens per sequence, prompt and answer. Default: 4096 or less.")
 ]
 SessionsOption = Annotated[
     int | None,
-    typer.Option("--sessions", min=1, help="Sequences that must fit at once. Default: 1, for a server 4."),
+    typer.Option("--sessions", min=1, max=1 << 16, help="Sequences that must fit at once. Default: 1, for a server 4."),
 ]
 ObjectiveOption = Annotated[
     Literal["latency", "throughput", "first-token"], typer.Option("--objective", help="What the plan makes small.")

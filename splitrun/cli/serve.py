@@ -18,6 +18,7 @@ from splitrun.cli.options import (
     WeightsOption,
 )
 from splitrun.cli.placements import Planning, plan_or_load
+from splitrun.errors import InvalidRequest
 
 DEFAULT_SESSIONS = 4
 
@@ -44,6 +45,8 @@ def serve(
     load: LoadOption = "weights",
 ) -> None:
     """Serve a model or placement over HTTP until Ctrl-C. A model is planned first, and the plan printed."""
+    if api_key is not None and not api_key.strip():
+        raise InvalidRequest("the API key is empty: give --api-key (or SPLITRUN_API_KEY) a value, or leave it out")
     import splitrun
     from splitrun.model.files import resolve
     from splitrun.serve.launcher import ServeOptions, Server

@@ -8,7 +8,7 @@ workers on the same processors, each with a budget of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from splitrun.errors import InvalidPlacement
 from splitrun.quantities import format_bytes, parse_bytes
@@ -21,9 +21,11 @@ DEVICE_MARGIN = (20, 256 << 20)
 """One part in 20, at least 256 MiB: fragmentation, and the screen where one is attached."""
 
 
-def parse_memory(texts: Iterable[str] | None) -> dict[str, str | int] | None:
+def parse_memory(texts: Sequence[str] | None) -> dict[str, str | int] | None:
     """The budgets that the command line names, None when it names none; raises InvalidPlacement."""
     parts = [part.strip() for text in texts or () for part in text.split(",") if part.strip()]
+    if not parts and texts:
+        raise InvalidPlacement("--memory is empty: write it like cuda:0=4GiB,cpu=8GiB, or leave it out")
     if not parts:
         return None
     budgets: dict[str, str | int] = {}

@@ -102,10 +102,21 @@ def read_config(path: Path) -> Any:
             reason = f"the installed transformers does not know the model_type {kind}; a newer one may"
         raise UnsupportedModel(f"{path} is refused: {reason}")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        _refuse_zeros(config)
+        return config
+    except (ValueError, ArithmeticError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UnsupportedModel(f"{path / 'config.json'} is no config of a {kind} model: {reason}") from error
+
+
+def _refuse_zeros(config: Any) -> None:
+    """Raise ValueError for sizes that must be positive: what is made of them divides by them."""
+    text = config.get_text_config(decoder=True)
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1")
 
 
 def _config_fields(path: Path) -> dict[str, Any]:

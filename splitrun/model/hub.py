@@ -5,8 +5,10 @@ Knows nothing of configs and tensors.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ DESCRIPTION = (
     *("vocab.*", "merges.txt", "*.model", "chat_template*", "additional_chat_templates/*", INDEX_FILE),
 )
 """Files that are fetched whatever is done with the model: all small."""
+CONNECT_S = 2.5
+"""How long the Hub may take to accept a connection before it counts as unreachable."""
 
 
 def fetch_description(name: str, revision: str | None) -> Path:
@@ -25,9 +29,32 @@ def fetch_description(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     with _translated(name, revision):
+        _reach(name, revision)
         config = hf_hub_download(name, "config.json", revision=revision)
         snapshot_download(name, revision=revision, allow_patterns=list(DESCRIPTION))
     return Path(config).parent
+
+
+def _reach(name: str, revision: str | None) -> None:
+    """One quick look at a model that is not in the cache: the downloads would try for half a minute before they fail.
+
+    Raises what the Hub or the network answers.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return
+    # Passed on to the HTTP library, which takes its own kind of timeout too.
+    timeout: Any = _http_library().Timeout(10.0, connect=CONNECT_S)
+    get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=timeout)
+
+
+def _http_library() -> Any:
+    """The HTTP library that this huggingface_hub uses: httpx, or its successor."""
+    from huggingface_hub import get_session
+
+    kind = next(base for base in type(get_session()).__mro__ if base.__module__.startswith("httpx"))
+    return import_module(kind.__module__.partition(".")[0])
 
 
 def download_weights(name: str, revision: str | None, path: Path) -> None:
@@ -72,6 +99,10 @@ def _translated(name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import errors
 
     at = f"{name} at revision {revision}" if revision else name
+    unreachable = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, _http_library().TransportError)
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+    log.setLevel(logging.CRITICAL)  # its attempts are no news beside the one line that tells how it ended
     try:
         yield
     except errors.GatedRepoError as error:
@@ -84,7 +115,7 @@ def _translated(name: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise MissingWeights(f"{name} has no revision {revision} on the Hub") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+    except unreachable as error:
         raise MissingWeights(
             f"{at} is not in the cache, and the Hub cannot be reached: go online or give a directory"
         ) from error
@@ -94,6 +125,8 @@ def _translated(name: str, revision: str | None) -> Iterator[None]:
         raise MissingWeights(f"{at} cannot be fetched from the Hub: {_first_line(error)}") from error
     except OSError as error:
         raise MissingWeights(f"{at} cannot be fetched into the cache: {_first_line(error)}") from error
+    finally:
+        log.setLevel(before)
 
 
 def _first_line(error: Any) -> str:

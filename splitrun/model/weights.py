@@ -104,6 +104,7 @@ class Loader:
 
     def _fill(self, recipe: Recipe, targets: list[str], weight_format: str, device: torch.device) -> int:
         """Make the targets of one recipe and install them under all their wanted names."""
+        self._refuse_integers(recipe, targets[0])
         stored = [self.source.stored_format(name) for name in recipe.names]
         if recipe.converter is None and stored[0] is not None:
             weight = self.source.stored(recipe.names[0], self.rules.compute_dtype)
@@ -143,6 +144,18 @@ class Loader:
         for name in names:
             install(self.model, name, value)
         return value.nbytes
+
+    def _refuse_integers(self, recipe: Recipe, target: str) -> None:
+        """Raise CorruptWeights for whole numbers in a floating parameter's place: codes, whose scales nobody knows."""
+        if self._quantized_source() or not self.rules.dtype(target).is_floating_point:
+            return
+        for name in recipe.names:
+            dtype = self.source.dtype(name)
+            if self.source.stored_format(name) is None and not dtype.is_floating_point:
+                raise CorruptWeights(
+                    f"{name} in {self.source.place(name)} is of type {str(dtype).removeprefix('torch.')}, but {target} "
+                    "is a floating-point parameter and config.json has no quantization_config: take the original model"
+                )
 
     def _check(self, recipe: Recipe, values: Tensor) -> None:
         """Raise CorruptWeights when a value is NaN or infinite, naming the tensor on disk."""

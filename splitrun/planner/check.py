@@ -8,12 +8,14 @@ from splitrun.quantities import format_bytes
 
 
 def stale_reasons(
-    placement: Placement, profile_fingerprint: str | None, layers: int, cluster: Cluster, file: str = "FILE"
-) -> list[str]:
+    placement: Placement, profile_fingerprint: str | None, layers: int, cluster: Cluster, file: str = "FILE",
+    max_context: int | None = None,
+) -> list[str]:  # fmt: skip
     """One sentence, with the command that mends it, for each way in which the placement no longer holds.
 
-    Looks at: the model's fingerprint (when both sides have one) and number of layers, devices that are not here, and
-    memory: what the plan takes by its estimate, or its whole budget where there is none, against what is free.
+    Looks at: the model's fingerprint (when both sides have one), number of layers and longest context, devices that
+    are not here, and memory: what the plan takes by its estimate, or its whole budget where there is none, against
+    what is free.
     Empty: all is well.
     """
     command = _plan_again(placement, file)
@@ -25,6 +27,11 @@ def stale_reasons(
         reasons.append(
             f"the placement splits {placement.layers} layers, but {placement.model.source} has {layers}; "
             f"plan again: {command}"
+        )
+    if max_context is not None and placement.workload.context > max_context:
+        reasons.append(
+            f"context {placement.workload.context} is longer than the {max_context} tokens that "
+            f"{placement.model.source} knows; plan again: {_plan_again(placement, file, max_context)}"
         )
     here = {device.name: device for device in cluster.devices}
     for name in placement.device_names:
@@ -59,9 +66,9 @@ def _budget_reasons(placement: Placement, cluster: Cluster, command: str) -> lis
     ]
 
 
-def _plan_again(placement: Placement, file: str) -> str:
+def _plan_again(placement: Placement, file: str, max_context: int | None = None) -> str:
     workload = placement.workload
-    options = f"--context {workload.context}"
+    options = f"--context {max_context or workload.context}"
     if workload.sessions != 1:
         options += f" --sessions {workload.sessions}"
     if workload.objective != "latency":

@@ -131,6 +131,12 @@ class EngineClient:
             if self._streams.pop(request_id, None) is not None:
                 await self._send(Message(Kind.CANCEL, request_id))
 
+    async def end_all(self, error: SplitrunError) -> None:
+        """Stop every request that still runs; whoever waits for one gets the error."""
+        for request_id in list(self._streams):
+            self._put(request_id, error, last=True)
+            await self._send(Message(Kind.CANCEL, request_id))
+
     def _socket(self, identity: bytes) -> zmq.asyncio.Socket:
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, identity)

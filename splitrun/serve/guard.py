@@ -39,7 +39,16 @@ class Guard:
         self._receive_deadline_s = receive_deadline_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401, 408 or 413, or let the application answer."""
+        """Answer 401, 408 or 413, or let the application answer.
+
+        A request that is cancelled because the server ends (its client does not even read its error) ends quietly.
+        """
+        try:
+            await self._guarded(scope, receive, send)
+        except asyncio.CancelledError:
+            return
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -18,13 +18,16 @@ from typing import Any, cast
 import uvicorn
 
 from splitrun.engine.tokenizer import Tokenizer
-from splitrun.errors import SplitrunError
+from splitrun.errors import SplitrunError, StageError
 from splitrun.serve.app import create_app
 from splitrun.serve.client import EngineClient
 from splitrun.serve.context import ServeContext
 from splitrun.serve.guard import Guard, deadline_protocol
 from splitrun.serve.metrics import Metrics
 from splitrun.serve.service import Address
+
+_LAST_WORDS_S = 1.0
+"""Time left of draining for telling clients that their requests end."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ async def serve_http(settings: HttpSettings, parent: asyncio.StreamReader) -> No
         timeout_graceful_shutdown=max(1, int(settings.drain_s)),
     )
     server = uvicorn.Server(config)
-    watcher = asyncio.create_task(_obey(parent, server))
+    watcher = asyncio.create_task(_obey(parent, server, client, settings.drain_s))
     listener = socket.socket(fileno=settings.listener)
     try:
         await server.serve(sockets=[listener])
@@ -82,12 +85,26 @@ async def serve_http(settings: HttpSettings, parent: asyncio.StreamReader) -> No
         watcher.cancel()
 
 
-async def _obey(parent: asyncio.StreamReader, server: uvicorn.Server) -> None:
-    """Do as the parent says; when it is gone, nobody can be answered any more, so end on the spot."""
-    while line := await parent.readline():
-        if line.strip() == b"drain":
-            server.should_exit = True
+async def _obey(parent: asyncio.StreamReader, server: uvicorn.Server, client: EngineClient, drain_s: float) -> None:
+    """Do as the parent says; when it is gone, nobody can be answered any more, so end on the spot.
+
+    Shortly before the time to drain is over, what still runs is ended with an error that its client can read.
+    """
+    endings: list[asyncio.Task[None]] = []
+    try:
+        while line := await parent.readline():
+            if line.strip() == b"drain":
+                server.should_exit = True
+                endings.append(asyncio.create_task(_end_after(drain_s - min(_LAST_WORDS_S, drain_s / 4), client)))
+    finally:
+        for ending in endings:
+            ending.cancel()
     os._exit(1)
+
+
+async def _end_after(seconds: float, client: EngineClient) -> None:
+    await asyncio.sleep(seconds)
+    await client.end_all(StageError("the server is shutting down and ended this request: send it again later"))
 
 
 async def run() -> None:

@@ -27,7 +27,7 @@ from types import TracebackType
 
 from splitrun.child import child_command, child_environment
 from splitrun.engine.interface import TokenEngine
-from splitrun.errors import SplitrunError
+from splitrun.errors import InvalidRequest, SplitrunError
 from splitrun.serve.service import EngineService
 
 _KILL_MARGIN_S = 5.0
@@ -71,6 +71,8 @@ class Server:
     """An HTTP process and the bridge to it. Use as a context manager: leaving it ends the process."""
 
     def __init__(self, options: ServeOptions) -> None:
+        if options.api_key is not None and not options.api_key.strip():
+            raise InvalidRequest("the API key is empty: give it a value, or leave it out to serve without one")
         self.options = options
         self._listener = listen(options.host, options.port)
         self.host, self.port = self._listener.getsockname()[:2]
@@ -88,7 +90,7 @@ class Server:
     @property
     def warning(self) -> str:
         """One line when the server is open to others without a key, else ""."""
-        if self.options.api_key is None and not ipaddress.ip_address(self.host.split("%")[0]).is_loopback:
+        if not self.options.api_key and not ipaddress.ip_address(self.host.split("%")[0]).is_loopback:
             return f"{self.url} is open to everyone who can reach this machine: set --api-key"
         return ""
 

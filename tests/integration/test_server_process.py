@@ -18,6 +18,7 @@ import httpx
 import pytest
 from fake_engine import FakeEngine
 
+from splitrun.errors import InvalidRequest
 from splitrun.serve.launcher import CannotListen, HttpProcessLost, ServeOptions, Server, listen
 
 FAKE = Path(__file__).resolve().parent.parent / "fake_engine.py"
@@ -109,6 +110,57 @@ def test_a_stopped_server_finishes_its_streams_and_refuses_new_connections(empty
     tokens = [token for chunk in chunks[:-1] for token in json.loads(chunk)["choices"][0]["token_ids"]]
     assert (len(tokens), chunks[-1]) == (400, "[DONE]")
     assert engine.cancelled == []
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_what_outlasts_the_drain_ends_with_an_error_and_the_process_by_itself(
+    streams: bool, empty_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    engine = FakeEngine(context=1000)
+    engine.pause_at(5)
+    with serving(empty_model, engine, drain_s=1.0) as server:
+        waiter = threading.Thread(target=server.wait)
+        waiter.start()
+        body = {**BODY, "stream": streams}
+        answers: list[httpx.Response] = []
+        client = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=30))
+        )
+        client.start()
+        assert engine.wait_for(lambda: len(engine.submitted) == 1)
+        server.stop()
+        client.join(20)
+        waiter.join(20)
+        # Killed, it would have ended with a signal's status.
+        assert server._child.poll() == 0
+        assert len(engine.cancelled) == 1
+    assert answers[0].status_code == (200 if streams else 503)
+    last = [line for line in answers[0].text.splitlines() if line][-1].removeprefix("data: ")
+    assert "shutting down" in json.loads(last)["error"]["message"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_client_that_does_not_read_leaves_no_traceback(empty_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine(context=1_000_000)
+    with serving(empty_model, engine, drain_s=1.0) as server:
+        waiter = threading.Thread(target=server.wait)
+        waiter.start()
+        body = json.dumps({**BODY, "max_tokens": 900_000}).encode()
+        with socket.create_connection((server.host, server.port)) as deaf:
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head += f"content-length: {len(body)}"
+            deaf.sendall(head.encode() + b"\r\n\r\n" + body)
+            assert engine.wait_for(lambda: len(engine.submitted) == 1)
+            server.stop()
+            waiter.join(20)
+            assert server._child.poll() == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["", "  "])
+def test_an_empty_key_is_no_key(key: str, empty_model: Path) -> None:
+    with pytest.raises(InvalidRequest, match="API key is empty"):
+        Server(ServeOptions(empty_model, "fake", port=0, api_key=key))
 
 
 def refuses(server: Server) -> bool:

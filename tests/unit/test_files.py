@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,6 +108,26 @@ def test_the_hub_says_no_in_one_line(hub: FakeHub, tmp_path: Path) -> None:
         assert answer.startswith(expected)
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = taken.getsockname()[1]
+    asked: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", asked.append)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{nobody}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        f"http://127.0.0.1:{nobody}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
+    with pytest.raises(MissingWeights, match="owner/absent is not in the cache, and the Hub cannot be reached"):
+        resolve("owner/absent")
+    assert asked == []
+    assert caplog.text == ""
+
+
 def test_a_directory_and_the_demo(saved: Path) -> None:
     files = resolve(str(saved))
     assert (files.path, files.stored_format, files.revision) == (saved, "bf16", None)
@@ -141,6 +162,9 @@ def _config(path: Path, fields: dict[str, object] | str) -> Path:
         ({"model_type": "never-seen"}, UnsupportedModel, "does not know the model_type never-seen"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}, UnsupportedModel, "code from its own repository"),
         ({"model_type": "llama", "num_attention_heads": "many"}, UnsupportedModel, "no config of a llama model"),
+        ({"model_type": "llama", "num_attention_heads": 0}, UnsupportedModel, "no config of a llama model"),
+        ({"model_type": "gpt2", "n_head": 0}, UnsupportedModel, "num_attention_heads is 0: it must be at least 1"),
+        ({"model_type": "llama", "num_key_value_heads": 0}, UnsupportedModel, "num_key_value_heads is 0"),
     ],
 )
 def test_configs_that_are_refused(

@@ -49,6 +49,13 @@ def test_each_reason_comes_with_the_command(change: dict[str, Any], why: str) ->
     assert reason.endswith(COMMAND)
 
 
+def test_a_context_that_the_model_does_not_know() -> None:
+    assert stale_reasons(PLAN, None, 8, MACHINE, "mine.yaml", max_context=4096) == []
+    (reason,) = stale_reasons(PLAN, None, 8, MACHINE, "mine.yaml", max_context=512)
+    assert reason.startswith("context 4096 is longer than the 512 tokens that some/model knows; plan again: ")
+    assert "--context 512 " in reason
+
+
 def test_all_reasons_at_once() -> None:
     assert len(reasons(fingerprint="x", layers=3, cluster=Cluster(()))) == 4
 

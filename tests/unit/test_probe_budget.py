@@ -15,7 +15,6 @@ DEFAULTS = {"cpu": 9 * GIB, "cuda:0": 7 * GIB}
     [
         (None, None),
         ([], None),
-        ([" , "], None),
         (["cuda:0=4GiB,cpu=8GiB"], {"cuda:0": "4GiB", "cpu": "8GiB"}),
         (["cuda:0 = 4GiB", "cpu"], {"cuda:0": "4GiB", "cpu": "auto"}),
     ],

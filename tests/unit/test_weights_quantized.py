@@ -59,7 +59,7 @@ def rewrite(path: Path, change: Callable[[Tensor], tuple[dict[str, Tensor], Tens
     return model
 
 
-def load(path: Path, quantization: dict[str, Any], weight_format: str = "nf4") -> tuple[Any, Loader]:
+def load(path: Path, quantization: dict[str, Any] | None, weight_format: str = "nf4") -> tuple[Any, Loader]:
     source = with_quantization(SafetensorsSource(path), quantization)
     skeleton = make_skeleton(make_config("llama"))
     loader = Loader(skeleton, source, torch.float32)
@@ -140,6 +140,16 @@ def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=method):
         with_quantization(SafetensorsSource(tmp_path), {"quant_method": method})
+
+
+def test_whole_numbers_without_a_quantization_config_are_refused(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CorruptWeights, match=r"layers\.1\.mlp\.up_proj\.weight in model\.safetensors is of type int8"):
+        load(tmp_path, None)
 
 
 def test_broken_state_names_the_tensor(tmp_path: Path) -> None:
