@@ -31,7 +31,9 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, run: Callable[[], object], nbytes: int, read: Callable[[], object], spend_s: float) -> None:
+def compare(
+    name: str, run: Callable[[], object], nbytes: int, read: Callable[[], object], read_bytes: int, spend_s: float
+) -> None:
     run()
     read()
     own, plain = [], []
@@ -39,9 +41,11 @@ def compare(name: str, run: Callable[[], object], nbytes: int, read: Callable[[]
     while len(own) < 3 or time.perf_counter() < until:
         own.append(seconds(run))
         plain.append(seconds(read))
-    share = statistics.median(reading / working for working, reading in zip(own, plain, strict=True))
+    share = (
+        nbytes / read_bytes * statistics.median(reading / working for working, reading in zip(own, plain, strict=True))
+    )
     median, best = nbytes / statistics.median(own) / 1e9, nbytes / min(own) / 1e9
-    print(f"{name:32} {median:8.1f} {best:8.1f} {nbytes / statistics.median(plain) / 1e9:10.1f} {share:8.2f}")
+    print(f"{name:32} {median:8.1f} {best:8.1f} {read_bytes / statistics.median(plain) / 1e9:10.1f} {share:8.2f}")
 
 
 def matrices(format: str, level: Kernel) -> list[TiledWeight]:
@@ -81,14 +85,16 @@ def main() -> None:
                 for weight in weights:
                     weight.apply(x)
 
-            compare(f"{format} product, {rows} rows", multiply, nbytes, read, options.seconds)
+            compare(f"{format} product, {rows} rows", multiply, nbytes, read, memory.nbytes, options.seconds)
         values = torch.empty(SHAPE, dtype=torch.bfloat16)
 
         def dequantize(weights: list[TiledWeight] = weights, values: torch.Tensor = values) -> None:
             for weight in weights:
                 level.values(weight.matrix, 0, values)
 
-        compare(f"{format} values to bf16, written", dequantize, nbytes + MATRICES * values.nbytes, read, 1.0)
+        compare(
+            f"{format} values to bf16, written", dequantize, nbytes + MATRICES * values.nbytes, read, memory.nbytes, 1.0
+        )
         del weights, memory
 
 
