@@ -25,7 +25,10 @@ MemoryOption = Annotated[
     ),
 ]
 ContextOption = Annotated[
-    int | None, typer.Option("--context", min=1, max=1 << 30, help="Tokens per sequence, prompt and answer. Default: 4096 or less.")
+    int | None,
+    typer.Option(
+        "--context", min=1, max=1 << 30, help="Tokens per sequence, prompt and answer. Default: 4096 or less."
+    ),
 ]
 SessionsOption = Annotated[
     int | None,

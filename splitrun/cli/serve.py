@@ -49,22 +49,23 @@ def serve(
         raise InvalidRequest("the API key is empty: give --api-key (or SPLITRUN_API_KEY) a value, or leave it out")
     import splitrun
     from splitrun.model.files import resolve
-    from splitrun.serve.launcher import ServeOptions, Server
+    from splitrun.serve.launcher import ServeOptions, Server, listen
 
-    planning = Planning(memory, context, sessions, objective, weights, revision, load)
-    placement, planned = plan_or_load(model, planning, default_sessions=DEFAULT_SESSIONS)
-    if planned:
-        typer.echo(f"{placement.explain()}\n")
-    source = placement.model.source
-    files = resolve(source, placement.model.revision, weights=load == "weights")
-    name = served_name or (Path(source).resolve().name if Path(source).is_dir() else source)
-    # The port is taken before anything loads: a taken one is an error within the second.
-    with Server(ServeOptions(files.path, name, host, port, api_key)) as server:
-        if server.warning:
-            typer.echo(f"splitrun: {server.warning}", err=True)
-        typer.echo(f"loading {name} ...")
-        with splitrun.Engine(placement, load=load, depth=depth) as engine:
-            server.attach(engine.core)
-            server.wait_ready()
-            typer.echo(f"serving {name} at {server.url}/v1 (Ctrl-C ends)")
-            server.wait()
+    # The port is taken before anything is planned or loads: a taken one is an error within the second.
+    with listen(host, port) as listener:
+        planning = Planning(memory, context, sessions, objective, weights, revision, load)
+        placement, planned = plan_or_load(model, planning, default_sessions=DEFAULT_SESSIONS)
+        if planned:
+            typer.echo(f"{placement.explain()}\n")
+        source = placement.model.source
+        files = resolve(source, placement.model.revision, weights=load == "weights")
+        name = served_name or (Path(source).resolve().name if Path(source).is_dir() else source)
+        with Server(ServeOptions(files.path, name, host, port, api_key), listener) as server:
+            if server.warning:
+                typer.echo(f"splitrun: {server.warning}", err=True)
+            typer.echo(f"loading {name} ...")
+            with splitrun.Engine(placement, load=load, depth=depth) as engine:
+                server.attach(engine.core)
+                server.wait_ready()
+                typer.echo(f"serving {name} at {server.url}/v1 (Ctrl-C ends)")
+                server.wait()

@@ -50,11 +50,12 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1")
-        _require(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", self.repetition_penalty, "above 0")
+        _require(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", self.repetition_penalty,
+                 "above 0 and at most 100")  # fmt: skip
         _require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "between -2 and 2")
         _require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "between -2 and 2")
-        biases = self.logit_bias.values()
-        _require(all(-100.0 <= bias <= 100.0 for bias in biases), "logit_bias", "a value", "between -100 and 100")
+        for token, bias in self.logit_bias.items():
+            _require(-100.0 <= bias <= 100.0, f"logit_bias of {token}", bias, "between -100 and 100")
         _require(all(token >= 0 for token in self.logit_bias), "logit_bias", "a token id", "0 or more")
         _require(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", self.seed, "a 64-bit integer")
         _require(all(self.stop), "stop", "''", "non-empty strings")

@@ -54,6 +54,8 @@ async def begin(context: ServeContext, body: ChatRequest) -> Generation:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true")
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if body.max_completion_tokens is not None and body.max_completion_tokens < 1:
+        raise InvalidRequest(f"max_completion_tokens is {body.max_completion_tokens}: it must be at least 1")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_of(body, context.tokenizer, max_tokens=limit, logprobs=logprobs)
     messages = [message_for_template(message) for message in body.messages]

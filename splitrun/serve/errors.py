@@ -69,8 +69,15 @@ def install_error_handlers(app: FastAPI) -> None:
         return JSONResponse(error_body_of(error), error.http_status, _without_length(response.headers))
 
     @app.exception_handler(RequestValidationError)
-    async def refuse_malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def refuse_malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        kind = request.headers.get("content-type", "")
+        if first["type"] == "json_invalid":
+            why = first.get("ctx", {}).get("error", first["msg"])
+            return JSONResponse(error_body(f"the body is not valid JSON: {why}", 400), 400)
+        if request.method == "POST" and "json" not in kind:
+            told = f"the body is of type {kind[:80]!r}" if kind else "the body's type is missing"
+            return JSONResponse(error_body(f"{told}: send Content-Type: application/json", 400), 400)
         parts = [str(part) for part in first["loc"] if part != "body"]
         where = ".".join(parts) or "the body"
         return JSONResponse(error_body(f"{where}: {first['msg']}", 400, param=parts[0] if parts else None), 400)

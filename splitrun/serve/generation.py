@@ -190,7 +190,7 @@ def sampling_of(
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=float(values.get("temperature", 1.0)),
-        top_k=max(0, int(values.get("top_k", 0))),
+        top_k=0 if values.get("top_k") == -1 else int(values.get("top_k", 0)),
         top_p=float(values.get("top_p", 1.0)),
         min_p=float(values.get("min_p", 0.0)),
         repetition_penalty=float(values.get("repetition_penalty", 1.0)),

@@ -11,6 +11,7 @@ HTTP itself.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import ipaddress
 import json
 import selectors
@@ -70,11 +71,12 @@ def serve(engine: TokenEngine, options: ServeOptions) -> None:
 class Server:
     """An HTTP process and the bridge to it. Use as a context manager: leaving it ends the process."""
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions, listener: socket.socket | None = None) -> None:
+        """``listener``: a socket that `listen` made already; it is closed with the server."""
         if options.api_key is not None and not options.api_key.strip():
             raise InvalidRequest("the API key is empty: give it a value, or leave it out to serve without one")
         self.options = options
-        self._listener = listen(options.host, options.port)
+        self._listener = listener or listen(options.host, options.port)
         self.host, self.port = self._listener.getsockname()[:2]
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_write.setblocking(False)
@@ -229,7 +231,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, OverflowError) as error:
-        raise CannotListen(f"cannot listen on {host}:{port}: {error}: choose another --host or --port") from error
+        raise CannotListen(f"cannot listen on {host}:{port}: {error}: choose another --host") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
@@ -237,5 +239,7 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or str(error)
-        raise CannotListen(f"cannot listen on {host}:{port}: {reason}: choose another --port (0 picks one)") from error
+        elsewhere = getattr(error, "errno", None) == errno.EADDRNOTAVAIL
+        advice = "--host must be an address of this machine" if elsewhere else "choose another --port (0 picks one)"
+        raise CannotListen(f"cannot listen on {host}:{port}: {reason}: {advice}") from error
     return listener

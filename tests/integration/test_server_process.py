@@ -47,9 +47,12 @@ def test_a_taken_port_is_one_clear_line() -> None:
             listen("127.0.0.1", port)
 
 
-@pytest.mark.parametrize(("host", "port"), [("no such host", 0), ("127.0.0.1", 70_000), ("192.0.2.1", 0)])
-def test_an_impossible_address_is_one_clear_line(host: str, port: int) -> None:
-    with pytest.raises(CannotListen, match="--port"):
+@pytest.mark.parametrize(
+    ("host", "port", "mends"),
+    [("no such host", 0, "--host"), ("127.0.0.1", 70_000, "--port"), ("192.0.2.1", 0, "--host must be an address of")],
+)
+def test_an_impossible_address_is_one_clear_line(host: str, port: int, mends: str) -> None:
+    with pytest.raises(CannotListen, match=mends):
         listen(host, port)
 
 
@@ -75,6 +78,25 @@ def test_without_a_tokenizer_token_ids_work_and_text_is_refused(empty_model: Pat
         refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "text"})
         assert refused.status_code == 400
         assert "holds no tokenizer" in refused.json()["error"]["message"]
+
+
+def test_bodies_that_are_no_json_are_refused_clearly(empty_model: Path) -> None:
+    table = [
+        (b'{"prompt": [5,', "application/json", "the body is not valid JSON"),
+        (b'{"prompt": [5]}', "text/plain", "send Content-Type: application/json"),
+    ]
+    with serving(empty_model, FakeEngine()) as server:
+        for body, kind, told in table:
+            answer = httpx.post(f"{server.url}/v1/completions", content=body, headers={"content-type": kind})
+            assert answer.status_code == 400
+            assert told in answer.json()["error"]["message"]
+            assert answer.json()["error"]["param"] is None
+        for fields, told in [({"top_k": -5}, "top_k is -5"), ({"logit_bias": {"7": 101}}, "logit_bias of 7 is 101")]:
+            answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": [5], "max_tokens": 1, **fields})
+            assert answer.status_code == 400
+            assert told in answer.json()["error"]["message"]
+        off = httpx.post(f"{server.url}/v1/completions", json={"prompt": [5], "max_tokens": 1, "top_k": -1})
+        assert off.status_code == 200
 
 
 def test_requests_that_trickle_in_are_cut_off(empty_model: Path) -> None:

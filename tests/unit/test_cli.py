@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -262,7 +263,8 @@ def test_serve_takes_the_port_before_it_loads(
     class FakeServer:
         url, warning = "http://127.0.0.1:8000", "open to everyone"
 
-        def __init__(self, options: launcher.ServeOptions) -> None:
+        def __init__(self, options: launcher.ServeOptions, listener: object) -> None:
+            assert isinstance(listener, socket.socket)
             events.append(f"listen {options.served_name} {options.port} {options.api_key}")
             assert not engine.made
 
@@ -289,6 +291,18 @@ def test_serve_takes_the_port_before_it_loads(
     assert "demo · 2 layers" in captured.out
     assert "serving demo at http://127.0.0.1:8000/v1" in captured.out
     assert captured.err == "splitrun: open to everyone\n"
+
+
+def test_a_taken_port_is_told_before_planning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planned(*arguments: object, **options: object) -> None:
+        raise AssertionError("planned")
+
+    monkeypatch.setattr(api, "plan", planned)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "demo", "--port", str(taken.getsockname()[1])]) == 2
+    assert "in use" in capsys.readouterr().err
 
 
 def test_bench_refuses_what_the_plan_has_no_room_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
