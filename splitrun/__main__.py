@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import TracebackType
+from typing import cast
 
 from splitrun.errors import SplitrunError
 
@@ -27,10 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.excepthook = _report_unexpected
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is first imported
+    from typer import BadParameter
+
     from splitrun.cli.app import app
 
+    # Every fault of usage has this base, which typer exports under no name of its own.
+    usage_error = cast(type[BadParameter], BadParameter.__mro__[1])
     try:
-        app(args=words, prog_name="splitrun")
+        # Words that are none ask for the help, which has many lines.
+        status = app(args=words, prog_name="splitrun", standalone_mode=not words)
+        return status if isinstance(status, int) else 0
+    except usage_error as error:
+        path = error.ctx.command_path if error.ctx else "splitrun"
+        print(f"splitrun: {one_line(error.format_message()).rstrip('.')}; see {path} --help", file=sys.stderr)
+        return 2
     except SplitrunError as error:
         if debug:
             raise
@@ -45,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + getattr(signal, "SIGPIPE", 13)
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    return 0
 
 
 def one_line(message: str) -> str:

@@ -108,7 +108,11 @@ def test_help_and_version(words: list[str], capsys: pytest.CaptureFixture[str]) 
 )
 def test_bad_usage_is_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
-    assert "Traceback" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    if words:
+        assert told.startswith("splitrun: ")
+        assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize(
