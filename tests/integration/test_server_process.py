@@ -91,7 +91,15 @@ def test_bodies_that_are_no_json_are_refused_clearly(empty_model: Path) -> None:
             assert answer.status_code == 400
             assert told in answer.json()["error"]["message"]
             assert answer.json()["error"]["param"] is None
-        for fields, told in [({"top_k": -5}, "top_k is -5"), ({"logit_bias": {"7": 101}}, "logit_bias of 7 is 101")]:
+        chat = {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 0}
+        refused = httpx.post(f"{server.url}/v1/chat/completions", json=chat)
+        assert refused.json()["error"]["message"] == "max_completion_tokens is 0: it must be at least 1"
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"top_k": -5}, "top_k is -5"),
+            ({"logit_bias": {"7": 101}}, "logit_bias of 7 is 101"),
+            ({"repetition_penalty": 101}, "above 0 and at most 100"),
+        ]
+        for fields, told in wrong:
             answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": [5], "max_tokens": 1, **fields})
             assert answer.status_code == 400
             assert told in answer.json()["error"]["message"]
