@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from splitrun.__main__ import main
+from splitrun.child import child_environment
 from splitrun.kernels.cpu import library
 from splitrun.kernels.cpu.library import Kernel
 from splitrun.kernels.cpu.reference import nf4_codes, product_reference, quantize_activations
@@ -320,7 +321,8 @@ print(type(weight).__name__, *sorted(name for name in names if "omp" in name.rpa
 @pytest.mark.skipif(not compiled_levels(), reason="nothing is compiled here")
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_one_openmp_runtime_in_the_process() -> None:
-    run = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True, timeout=200)
+    command = [sys.executable, "-P", "-c", THREADS]  # the package under test, not a folder of that name
+    run = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=True, timeout=200)
     kind, *runtimes = run.stdout.split()
     assert kind == "TiledWeight"
     assert len(runtimes) == 1, runtimes
