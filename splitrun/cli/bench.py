@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,10 @@ from splitrun.cli.options import (
     is_placement,
 )
 from splitrun.errors import InvalidPlacement, InvalidRequest, StageError
+
+if TYPE_CHECKING:
+    from splitrun.bench.terms import Result
+    from splitrun.planner.estimate import Estimate
 
 
 def bench(
@@ -81,6 +85,13 @@ def bench(
         here = all("/" not in name for name in placement.device_names)
         foretold = contest.predict_apart(placement, terms) if here else None
         results = contest.hold(terms, dict.fromkeys(versus or ()))
+    _show(results, foretold, json_output)
+
+
+def _show(results: list[Result], foretold: Estimate | None, json_output: bool) -> None:
+    """Print the table, predicted beside measured, and the JSON line; raise when splitrun itself failed."""
+    from splitrun.bench import contest
+
     typer.echo(f"\n{contest.to_table(results)}", err=json_output)
     if foretold is not None:
         typer.echo("\n" + "\n".join(contest.against(foretold, results[0])), err=json_output)
