@@ -156,8 +156,12 @@ class _Job:
         """Submit the request."""
 
         def deliver(event: TokenEvent) -> None:
-            text = self._text.push(event.token_ids, event.finish_reason)
-            self._pieces.put((event, text, "stop" if self._text.stopped else event.finish_reason))
+            told, text = replace(event, finish_reason="error", error="its text could not be made from its tokens"), ""
+            try:
+                text = self._text.push(event.token_ids, event.finish_reason)
+                told = event
+            finally:  # whoever waits is told of a fault here too
+                self._pieces.put((told, text, "stop" if self._text.stopped else told.finish_reason))
             if self._text.stopped:
                 core.cancel(event.request_id)
 

@@ -146,6 +146,14 @@ def test_a_receiver_that_fails_loses_only_its_own_request(engine: splitrun.Engin
     assert engine.generate([chat(engine, QUESTIONS[0])], greedy())[0].text == ANSWERS[0]
 
 
+def test_a_text_that_cannot_be_made_ends_the_wait(engine: splitrun.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr("splitrun.engine.engine.TextStream.push", lambda *arguments: 1 / 0)
+        with pytest.raises(StageError, match="text could not be made"):
+            engine.generate([chat(engine, QUESTIONS[0])], greedy())
+    assert engine.generate([chat(engine, QUESTIONS[0])], greedy())[0].text == ANSWERS[0]
+
+
 def test_logits_that_are_not_finite_end_one_request_only(
     engine: splitrun.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

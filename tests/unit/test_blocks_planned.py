@@ -6,8 +6,10 @@ from itertools import product
 
 import pytest
 
+from splitrun.planner import memory
 from splitrun.planner.facts import KVGroup, Workload
 from splitrun.planner.kv import blocks_per_sequence
+from splitrun.schedule import sequence
 from splitrun.schedule.blocks import blocks_per_session
 
 
@@ -18,3 +20,7 @@ def test_what_is_planned_is_enough_and_hardly_more(window: int | None) -> None:
         workload = Workload(context=context, chunk_tokens=chunk_tokens, block_tokens=block_tokens)
         planned = blocks_per_sequence(group, workload)
         assert 0 <= planned - blocks_per_session(window, context, chunk_tokens, block_tokens) <= 6
+
+
+def test_the_logits_of_scored_prompts_are_planned_as_they_are_scheduled() -> None:
+    assert memory.SCORED_CHUNK_TOKENS == sequence.SCORED_CHUNK_TOKENS
