@@ -33,7 +33,7 @@ from splitrun.planner.kv import pool_blocks
 from splitrun.planner.placement import Placement, StageSpec
 from splitrun.schedule.step import Step
 from splitrun.stage.batch import Traits
-from splitrun.stage.generic import GenericStage
+from splitrun.stage.generic import RangeStage
 from splitrun.stage.load import StageSize, load_stage
 from splitrun.transport.local import FromHost, Hop, Worker, hop, torch_device
 
@@ -70,7 +70,7 @@ class StageLoading:
         self._source: WeightSource | None = files.source if load == "weights" else None
         self._tied: dict[tuple[str, str, str], Weight | Tensor] = {}
 
-    def stage(self, index: int) -> GenericStage:
+    def stage(self, index: int) -> RangeStage:
         """The stage of that index, loaded; runs on the stage's worker."""
         spec = self._placement.stages[index]
         dtype = compute_dtype(spec.device, spec.weights)
@@ -174,7 +174,7 @@ def _limit_allocator(name: str, budget: int | None) -> None:
 class LoadedStages:
     """The stages of this process by their index in the placement, and the worker of each device."""
 
-    stages: Mapping[int, GenericStage]
+    stages: Mapping[int, RangeStage]
     workers: Mapping[str, Worker]
 
     def memory_bytes(self, index: int) -> int:

@@ -23,7 +23,7 @@ from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.dummy import DummySource
 from splitrun.model.structure import ModelStructure
 from splitrun.model.weights import Loader
-from splitrun.stage.generic import GenericStage
+from splitrun.stage.generic import RangeStage
 from splitrun.stage.load import StageSize, load_stage
 
 COLD_BYTES = 96 << 20
@@ -112,7 +112,7 @@ def _fill(model: CutModel, setting: Setting) -> int:
 
 
 def _time_point(
-    stages: Sequence[GenericStage],
+    stages: Sequence[RangeStage],
     structure: ModelStructure,
     setting: Setting,
     blocks: int,
@@ -122,7 +122,7 @@ def _time_point(
     step = make_step(point, structure.groups, setting.block_tokens, blocks)
     incoming = _activation(stages[0], structure.hidden, point)
 
-    def run(stage: GenericStage) -> None:
+    def run(stage: RangeStage) -> None:
         stage.run(step, incoming)
         settle()
 
@@ -144,7 +144,7 @@ def sample(run: Callable[[Any], None], subjects: Sequence[Any], spend_s: float) 
     return Sample(median(times), (high - low) / 2 / max(middle, 1e-12))
 
 
-def _activation(stage: GenericStage, hidden: int, point: Point) -> Tensor | None:
+def _activation(stage: RangeStage, hidden: int, point: Point) -> Tensor | None:
     """What the stage before would hand over. Shape: (rows * tokens, hidden); None with an embedding."""
     if stage.model.cut.embed:
         return None

@@ -47,7 +47,7 @@ def fuse(model: CutModel, stores: Mapping[int, BlockStore]) -> int:
         return 0
     for index, store in stores.items():
         layer, kept = model.skeleton.layers[index], model.structure.caches[index]
-        if kept.group is None or model.structure.returns[index] or not _is_known(layer):
+        if kept.group is None or model.structure.returns[index] or not is_known(layer):
             continue
         parts = _parts(layer, store, kept.group.window)
         if parts is not None and parts.fault() is None:
@@ -146,7 +146,7 @@ def _parts(layer: nn.Module, store: BlockStore, window: int | None) -> LayerPart
     return LayerParts(weights, vectors, store.keys, store.values, window, float(epsilons.pop()), attention.scaling)
 
 
-def _is_known(layer: nn.Module) -> bool:
+def is_known(layer: nn.Module) -> bool:
     """Whether the layer's code is that of the references."""
     names = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
     if not all(isinstance(getattr(layer, name, None), nn.Module) for name in names):
@@ -156,7 +156,7 @@ def _is_known(layer: nn.Module) -> bool:
     norms = {type(module) for name, module in layer.named_modules() if name.endswith("norm")}
     if len(norms) != 1 or type(getattr(layer.mlp, "act_fn", None)).__name__ not in ("SiLU", "SiLUActivation"):
         return False
-    codes = tuple(_code(kind.forward) for kind in kinds[:4])
+    codes = tuple(code_of(kind.forward) for kind in kinds[:4])
     rotary = _rotary(type(parts[1]))
     return any(codes == reference and rotary == turn for reference, turn in _references())
 
@@ -167,17 +167,17 @@ def _references() -> tuple[tuple[tuple[str | None, ...], tuple[str | None, ...]]
     for folder, prefix in REFERENCES.items():
         module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
         kinds = [getattr(module, prefix + name) for name in ("DecoderLayer", "Attention", "MLP", "RMSNorm")]
-        found.append((tuple(_code(kind.forward) for kind in kinds), _rotary(kinds[1])))
+        found.append((tuple(code_of(kind.forward) for kind in kinds), _rotary(kinds[1])))
     return tuple(found)
 
 
 def _rotary(kind: type) -> tuple[str | None, ...]:
     module = sys.modules[kind.__module__]
-    return tuple(_code(getattr(module, name, None)) for name in ("apply_rotary_pos_emb", "rotate_half"))
+    return tuple(code_of(getattr(module, name, None)) for name in ("apply_rotary_pos_emb", "rotate_half"))
 
 
 @cache
-def _code(function: Any) -> str | None:
+def code_of(function: Any) -> str | None:
     """What a function does, without its name, annotations, decorators and docstring; None where that cannot be read."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]

@@ -5,6 +5,7 @@ It knows the step and the activation, nothing of requests, of other stages or of
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,30 +37,21 @@ class Computed:
     prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = field(default_factory=dict)
 
 
-class GenericStage:
+class RangeStage(ABC):
     """One stage, loaded and ready. ``run`` is called with steps in order, from one thread."""
 
     def __init__(
-        self,
-        model: CutModel,
-        cache: BlockCache,
-        stores: dict[int, BlockStore],
-        states: dict[int, StateStore],
-        rules: BatchRules,
-        weight_bytes: int,
+        self, model: CutModel, stores: dict[int, BlockStore], rules: BatchRules, weight_bytes: int
     ) -> None:
         self.model = model
         self.rules = rules
         self.weight_bytes = weight_bytes
-        self._cache = cache
         self._stores = stores
-        self._states = states
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of KV blocks and state slots that the stage holds."""
-        blocks = sum(store.nbytes for store in self._stores.values())
-        return blocks + sum(store.nbytes for store in self._states.values())
+        return sum(store.nbytes for store in self._stores.values())
 
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """Run the step's rows through the range.
@@ -71,7 +63,7 @@ class GenericStage:
         if not self.model.cut.head:
             assert computed.activation is not None
             return computed.activation
-        chosen = _choose(step, computed.logits)
+        chosen = choose(step, computed.logits)
         empty = RowTokens()
         return Tokens(
             step.index,
@@ -85,6 +77,37 @@ class GenericStage:
                 for row in range(step.rows)
             ),
         )
+
+    @abstractmethod
+    def compute(self, step: Step, incoming: Tensor | None) -> Computed:
+        """As ``run``, up to the logits."""
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._stores.clear()
+        del self.model
+
+
+class GenericStage(RangeStage):
+    """A range run by the model's own code."""
+
+    def __init__(
+        self,
+        model: CutModel,
+        cache: BlockCache,
+        stores: dict[int, BlockStore],
+        states: dict[int, StateStore],
+        rules: BatchRules,
+        weight_bytes: int,
+    ) -> None:
+        super().__init__(model, stores, rules, weight_bytes)
+        self._cache = cache
+        self._states = states
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV blocks and state slots that the stage holds."""
+        return super().kv_bytes + sum(store.nbytes for store in self._states.values())
 
     @torch.inference_mode()
     def compute(self, step: Step, incoming: Tensor | None) -> Computed:
@@ -103,12 +126,12 @@ class GenericStage:
 
     def close(self) -> None:
         """Give the memory back."""
-        self._stores.clear()
         self._states.clear()
-        del self.model, self._cache
+        del self._cache
+        super().close()
 
 
-def _choose(step: Step, logits: dict[int, Tensor]) -> dict[int, RowTokens]:
+def choose(step: Step, logits: dict[int, Tensor]) -> dict[int, RowTokens]:
     """Sample the rows that want a token. A row whose logits are not finite gets none, and its neighbours theirs."""
     rows = {row: wanted for row in sorted(logits) if (wanted := step.sampling[row]) is not None}
     if not rows:

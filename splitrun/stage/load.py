@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from splitrun.kernels.gpu.library import usable
 from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.skeleton import DTYPES
 from splitrun.model.structure import ModelStructure
@@ -18,7 +19,7 @@ from splitrun.stage.batch import FREE, BatchRules, Traits
 from splitrun.stage.blocks import BlockStore, StateStore
 from splitrun.stage.cache import BlockCache
 from splitrun.stage.fused import fuse
-from splitrun.stage.generic import GenericStage
+from splitrun.stage.generic import GenericStage, RangeStage
 
 Fill = Callable[[CutModel], int]
 """Installs a cut model's own weights and returns their bytes."""
@@ -43,7 +44,7 @@ def load_stage(
     size: StageSize,
     fill: Fill,
     traits: Traits = FREE,
-) -> GenericStage:
+) -> RangeStage:
     """The stage of a range, ready to run. ``traits`` are what the proof learned about the model."""
     if size.dtype == "fp32" and size.device.startswith("cuda"):
         torch.backends.cudnn.allow_tf32 = False  # convolutions would otherwise round their inputs to 10 bits
@@ -51,15 +52,26 @@ def load_stage(
     weight_bytes = fill(model)
     model.finish_loading()
     stores, states = _storage(structure, cut, size)
-    fuse(model, stores)
     rules = BatchRules(
         groups=tuple(group for group in structure.groups if group.kind != "state"),
         block_tokens=size.block_tokens,
         has_states=any(cache.states for cache in structure.caches),
         traits=traits,
     )
+    if _has_gpu_kernels(size) and not states:
+        from splitrun.stage.card import card_stage  # Triton is not everywhere
+
+        stage = card_stage(model, stores, rules, weight_bytes)
+        if stage is not None:
+            return stage
+    fuse(model, stores)
     cache = BlockCache(model.skeleton.model.config, structure.caches, stores, states)
     return GenericStage(model, cache, stores, states, rules, weight_bytes)
+
+
+def _has_gpu_kernels(size: StageSize) -> bool:
+    """Whether kernels of our own compute in the stage's type on its device."""
+    return size.dtype != "fp32" and usable(size.device)
 
 
 def _storage(

@@ -29,7 +29,7 @@ from splitrun.model.twin import twin_config
 from splitrun.schedule.request import SamplingParams
 from splitrun.schedule.step import RowSampling, Step
 from splitrun.stage.batch import Traits
-from splitrun.stage.generic import GenericStage
+from splitrun.stage.generic import RangeStage
 from splitrun.stage.load import StageSize, load_stage
 
 LENGTHS = (21, 13, 5)
@@ -132,7 +132,7 @@ def _unsplit_logits(reference: Any, ids: list[int]) -> Tensor:
     return logits
 
 
-def _load(twin: Any, reference: nn.Module, structure: ModelStructure, cut: CutRange, traits: Traits) -> GenericStage:
+def _load(twin: Any, reference: nn.Module, structure: ModelStructure, cut: CutRange, traits: Traits) -> RangeStage:
     def fill(model: CutModel) -> int:
         for name in model.own_names:
             module = reference.get_submodule(name.rpartition(".")[0])
@@ -146,7 +146,7 @@ def _load(twin: Any, reference: nn.Module, structure: ModelStructure, cut: CutRa
     return load_stage(twin, structure, cut, size, fill, traits)
 
 
-def _run(stages: list[GenericStage], step: Step) -> dict[int, Tensor]:
+def _run(stages: list[RangeStage], step: Step) -> dict[int, Tensor]:
     activation: Tensor | None = None
     for stage in stages[:-1]:
         activation = stage.compute(step, activation).activation

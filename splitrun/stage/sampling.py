@@ -31,7 +31,7 @@ def sample(logits: Tensor, rows: Sequence[RowSampling]) -> list[RowTokens]:
     assert len(logits) == len(rows), f"{len(logits)} rows of logits for {len(rows)} to choose"
     if not rows:
         return []
-    if all(row.params.temperature == 0.0 and not _is_adjusted(row) and row.params.logprobs is None for row in rows):
+    if all(map(is_plain, rows)):
         best = logits.max(dim=-1)
         chosen = torch.where(best.values.isfinite(), best.indices, -1).tolist()
         _check_finite(chosen)
@@ -57,6 +57,11 @@ def prompt_logprobs(logits: Tensor, targets: Sequence[int], top: int) -> tuple[T
         group = logits[first:last].float()
         packed.append(_pack(group, chosen[first:last], top, wanted=True))
     return tuple(_logprob(numbers, top) for numbers in _bring_back(packed))
+
+
+def is_plain(row: RowSampling) -> bool:
+    """Whether the row wants the most likely token and nothing beside it."""
+    return row.params.temperature == 0.0 and row.params.logprobs is None and not _is_adjusted(row)
 
 
 def _groups(logits: Tensor) -> Iterator[tuple[int, int]]:

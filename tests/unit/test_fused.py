@@ -19,7 +19,7 @@ from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.structure import ModelStructure, inspect
 from splitrun.schedule.step import Step
 from splitrun.stage import fused, load
-from splitrun.stage.generic import GenericStage
+from splitrun.stage.generic import RangeStage
 from splitrun.stage.load import StageSize, load_stage
 
 LEVELS = compiled_levels()
@@ -56,7 +56,7 @@ def one_thread() -> Iterator[None]:
 class Run:
     """A stage with its steps so far."""
 
-    stage: GenericStage
+    stage: RangeStage
     structure: ModelStructure
     lengths: dict[int, int]
     index: int = 0

@@ -1,0 +1,100 @@
+"""Values of a quantized matrix written out for torch's products: prompts. A chunk of rows at a time. Knows no models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from splitrun.kernels.gpu.matrix import DENSE, GpuMatrix
+from splitrun.kernels.gpu.values import weight_tile
+
+SCRATCH_VALUES = 1 << 23
+"""Values written out at a time: they stay in the cache of a large GPU, and no product needs more memory than this."""
+
+
+@triton.jit
+def _unpack(
+    codes, scales, table, out, first, rows, columns, FORMAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1) * COLUMNS
+    type: tl.constexpr = out.dtype.element_ty
+    values = weight_tile(codes, scales, table, row, start, columns, rows, columns, FORMAT, ROWS, COLUMNS, type)
+    places = start + tl.arange(0, COLUMNS)
+    target = out + (row - first).to(tl.int64)[:, None] * columns + places[None, :]
+    tl.store(target, values, mask=(row < rows)[:, None] & (places < columns)[None, :])
+
+
+class PromptProducts:
+    """Products of many rows with matrices of one stage; they share the memory for written-out values."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._scratch: Tensor | None = None
+
+    def __call__(
+        self, x: Tensor, matrix: GpuMatrix, out: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """``out`` = x @ matrix.T + bias + residual. Shape: x (tokens, columns), out and residual (tokens, rows)."""
+        for start, values in self._values(matrix):
+            columns = slice(start, start + values.shape[0])
+            added = bias[columns] if bias is not None else None if residual is None else residual[:, columns]
+            if added is None:
+                torch.mm(x, values.t(), out=out[:, columns])
+            else:
+                torch.addmm(added, x, values.t(), out=out[:, columns])
+        return out.add_(residual) if bias is not None and residual is not None else out
+
+    def _values(self, matrix: GpuMatrix) -> Iterator[tuple[int, Tensor]]:
+        """(first row, values) of pieces of the matrix; the next piece takes the memory of the one before."""
+        if matrix.format == DENSE:
+            yield 0, matrix.codes
+            return
+        if self._scratch is None:
+            self._scratch = torch.empty(SCRATCH_VALUES, dtype=self._dtype, device=self._device)
+        pieces = -(-matrix.rows * matrix.columns // SCRATCH_VALUES)
+        step = min(-(-matrix.rows // pieces // 64) * 64 + 64, SCRATCH_VALUES // matrix.columns)
+        for start in range(0, matrix.rows, step):
+            yield start, unpacked(matrix, start, min(start + step, matrix.rows), self._scratch)
+
+
+def unpacked(matrix: GpuMatrix, start: int, stop: int, memory: Tensor) -> Tensor:
+    """Values of some rows, in ``memory``'s type and at its beginning. Shape: (stop - start, columns)."""
+    values = memory[: (stop - start) * matrix.columns].view(stop - start, matrix.columns)
+    grid = (triton.cdiv(stop - start, 8), triton.cdiv(matrix.columns, 256))
+    _unpack[grid](
+        matrix.codes,
+        matrix.scales,
+        matrix.table,
+        values,
+        start,
+        stop,
+        matrix.columns,
+        FORMAT=matrix.format,
+        ROWS=8,
+        COLUMNS=256,
+    )
+    return values
+
+
+@triton.jit
+def _gather(codes, scales, table, ids, out, rows, columns, FORMAT: tl.constexpr, COLUMNS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * COLUMNS
+    row = tl.load(ids + token + tl.arange(0, 1))
+    type: tl.constexpr = out.dtype.element_ty
+    values = weight_tile(codes, scales, table, row, start, columns, rows, columns, FORMAT, 1, COLUMNS, type)
+    places = start + tl.arange(0, COLUMNS)
+    tl.store(out + token * columns + places[None, :], values, mask=(places < columns)[None, :])
+
+
+def gather(matrix: GpuMatrix, ids: Tensor, out: Tensor) -> Tensor:
+    """Rows of an embedding table. Shape: ids int32 (tokens,), out (tokens, columns). Returns ``out``."""
+    _gather[(ids.shape[0], triton.cdiv(matrix.columns, 512))](
+        matrix.codes, matrix.scales, matrix.table, ids, out, matrix.rows, matrix.columns, FORMAT=matrix.format, COLUMNS=512
+    )
+    return out

@@ -1,0 +1,206 @@
+"""The GPU kernels and the stage made of them against the generic stage: on a GPU where there is one, else interpreted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from splitrun.kernels.formats import DTYPES
+from splitrun.kernels.int8 import Int8Weight
+from splitrun.kernels.nf4 import Nf4Weight
+from splitrun.kernels.weight import Weight, install
+from splitrun.model.cut import CutModel, CutRange
+from splitrun.model.structure import ModelStructure, inspect
+from splitrun.schedule.request import SamplingParams
+from splitrun.schedule.step import RowSampling, Step
+from splitrun.stage import load
+from splitrun.stage.card import CardStage, card_stage
+from splitrun.stage.generic import RangeStage
+from splitrun.stage.load import StageSize, load_stage
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BLOCK_TOKENS, BLOCKS, LAYERS = 8, 12, 2
+SIZES = {
+    **{"hidden_size": 192, "num_hidden_layers": LAYERS, "num_attention_heads": 6, "num_key_value_heads": 2},
+    **{"head_dim": 32, "vocab_size": 80, "max_position_embeddings": 256, "intermediate_size": 192},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "mistral": {"sliding_window": 20},
+}
+FORMATS = ("dense", "int8", "nf4")
+TYPE = "bf16" if DEVICE == "cuda" else "fp16"
+"""The interpreter does not compute in bf16."""
+
+
+def weights_of(structure: ModelStructure, format: str, dtype: torch.dtype) -> dict[str, Weight | Tensor]:
+    """Random weights by name; what a format covers is in it."""
+    generator = torch.Generator().manual_seed(11)
+    found: dict[str, Weight | Tensor] = {}
+    for info in structure.parameters:
+        noise = torch.randn(info.shape, generator=generator)
+        if len(info.shape) < 2:
+            found[info.name] = (1 + 0.3 * noise).to(dtype).to(DEVICE)
+            continue
+        values = (noise * (1.0 if info.unit == 0 else 1.5 / info.shape[-1] ** 0.5)).to(DEVICE)
+        if format == "dense":
+            found[info.name] = values.to(dtype)
+            continue
+        kind = Nf4Weight if format == "nf4" else Int8Weight
+        weight = kind.empty(info.shape, dtype, DEVICE)
+        weight.store(0, values)
+        found[info.name] = weight
+    for info in structure.parameters:
+        if info.tied_to:
+            found[info.name] = found[info.tied_to]
+    return found
+
+
+@dataclass
+class Run:
+    """A stage with the histories of its sequences."""
+
+    stage: RangeStage
+    structure: ModelStructure
+    lengths: dict[int, int] = field(default_factory=dict)
+    index: int = 0
+
+    def feed(self, rows: dict[int, Sequence[int]], incoming: Tensor | None = None, scored: bool = False) -> Any:
+        """Run tokens of some sequences as one step."""
+        counts = [len(ids) for ids in rows.values()]
+        tables = numpy.array([[row * BLOCKS + block for block in range(BLOCKS)] for row in rows], dtype=numpy.int32)
+        greedy = SamplingParams(max_tokens=1, temperature=0.0)
+        step = Step(
+            index=self.index,
+            epoch=0,
+            token_ids=numpy.array([token for ids in rows.values() for token in ids], dtype=numpy.int32),
+            query_starts=numpy.cumsum([0, *counts]).astype(numpy.int32),
+            context_lengths=numpy.array([self.lengths.get(row, 0) for row in rows], dtype=numpy.int32),
+            slots=numpy.array(list(rows), dtype=numpy.int32),
+            block_tables={group.name: tables for group in self.structure.groups},
+            sampling=tuple(RowSampling(greedy, 0, 0) for _ in rows),
+            prompt_logprobs=(2 if scored else None,) * len(rows),
+            prompt_targets={row: tuple(ids[1:]) for row, ids in enumerate(rows.values())} if scored else None,
+            replay=(False,) * len(rows),
+        )
+        self.index += 1
+        computed = self.stage.compute(step, incoming)
+        for row, ids in rows.items():
+            self.lengths[row] = self.lengths.get(row, 0) + len(ids)
+        if computed.activation is not None:
+            return computed.activation.float().cpu()
+        self.scores = computed.prompt_logprobs
+        return {row: computed.logits[place].float().cpu() for place, row in enumerate(rows)}
+
+
+def make(
+    name: str, format: str, dtype: str, monkeypatch: pytest.MonkeyPatch, cut: CutRange | None = None, card: bool = True
+) -> Run:
+    """The stage of a range by the kernels, or the generic stage on the same values in float32."""
+    config = AutoConfig.for_model(name, **SIZES, **MODELS[name])
+    structure = inspect(config)
+    weights = weights_of(structure, format, DTYPES[dtype])
+    kind = dtype if card else "fp32"
+
+    def fill(model: CutModel) -> int:
+        for own in model.own_names:
+            value = weights[own]
+            values = value.dequantize() if isinstance(value, Weight) else value
+            install(model.skeleton.model, own, value if card else values.float())
+        return 0
+
+    size = StageSize(DEVICE, kind, kind, {group.name: BLOCKS * 20 for group in structure.groups}, BLOCK_TOKENS, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "usable", lambda device: card)
+        stage = load_stage(config, structure, cut or CutRange(True, 0, LAYERS, True), size, fill)
+    assert isinstance(stage, CardStage) == card
+    return Run(stage, structure)
+
+
+def tokens(count: int, seed: int = 3) -> list[int]:
+    return torch.randint(1, 80, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def close(found: dict[int, Tensor], wanted: dict[int, Tensor], limit: float) -> None:
+    for row, logits in wanted.items():
+        error = (found[row] - logits).norm() / logits.norm()
+        assert error < limit, f"row {row}: {error:.4f}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_prompts_chunks_and_decoding_follow_the_generic_stage(
+    name: str, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype, limit = ("fp16", 0.01) if format == "int8" else (TYPE, 0.04 if TYPE == "bf16" else 0.01)
+    ours = make(name, format, dtype, monkeypatch)
+    wanted = make(name, format, dtype, monkeypatch, card=False)
+    steps: list[dict[int, list[int]]] = [
+        {0: tokens(30, 1), 1: tokens(5, 2)},
+        {0: tokens(27, 3), 2: tokens(1, 4), 1: tokens(1, 5)},
+        {1: tokens(1, 6), 0: tokens(1, 7), 2: tokens(1, 8)},
+        {2: tokens(1, 9)},
+    ]
+    for rows in steps:
+        close(ours.feed(rows), wanted.feed(rows), limit)
+
+
+def test_a_row_has_the_same_bits_alone_and_in_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = make("qwen3", "nf4", TYPE, monkeypatch)
+    among = make("qwen3", "nf4", TYPE, monkeypatch)
+    prompt = tokens(70)
+    alone.feed({3: prompt})
+    among.feed({3: prompt})
+    for row in (0, 1, 2, 4, 5):
+        among.feed({row: tokens(3 + 9 * row, row)})
+    for turn in range(3):
+        others = {row: tokens(1, 20 + turn + row) for row in (0, 1, 2, 4, 5)}
+        assert torch.equal(alone.feed({3: [turn + 1]})[3], among.feed({**others, 3: [turn + 1]})[3])
+
+
+def test_a_cut_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make("qwen2", "nf4", TYPE, monkeypatch)
+    parts = [
+        make("qwen2", "nf4", TYPE, monkeypatch, CutRange(True, 0, 0, False)),
+        make("qwen2", "nf4", TYPE, monkeypatch, CutRange(False, 0, 1, False)),
+        make("qwen2", "nf4", TYPE, monkeypatch, CutRange(False, 1, LAYERS, True)),
+    ]
+    for rows in ({0: tokens(20), 1: tokens(3)}, {1: tokens(1), 0: tokens(1)}):
+        activation: Any = None
+        for part in parts:
+            arriving = None if activation is None else activation.to(DTYPES[TYPE]).to(DEVICE)
+            activation = part.feed(rows, arriving)
+        wanted = whole.feed(rows)
+        assert all(torch.equal(activation[row], wanted[row]) for row in rows)
+
+
+def test_scored_prompts_report_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, wanted = (make("llama", "dense", "fp16", monkeypatch, card=card) for card in (True, False))
+    rows = {0: tokens(20)}
+    ours.feed(rows, scored=True)
+    wanted.feed(rows, scored=True)
+    found, expected = ours.scores[0], wanted.scores[0]
+    assert [entry.token_id for entry in found] == rows[0][1:]
+    assert [entry.logprob for entry in found] == pytest.approx([entry.logprob for entry in expected], abs=0.03)
+
+
+def test_models_that_the_kernels_do_not_compute_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, changes in {"granite": {"residual_multiplier": 0.3}, "gemma2": {}, "olmo2": {}}.items():
+        config = AutoConfig.for_model(name, **SIZES, **changes)
+        structure = inspect(config)
+        model = CutModel(config, structure, CutRange(True, 0, LAYERS, True), "bf16", DEVICE)
+        assert card_stage(model, {}, rules=None, weight_bytes=0) is None, name  # type: ignore[arg-type]
