@@ -12,16 +12,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from splitrun.errors import StageError
 from splitrun.kernels.gpu.products import ROWS
 from splitrun.kernels.gpu.rows import norm
-from splitrun.kernels.gpu.unpack import PromptProducts, gather
 from splitrun.model.cut import CutModel
 from splitrun.schedule.step import RowTokens, Step, Tokens
 from splitrun.stage.batch import BatchRules
 from splitrun.stage.blocks import BlockStore
-from splitrun.stage.card_graph import DecodeGraphs
-from splitrun.stage.card_inputs import PromptInputs
+from splitrun.stage.card_graph import Captures, DecodeGraphs, PromptGraphs
 from splitrun.stage.card_model import CardModel, card_model
 from splitrun.stage.generic import Computed, RangeStage, choose
 from splitrun.stage.sampling import is_plain, prompt_logprobs
@@ -41,8 +38,9 @@ class CardStage(RangeStage):
         super().__init__(model, stores, rules, weight_bytes)
         self._card = card
         self._groups = tuple(group.name for group in rules.groups)
-        self._products = PromptProducts(model.dtype, model.device)
-        self._graphs = DecodeGraphs(card, self._groups, model.dtype, model.device)
+        captures = Captures(model.device)
+        self._graphs = DecodeGraphs(card, self._groups, model.dtype, model.device, captures)
+        self._prompts = PromptGraphs(card, self._groups, model.dtype, model.device, captures)
 
     @torch.inference_mode()
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
@@ -78,8 +76,8 @@ class CardStage(RangeStage):
         for row in replays:
             for offset in range(counts[row]):
                 self._decode(computed, step, [row], incoming, offset)
-        if prompts:
-            self._prompt(computed, step, prompts, incoming)
+        for start in range(0, len(prompts), ROWS):
+            self._prompt(computed, step, prompts[start : start + ROWS], incoming)
         return computed
 
     def _decode(self, computed: Computed, step: Step, rows: list[int], incoming: Tensor | None, offset: int) -> None:
@@ -101,25 +99,19 @@ class CardStage(RangeStage):
 
     def _prompt(self, computed: Computed, step: Step, rows: list[int], incoming: Tensor | None) -> None:
         """All new tokens of some rows. Modifies ``computed``."""
-        card = self._card
-        inputs = PromptInputs.of(step, rows, self._groups, self.model.device)
-        if incoming is None:
-            shape = (inputs.ids.shape[0], card.hidden)
-            hidden = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
-            assert card.embedding is not None
-            gather(card.embedding, inputs.ids, hidden)
-        else:
-            hidden = (incoming if inputs.whole else incoming[inputs.tokens]).to(self.model.dtype)
-            if hidden.shape[0] != inputs.ids.shape[0]:
-                raise StageError(f"an activation of {hidden.shape[0]} tokens does not match its step")
-        if card.layers:
-            turns = card.turns(inputs.positions)
-            for layer, group in card.layers:
-                hidden = layer.prompt(hidden, self._products, inputs.histories[group], turns)
-        if computed.activation is not None:
-            computed.activation[inputs.tokens] = hidden
-        else:
+        tokens = numpy.concatenate(
+            [numpy.arange(step.query_starts[row], step.query_starts[row + 1], dtype=numpy.int64) for row in rows]
+        )
+        whole = len(tokens) == int(step.query_starts[-1])
+        index = None if whole else torch.from_numpy(tokens).to(self.model.device)
+        arriving = incoming if incoming is None or index is None else incoming[index]
+        hidden = self._prompts.run(step, rows, arriving)
+        if computed.activation is None:
             self._add_logits(computed, step, rows, hidden)
+        elif index is None:
+            computed.activation.copy_(hidden)
+        else:
+            computed.activation.index_copy_(0, index, hidden)
 
     def _add_logits(self, computed: Computed, step: Step, rows: Sequence[int], hidden: Tensor) -> None:
         """Logits of the tokens that somebody wants. Modifies ``computed``."""
@@ -151,7 +143,7 @@ class CardStage(RangeStage):
 
     def close(self) -> None:
         """Give the memory back."""
-        del self._graphs, self._products, self._card
+        del self._graphs, self._prompts, self._card
         super().close()
 
 

@@ -1,12 +1,12 @@
-"""Decoding on a GPU as one captured graph per number of rows: inputs copied in, one launch, results copied out.
+"""Work on a GPU as captured graphs: inputs copied in, one launch, results read where they lie.
 
-Graphs are captured when a number of rows first comes, in memory that they share. Knows a range of units and steps;
-nothing of prompts.
+A graph holds the launches for one number of rows (decoding) or of tokens (prompts), is captured when that number first
+comes, and shares its memory with the others. Knows a range of units and steps; nothing of sampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,25 +15,61 @@ from splitrun.errors import StageError
 from splitrun.kernels.gpu.layer import DecodeMemory
 from splitrun.kernels.gpu.products import ROWS, Products
 from splitrun.kernels.gpu.rows import norm
-from splitrun.kernels.gpu.unpack import gather
+from splitrun.kernels.gpu.unpack import PromptProducts, gather
 from splitrun.schedule.step import Step
-from splitrun.stage.card_inputs import DecodeInputs
+from splitrun.stage.card_inputs import DecodeInputs, PromptInputs
 from splitrun.stage.card_model import CardModel
 
 SIZES = (1, 2, 4, 8, 16)
-"""Numbers of rows that graphs are captured for; a step takes the next larger one."""
-
+"""Numbers of decoding rows that graphs are captured for; a step takes the next larger one."""
 FIRST_BLOCKS = 64
 """Blocks of a row that there is room for at first."""
+LEAST_TOKENS = 32
+"""The smallest number of prompt tokens that graphs are captured for; others are its doubles."""
+
+
+class Captures:
+    """Graphs by key. Without a GPU the launches are simply made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def has(self, key: Hashable) -> bool:
+        """Whether ``run`` would replay."""
+        return self._pool is None or key in self._graphs
+
+    def capture(self, key: Hashable, launch: Callable[[], None]) -> None:
+        """Record what ``launch`` does; a first, real run compiles and loads the kernels."""
+        launch()
+        current = torch.cuda.current_stream(self._device)
+        current.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        own = None if current == torch.cuda.default_stream(self._device) else current
+        with torch.cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode="thread_local"):
+            launch()
+        self._graphs[key] = graph
+
+    def run(self, key: Hashable, launch: Callable[[], None]) -> None:
+        """Do what was recorded."""
+        if self._pool is None:
+            launch()
+        else:
+            self._graphs[key].replay()
+
+    def forget(self) -> None:
+        """Drop all graphs: memory that they read has moved."""
+        self._graphs.clear()
 
 
 class DecodeGraphs:
     """Runs rows of one new token each, up to 16, through a range of units."""
 
     def __init__(
-        self, card: CardModel, groups: Sequence[str], dtype: torch.dtype, device: torch.device
+        self, card: CardModel, groups: Sequence[str], dtype: torch.dtype, device: torch.device, captures: Captures
     ) -> None:
-        self._card, self._device, self._groups = card, device, tuple(groups)
+        self._card, self._device, self._groups, self._captures = card, device, tuple(groups), captures
         self.products = Products(device)
         self.products.reserve(card.matrices)
         self._inputs = DecodeInputs(self._groups, FIRST_BLOCKS, device)
@@ -45,8 +81,6 @@ class DecodeGraphs:
         self._logits = torch.zeros((ROWS, outputs), dtype=dtype, device=device)
         self._chosen = torch.zeros(ROWS, dtype=torch.int64, device=device)
         self._chosen_here = torch.zeros(ROWS, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._done = torch.cuda.Event() if device.type == "cuda" else None
 
     def run(self, step: Step, rows: Sequence[int], incoming: Tensor | None, offset: int = 0) -> None:
@@ -55,19 +89,17 @@ class DecodeGraphs:
         incoming: the rows' activation from the stage before, Shape: (rows, hidden); None with an embedding.
         """
         count = len(rows)
+        if incoming is not None and incoming.shape[0] != count:
+            raise StageError(f"an activation of {incoming.shape[0]} tokens does not match its step")
         self._make_room(step)
+        size = next(size for size in SIZES if size >= count)
+        if not self._captures.has(("decode", size)):
+            self._inputs.lengths.fill_(-1)  # the first run must not write into anybody's blocks
+            self._captures.capture(("decode", size), lambda: self._launch(size))
         self._inputs.write(step, rows, offset)
         if incoming is not None:
-            if incoming.shape[0] != count:
-                raise StageError(f"an activation of {incoming.shape[0]} tokens does not match its step")
             self._hidden[:count].copy_(incoming, non_blocking=True)
-        size = next(size for size in SIZES if size >= count)
-        if self._pool is None:
-            self._compute(size)
-            return
-        if size not in self._graphs:
-            self._capture(size, step, rows, incoming, offset)
-        self._graphs[size].replay()
+        self._captures.run(("decode", size), lambda: self._launch(size))
 
     def hidden(self, rows: int) -> Tensor:
         """The activation behind the last layer. Shape: (rows, hidden); changes with the next run."""
@@ -89,10 +121,10 @@ class DecodeGraphs:
         """Wider tables for longer histories; graphs read them in place and are captured anew."""
         widest = max((table.shape[1] for table in step.block_tables.values()), default=0)
         if widest > self._inputs.blocks:
-            self._graphs.clear()
+            self._captures.forget()
             self._inputs = DecodeInputs(self._groups, 1 << (widest - 1).bit_length(), self._device)
 
-    def _compute(self, rows: int) -> None:
+    def _launch(self, rows: int) -> None:
         """The launches of one step; nothing is allocated that must outlive it."""
         card, hidden = self._card, self._hidden[:rows]
         if card.embedding is not None:
@@ -109,15 +141,49 @@ class DecodeGraphs:
             best = logits.max(dim=-1)
             self._chosen[:rows] = torch.where(best.values.isfinite(), best.indices, -1)
 
-    def _capture(self, size: int, step: Step, rows: Sequence[int], incoming: Tensor | None, offset: int) -> None:
-        """Record the launches for a number of rows; a first run without any row compiles and loads the kernels."""
-        self._inputs.lengths.fill_(-1)
-        self._compute(size)
-        torch.cuda.current_stream(self._device).synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._compute(size)
-        self._graphs[size] = graph
-        self._inputs.write(step, rows, offset)
+
+class PromptGraphs:
+    """Runs the new tokens of up to 16 rows, side by side and padded to a round number, through a range's layers."""
+
+    def __init__(
+        self, card: CardModel, groups: Sequence[str], dtype: torch.dtype, device: torch.device, captures: Captures
+    ) -> None:
+        self._card, self._dtype, self._device, self._captures = card, dtype, device, captures
+        self._products = PromptProducts(dtype, device)
+        self._inputs = PromptInputs(groups, device)
+        self._hidden = torch.empty((0, card.hidden), dtype=dtype, device=device)
+
+    def run(self, step: Step, rows: Sequence[int], incoming: Tensor | None) -> Tensor:
+        """The activation behind the last layer. Shape: (tokens, hidden); changes with the next run.
+
+        incoming: the rows' activation from the stage before, same shape; None with an embedding.
+        """
+        tokens = int(step.counts[rows].sum())
+        if incoming is not None and incoming.shape[0] != tokens:
+            raise StageError(f"an activation of {incoming.shape[0]} tokens does not match its step")
+        size, places = max(LEAST_TOKENS, 1 << (tokens - 1).bit_length()), 1 if len(rows) == 1 else ROWS
+        if self._inputs.make_room(step, size) or self._hidden.shape[0] < size:
+            self._captures.forget()
+            room = max(size, self._hidden.shape[0])
+            self._hidden = torch.zeros((room, self._card.hidden), dtype=self._dtype, device=self._device)
+        key = ("prompt", size, places)
+        if not self._captures.has(key):
+            self._inputs.clear()
+            self._captures.capture(key, lambda: self._launch(size, places))
+        self._inputs.write(step, rows)
         if incoming is not None:
-            self._hidden[: len(rows)].copy_(incoming, non_blocking=True)
+            self._hidden[:tokens].copy_(incoming, non_blocking=True)
+        self._captures.run(key, lambda: self._launch(size, places))
+        return self._hidden[:tokens]
+
+    def _launch(self, tokens: int, rows: int) -> None:
+        card, inputs = self._card, self._inputs
+        hidden = self._hidden[:tokens]
+        if card.embedding is not None:
+            gather(card.embedding, inputs.ids[:tokens], hidden)
+        if not card.layers:
+            return
+        turns, after = card.turns(inputs.positions[:tokens].clamp(min=0)), hidden
+        for layer, group in card.layers:
+            after = layer.prompt(after, self._products, inputs.history(group, tokens, rows), turns)
+        hidden.copy_(after)

@@ -6,7 +6,6 @@ Index arithmetic on the host and one transfer; knows steps and nothing of models
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy
 import torch
@@ -81,43 +80,68 @@ class DecodeInputs:
         return History(self.lengths[:rows], table[:rows], self.positions[:rows], self._token_rows, self._token_rows)
 
 
-@dataclass(frozen=True)
 class PromptInputs:
-    """The tokens of some rows of a step, side by side.
+    """The memory that prompt kernels and graphs read a step from: tokens side by side, of up to 16 rows."""
 
-    tokens  where they lie in the step's packed tensors. Shape: (tokens,)
-    """
+    def __init__(self, groups: Sequence[str], device: torch.device) -> None:
+        self._groups, self._where = tuple(groups), device
+        self._tokens = self._blocks = 0
 
-    ids: Tensor
-    tokens: Tensor
-    whole: bool
-    positions: Tensor
-    histories: dict[str, History]
+    def make_room(self, step: Step, tokens: int) -> bool:
+        """Make the memory large enough for that many tokens and the step's tables. Whether it has moved."""
+        widest = max((table.shape[1] for table in step.block_tables.values()), default=1)
+        if tokens <= self._tokens and widest <= self._blocks:
+            return False
+        self._tokens = max(tokens, self._tokens)
+        self._blocks = max(self._blocks, 1 << (widest - 1).bit_length())
+        numbers = 3 * self._tokens + 2 * ROWS + 1 + len(self._groups) * ROWS * self._blocks
+        self._device = torch.zeros(numbers, dtype=torch.int32, device=self._where)
+        self._host = numpy.zeros(numbers, dtype=numpy.int32)
+        self._ring = StagingRing(numbers, self._where)
+        sizes = [self._tokens] * 3 + [ROWS + 1, ROWS] + [ROWS * self._blocks] * len(self._groups)
+        self._starts = numpy.cumsum([0, *sizes]).tolist()
+        parts = self._device.split(sizes)
+        self.ids, self.positions, self._token_rows, self._begins, self._lengths = parts[:5]
+        self._tables = {
+            group: part.view(ROWS, self._blocks) for group, part in zip(self._groups, parts[5:], strict=True)
+        }
+        return True
 
-    @classmethod
-    def of(cls, step: Step, rows: Sequence[int], groups: Sequence[str], device: torch.device) -> PromptInputs:
-        """Those rows of a step, in one copy to the device."""
-        picked = numpy.asarray(rows)
+    def clear(self) -> None:
+        """Hold no token: launches then write nothing."""
+        self._device.zero_()
+        self.positions.fill_(-1)
+
+    def write(self, step: Step, rows: Sequence[int]) -> None:
+        """Take up all tokens of some rows of a step."""
+        host, picked, count = self._host, numpy.asarray(rows), len(rows)
         counts, lengths = step.counts[picked], step.context_lengths[picked]
-        starts = numpy.zeros(len(rows) + 1, dtype=numpy.int32)
-        numpy.cumsum(counts, out=starts[1:])
-        token_rows = numpy.repeat(numpy.arange(len(rows), dtype=numpy.int32), counts)
-        within = numpy.arange(starts[-1], dtype=numpy.int32) - starts[token_rows]
-        tokens = step.query_starts[picked][token_rows] + within
-        tables = [numpy.ascontiguousarray(step.block_tables[group][picked]) for group in groups]
-        arrays = [step.token_ids[tokens], tokens, lengths[token_rows] + within, token_rows, starts, lengths]
-        arrays += [table.reshape(-1) for table in tables]
-        packed = torch.from_numpy(numpy.concatenate(arrays).astype(numpy.int32, copy=False))
-        parts = packed.to(device, non_blocking=True).split([len(array) for array in arrays])
-        ids, places, positions, owners, begins, histories, *flat = parts
-        longest = int(counts.max())
-        return cls(
-            ids=ids,
-            tokens=places,
-            whole=len(tokens) == int(step.query_starts[-1]) and rows == sorted(rows),
-            positions=positions,
-            histories={
-                group: History(histories, cells.view(table.shape), positions, owners, begins, longest)
-                for group, cells, table in zip(groups, flat, tables, strict=True)
-            },
+        starts = numpy.zeros(ROWS + 1, dtype=numpy.int32)
+        numpy.cumsum(counts, out=starts[1 : count + 1])
+        starts[count + 1 :] = starts[count]
+        tokens = int(starts[count])
+        owners = numpy.repeat(numpy.arange(count, dtype=numpy.int32), counts)
+        within = numpy.arange(tokens, dtype=numpy.int32) - starts[owners]
+        places = self._starts
+        host[:tokens] = step.token_ids[step.query_starts[picked][owners] + within]
+        host[places[1] : places[2]] = -1
+        host[places[1] : places[1] + tokens] = lengths[owners] + within
+        host[places[2] : places[2] + tokens] = owners
+        host[places[3] : places[4]] = starts
+        host[places[4] : places[4] + count] = lengths
+        for group, start in zip(self._groups, places[5:], strict=False):
+            table = step.block_tables[group][picked]
+            cells = host[start : start + ROWS * self._blocks].reshape(ROWS, self._blocks)
+            cells[:count, : table.shape[1]] = table
+        self._ring.send(host, self._device)
+
+    def history(self, group: str, tokens: int, rows: int) -> History:
+        """Where the tokens stand, for the layers of a KV group."""
+        return History(
+            lengths=self._lengths[:rows],
+            tables=self._tables[group][:rows],
+            positions=self.positions[:tokens],
+            token_rows=self._token_rows[:tokens],
+            starts=self._begins[: rows + 1],
+            longest=tokens,
         )

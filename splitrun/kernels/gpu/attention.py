@@ -106,24 +106,27 @@ def _decode(
         weighted = tl.dot(weights.to(type), value.to(type), weighted * shrink[:, None])
         maximum = highest
     if end == first_tile + tiles:
-        at = source + (heads + kv_head) * width
-        first, second = head_halves(at, key_norm, lane[None, :], (lane < half)[None, :], half, width, epsilon, NORMED, 1)
-        key_first, key_second = turned(first, second, cosine[None, :], sine[None, :], type)
-        key_first, key_second = key_first.to(kv_type), key_second.to(kv_type)
-        value = tl.load(source + (heads + kv_heads + kv_head) * width + wide, mask=wide < width, other=0.0).to(kv_type)
-        block = tl.load(tables + row * blocks + length // block_tokens).to(tl.int64)
-        place = ((block * kv_heads + kv_head) * block_tokens + length % block_tokens) * width
-        tl.store(keys + place + lane[None, :], key_first, mask=(lane < half)[None, :])
-        tl.store(keys + place + half + lane[None, :], key_second, mask=(lane < half)[None, :])
-        tl.store(values + place + wide, value, mask=wide < width)
-        products = query_first.to(tl.float32) * key_first.to(tl.float32)
-        products += query_second.to(tl.float32) * key_second.to(tl.float32)
+        own = source + (heads + kv_head) * width
+        new_first, new_second = head_halves(
+            own, key_norm, lane[None, :], (lane < half)[None, :], half, width, epsilon, NORMED, 1
+        )
+        new_first, new_second = turned(new_first, new_second, cosine[None, :], sine[None, :], type)
+        own_first, own_second = new_first.to(kv_type), new_second.to(kv_type)
+        own_value = tl.load(source + (heads + kv_heads + kv_head) * width + wide, mask=wide < width, other=0.0)
+        own_value = own_value.to(kv_type)
+        own_block = tl.load(tables + row * blocks + length // block_tokens).to(tl.int64)
+        place = ((own_block * kv_heads + kv_head) * block_tokens + length % block_tokens) * width
+        tl.store(keys + place + lane[None, :], own_first, mask=(lane < half)[None, :])
+        tl.store(keys + place + half + lane[None, :], own_second, mask=(lane < half)[None, :])
+        tl.store(values + place + wide, own_value, mask=wide < width)
+        products = query_first.to(tl.float32) * own_first.to(tl.float32)
+        products += query_second.to(tl.float32) * own_second.to(tl.float32)
         score = tl.sum(products, axis=1) * scaling
-        highest = tl.maximum(maximum, score)
-        shrink, weight = tl.exp(maximum - highest), tl.exp(score - highest)
-        total = total * shrink + weight
-        weighted = weighted * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
-        maximum = highest
+        largest = tl.maximum(maximum, score)
+        fade, weight = tl.exp(maximum - largest), tl.exp(score - largest)
+        total = total * fade + weight
+        weighted = weighted * fade[:, None] + weight[:, None] * own_value.to(tl.float32)[None, :]
+        maximum = largest
     tl.store(marked, maximum)
     tl.store(marked + GROUP_ROWS, total)
     tl.store(sums + cell * (GROUP_ROWS * WIDTH) + member[:, None] * WIDTH + wide[None, :], weighted)

@@ -1,7 +1,6 @@
 """Products of up to 16 rows with a weight as it lies in memory, one launch each: decoding.
 
-A row's bits do not depend on the rows beside it: every launch computes a tile of 16 rows, in an order that only the
-weight's shape decides. Long sums are split over several programs; the last of them to finish adds the parts up in
+A row's bits do not depend on the rows beside it: the order of its sums is decided by the weight's shape alone. Long sums are split over several programs; the last of them to finish adds the parts up in
 order. Behind the product comes the bias, the residual or the gate. Knows no models.
 """
 
@@ -14,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from splitrun.kernels.gpu.matrix import GpuMatrix
-from splitrun.kernels.gpu.values import weight_tile
+from splitrun.kernels.gpu.matrix import NF4, GpuMatrix
+from splitrun.kernels.gpu.values import nf4_values
 
 ROWS = 16
 """Rows of a tile: the most that one call takes."""
@@ -33,6 +32,86 @@ class Shape:
 
 
 @triton.jit
+def _nf4_sums(
+    x, codes, scales, table, row, rows, weight_rows, first, last, columns, ASSEMBLY: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, TURN: tl.constexpr
+):  # fmt: skip
+    """Sums over columns first to last for rows ``row`` to ``row + ROWS`` (up to 4) of an nf4 weight, in fp32.
+
+    Each thread multiplies the values that it unpacks, so one row costs a memory's time and no matrix unit is needed.
+    ``weight_rows`` are row numbers, -1 where there is none. Shape of the result: (ROWS, OUTPUTS).
+    """
+    BLOCKS: tl.constexpr = TURN // 64
+    type: tl.constexpr = x.dtype.element_ty
+    byte, block, place = tl.arange(0, 32), tl.arange(0, BLOCKS), tl.arange(0, 64)
+    exists = weight_rows >= 0
+    begins = tl.maximum(weight_rows, 0).to(tl.int64)
+    bytes_at = codes + begins[:, None, None] * (columns // 2) + (block * 32)[None, :, None] + byte[None, None, :]
+    scales_at = scales + begins[:, None] * (columns // 64) + block[None, :]
+    x_at = x + row.to(tl.int64) * columns + (block * 64)[:, None] + place[None, :]
+    sums0 = tl.zeros((OUTPUTS, BLOCKS, 32), tl.float32)
+    sums1, sums2, sums3 = sums0, sums0, sums0
+    inside = first + block * 64 < last
+    there = exists[:, None] & inside[None, :]
+    packed = tl.load(bytes_at + first // 2, mask=there[:, :, None], other=0)
+    scale = tl.load(scales_at + first // 64, mask=there, other=0.0)
+    for start in range(first, last, TURN):
+        known = inside
+        inside = start + TURN + block * 64 < last
+        there = exists[:, None] & inside[None, :]
+        next_packed = tl.load(bytes_at + (start + TURN) // 2, mask=there[:, :, None], other=0)
+        next_scale = tl.load(scales_at + (start + TURN) // 64, mask=there, other=0.0)
+        high, low = nf4_values(packed, table, type, ASSEMBLY)
+        high, low = high.to(tl.float32), low.to(tl.float32)
+        for index in tl.static_range(ROWS):
+            here = known & (block * 0 + row + index < rows)
+            values = tl.load(x_at + index * columns + start, mask=here[:, None], other=0.0).to(tl.float32)
+            even, odd = tl.split(tl.reshape(values, (BLOCKS, 32, 2)))
+            part = (high * even[None, :, :] + low * odd[None, :, :]) * scale[:, :, None]
+            if index == 0:
+                sums0 += part
+            elif index == 1:
+                sums1 += part
+            elif index == 2:
+                sums2 += part
+            else:
+                sums3 += part
+        packed, scale = next_packed, next_scale
+    sums = tl.sum(tl.sum(sums0, axis=2), axis=1)[None, :]
+    if ROWS > 1:
+        index = tl.arange(0, ROWS)[:, None]
+        sums = tl.where(index == 1, tl.sum(tl.sum(sums1, axis=2), axis=1)[None, :], sums)
+        if ROWS > 2:
+            sums = tl.where(index == 2, tl.sum(tl.sum(sums2, axis=2), axis=1)[None, :], sums)
+            sums = tl.where(index == 3, tl.sum(tl.sum(sums3, axis=2), axis=1)[None, :], sums)
+    return sums
+
+
+@triton.jit
+def _sums(
+    x, codes, scales, rows, weight_rows, first, last, columns, FORMAT: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, TURN: tl.constexpr
+):  # fmt: skip
+    """As ``_nf4_sums`` for dense and int8 weights and all 16 rows, on the matrix units."""
+    type: tl.constexpr = x.dtype.element_ty
+    row = tl.arange(0, ROWS)
+    exists = weight_rows >= 0
+    begins = tl.maximum(weight_rows, 0).to(tl.int64)
+    sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for start in range(first, last, TURN):
+        places = start + tl.arange(0, TURN)
+        inside = places < last
+        values = tl.load(x + row[:, None] * columns + places[None, :], mask=(row < rows)[:, None] & inside[None, :],
+                         other=0.0)  # fmt: skip
+        weight = tl.load(codes + begins[:, None] * columns + places[None, :], mask=exists[:, None] & inside[None, :],
+                         other=0)  # fmt: skip
+        sums = tl.dot(values, tl.trans(weight.to(type)), sums)
+    if FORMAT == 1:
+        sums *= tl.load(scales + begins, mask=exists, other=0.0)[None, :]
+    return sums
+
+
+@triton.jit
 def _product(
     x,
     codes,
@@ -47,6 +126,7 @@ def _product(
     outputs,
     columns,
     FORMAT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     BIASED: tl.constexpr,
     ADDED: tl.constexpr,
     GATED: tl.constexpr,
@@ -59,61 +139,54 @@ def _product(
     """out = epilogue(x @ weight.T). Shape: x (rows, columns), out (rows, outputs).
 
     GATED: the weight has 2 * outputs rows, gates and then ups, and out = silu(gate) * up.
-    parts     fp32 (tiles, SPANS, 2 if GATED else 1, ROWS, OUTPUTS); arrivals int32 (tiles,), zeros before and after
+    ROWS      rows that a program computes
+    parts     fp32 (row groups, tiles, SPANS, ROWS, weight rows of a tile)
+    arrivals  int32 (row groups, tiles), zeros before and after
     """
-    tile = tl.program_id(0)
-    span = tl.program_id(1)
-    row = tl.arange(0, ROWS)
-    here = row < rows
-    output = tile * OUTPUTS + tl.arange(0, OUTPUTS)
-    total = outputs * 2 if GATED else outputs
-    sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
-    ups = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    tile, span, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    EACH: tl.constexpr = 2 if GATED else 1
+    WEIGHT_ROWS: tl.constexpr = OUTPUTS * EACH
+    lane = tl.arange(0, WEIGHT_ROWS)
+    of_output = tile * OUTPUTS + lane // EACH  # a gate and its up lie side by side in the tile
+    weight_rows = tl.where(of_output < outputs, of_output + lane % EACH * outputs, -1)
     first = span * SPAN
     last = tl.minimum(first + SPAN, columns)
-    type = x.dtype.element_ty
-    for start in range(first, last, TURN):
-        places = start + tl.arange(0, TURN)
-        inside = here[:, None] & (places < last)[None, :]
-        values = tl.load(x + row[:, None] * columns + places[None, :], mask=inside, other=0.0)
-        tile_of = weight_tile(codes, scales, table, output, start, last, total if not GATED else outputs, columns,
-                              FORMAT, OUTPUTS, TURN, type)  # fmt: skip
-        sums = tl.dot(values, tl.trans(tile_of), sums)
-        if GATED:
-            second = tl.where(output < outputs, output + outputs, total)
-            tile_of = weight_tile(codes, scales, table, second, start, last, total, columns, FORMAT, OUTPUTS, TURN, type)
-            ups = tl.dot(values, tl.trans(tile_of), ups)
+    if FORMAT == 2:
+        sums = _nf4_sums(x, codes, scales, table, group * ROWS, rows, weight_rows, first, last, columns, ASSEMBLY, ROWS,
+                         WEIGHT_ROWS, TURN)  # fmt: skip
+    else:
+        sums = _sums(x, codes, scales, rows, weight_rows, first, last, columns, FORMAT, ROWS, WEIGHT_ROWS, TURN)
+    row = group * ROWS + tl.arange(0, ROWS)
     if SPANS > 1:
-        COUNT: tl.constexpr = 2 if GATED else 1
-        cell = row[:, None] * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
-        base = parts + tile.to(tl.int64) * (SPANS * COUNT * ROWS * OUTPUTS)
-        tl.store(base + span * (COUNT * ROWS * OUTPUTS) + cell, sums)
-        if GATED:
-            tl.store(base + (span * COUNT + 1) * (ROWS * OUTPUTS) + cell, ups)
+        cell = tl.arange(0, ROWS)[:, None] * WEIGHT_ROWS + lane[None, :]
+        place = group * tl.num_programs(0) + tile
+        base = parts + place.to(tl.int64) * (SPANS * ROWS * WEIGHT_ROWS)
+        here = (row < rows)[:, None]
+        tl.store(base + span * (ROWS * WEIGHT_ROWS) + cell, sums, mask=here)
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel", scope="gpu")
+        arrived = tl.atomic_add(arrivals + place, 1, sem="acq_rel", scope="gpu")
         if arrived < SPANS - 1:
             return
         tl.debug_barrier()
-        sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
-        ups = tl.zeros((ROWS, OUTPUTS), tl.float32)
+        sums = tl.zeros((ROWS, WEIGHT_ROWS), tl.float32)
         for part in range(SPANS):
-            sums += tl.load(base + part * (COUNT * ROWS * OUTPUTS) + cell, cache_modifier=".cg")
-            if GATED:
-                ups += tl.load(base + (part * COUNT + 1) * (ROWS * OUTPUTS) + cell, cache_modifier=".cg")
-        tl.store(arrivals + tile, 0)
-    inside = here[:, None] & (output < outputs)[None, :]
+            sums += tl.load(base + part * (ROWS * WEIGHT_ROWS) + cell, mask=here, other=0.0, cache_modifier=".cg")
+        tl.store(arrivals + place, 0)
+    type: tl.constexpr = x.dtype.element_ty
+    output = tile * OUTPUTS + tl.arange(0, OUTPUTS)
+    inside = (row < rows)[:, None] & (output < outputs)[None, :]
     target = row[:, None] * outputs + output[None, :]
-    if BIASED:
-        sums += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
     if GATED:
-        gate = sums.to(type).to(tl.float32)
-        active = (gate / (1.0 + tl.exp(-gate))).to(type).to(tl.float32) * ups.to(type).to(tl.float32)
-        tl.store(out + target, active.to(type), mask=inside)
-    elif ADDED:
-        before = tl.load(residual + target, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + target, (before + sums.to(type).to(tl.float32)).to(type), mask=inside)
+        gate, up = tl.split(tl.reshape(sums, (ROWS, OUTPUTS, 2)))
+        gate, up = gate.to(type).to(tl.float32), up.to(type).to(tl.float32)
+        active = (gate / (1.0 + tl.exp(-gate))).to(type).to(tl.float32)
+        tl.store(out + target, (active * up).to(type), mask=inside)
     else:
+        if BIASED:
+            sums += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
+        if ADDED:
+            before = tl.load(residual + target, mask=inside, other=0.0).to(tl.float32)
+            sums = before + sums.to(type).to(tl.float32)
         tl.store(out + target, sums.to(type), mask=inside)
 
 
@@ -125,6 +198,7 @@ class Products:
         self._parts = torch.empty(0, dtype=torch.float32, device=device)
         self._arrivals = torch.zeros(0, dtype=torch.int32, device=device)
         self._processors = processors(device)
+        self._assembly = device.type == "cuda" and torch.version.hip is None
 
     def reserve(self, matrices: list[tuple[GpuMatrix, bool]]) -> None:
         """Make room for the parts of every (matrix, gated) to come. Call before graphs are captured."""
@@ -135,7 +209,7 @@ class Products:
             spans = -(-matrix.columns // shape.span)
             if spans > 1:
                 most = max(most, tiles * spans * (2 if gated else 1) * ROWS * shape.outputs)
-                tiles_most = max(tiles_most, tiles)
+                tiles_most = max(tiles_most, tiles * ROWS)
         self._parts = torch.empty(most, dtype=torch.float32, device=self._device)
         self._arrivals = torch.zeros(tiles_most, dtype=torch.int32, device=self._device)
 
@@ -170,7 +244,8 @@ class Products:
         shape = shape or self.shape(matrix, gated)
         spans = -(-columns // shape.span)
         tiles = -(-outputs // shape.outputs)
-        _product[(tiles, spans)](
+        group = ROWS if matrix.format != NF4 else 1 if rows == 1 else 2 if rows == 2 else 4
+        _product[(tiles, spans, -(-rows // group))](
             x,
             matrix.codes,
             matrix.scales,
@@ -184,10 +259,11 @@ class Products:
             outputs,
             columns,
             FORMAT=matrix.format,
+            ASSEMBLY=self._assembly,
             BIASED=bias is not None,
             ADDED=residual is not None,
             GATED=gated,
-            ROWS=ROWS,
+            ROWS=group,
             OUTPUTS=shape.outputs,
             TURN=shape.turn,
             SPAN=shape.span,

@@ -87,6 +87,8 @@ def _place(
     inside = lane < half
     source = projected + token * ((heads + 2 * kv_heads) * width) + head * width
     position = tl.load(positions + token)
+    if position < 0:
+        return
     block = tl.load(tables + tl.load(token_rows + token) * blocks + position // block_tokens).to(tl.int64)
     kv_type: tl.constexpr = keys.dtype.element_ty
     if head < heads + kv_heads:
@@ -111,7 +113,8 @@ def _place(
 
 
 def place(projected: Tensor, heads: Heads, history: History, cosines: Tensor, sines: Tensor) -> None:
-    """Normalize and turn the queries of ``projected`` in place, and write its keys and values into the blocks.
+    """Normalize and turn the queries of ``projected`` in place, and write its keys and values into the blocks; tokens
+    of negative position are left alone.
 
     Shape: projected (tokens, (heads + 2 * kv_heads) * width); cosines and sines fp32 (tokens, width).
     """
