@@ -156,12 +156,13 @@ class EngineCore:
     def _loop(self) -> None:
         try:
             while not self._closed:
-                self._handle(self._inbox.get())
+                deliveries = self._handle(self._inbox.get())
                 while not self._inbox.empty():
-                    self._handle(self._inbox.get())
+                    deliveries += self._handle(self._inbox.get())
                 with self._lock:
                     while not self._closed and not self._paused and (step := self._scheduler.schedule()) is not None:
                         self._pipeline.submit(step)
+                self._hand_out(deliveries)  # while the stages compute the next step
         finally:
             self._stop("the engine's loop ended on an internal error: start the server again")
 
@@ -174,18 +175,18 @@ class EngineCore:
             self._idle.notify_all()
         self._hand_out(deliveries)
 
-    def _handle(self, message: Outcome | None) -> None:
-        """Commit what came back from the stages; None only wakes the loop."""
+    def _handle(self, message: Outcome | None) -> list[tuple[Deliver, TokenEvent]]:
+        """Commit what came back from the stages, and say who is to be told; None only wakes the loop."""
         if message is None:
-            return
+            return []
         with self._lock:
             if self._closed:
-                return
+                return []
             events = self._events_of(message)
             deliveries = self._take_deliveries(events)
             if not self._scheduler.has_work:
                 self._idle.notify_all()
-        self._hand_out(deliveries)
+        return deliveries
 
     def _events_of(self, message: Outcome) -> list[TokenEvent]:
         """What the message means for the requests. Called under the lock."""
