@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from splitrun.kernels.gpu.direct import direct_products, takes
 from splitrun.kernels.gpu.matrix import NF4, GpuMatrix
 from splitrun.kernels.gpu.values import nf4_values
 
@@ -191,7 +192,10 @@ def _product(
 
 
 class Products:
-    """Launches products of one stage, one after the other: they share the memory for parts of sums."""
+    """Launches products of one stage, one after the other: they share the memory for parts of sums.
+
+    By `DirectProducts` where a card runs those, else by Triton.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -241,6 +245,10 @@ class Products:
         rows, columns = x.shape
         assert rows <= ROWS, f"{rows} rows"
         outputs = _outputs(matrix, gated)
+        direct = direct_products(matrix.format, x.dtype, self._device) if takes(matrix) and shape is None else None
+        if direct is not None:
+            direct(x, matrix, out, bias, residual, gated)
+            return out
         shape = shape or self.shape(matrix, gated)
         spans = -(-columns // shape.span)
         tiles = -(-outputs // shape.outputs)

@@ -1,0 +1,113 @@
+"""CUDA kernels compiled on the machine that runs them: torch's own NVRTC, and the driver, by ctypes.
+
+A launch costs some ten microseconds of the processor's time, which a captured graph pays once. Knows no kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_LOG = logging.getLogger(__name__)
+
+
+class CudaUnavailable(Exception):
+    """NVRTC or the driver is not there, or refuses. Never reaches a user: the caller has another way."""
+
+
+class CudaKernels:
+    """The functions of one compiled source, for one device."""
+
+    def __init__(self, source: str, defines: dict[str, str | int], device: torch.device) -> None:
+        """Compile and load. Raises CudaUnavailable."""
+        text = "".join(f"#define {name} {value}\n" for name, value in defines.items()) + source
+        major, minor = torch.cuda.get_device_capability(device)
+        self._binary = _compiled(text, f"sm_{major}{minor}")
+        self._driver = _driver()
+        self._module = ctypes.c_void_p()
+        torch.zeros(1, device=device)  # makes the device's context the thread's own
+        with torch.cuda.device(device):
+            _check(self._driver.cuModuleLoadData(ctypes.byref(self._module), self._binary), "loading a kernel")
+        self._functions: dict[str, ctypes.c_void_p] = {}
+
+    def launch(
+        self, name: str, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Tensor | int | None]
+    ) -> None:
+        """Launch a function on the current stream; tensors are passed as pointers, None as a null pointer."""
+        values = [
+            ctypes.c_int(argument)
+            if isinstance(argument, int)
+            else ctypes.c_void_p(None if argument is None else argument.data_ptr())
+            for argument in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        function = self._function(name)
+        status = self._driver.cuLaunchKernel(
+            function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, pointers, None
+        )
+        _check(status, f"launching {name}")
+
+    def _function(self, name: str) -> ctypes.c_void_p:
+        if name not in self._functions:
+            function = ctypes.c_void_p()
+            found = self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
+            _check(found, f"finding {name}")
+            self._functions[name] = function
+        return self._functions[name]
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CudaUnavailable(str(error)) from error
+
+
+@cache
+def _compiler() -> ctypes.CDLL:
+    """NVRTC as torch brings it."""
+    major = (torch.version.cuda or "0").split(".")[0]
+    name = f"libnvrtc.so.{major}"
+    folder = Path(torch.__file__).parent
+    places = [name, *map(str, folder.parent.glob(f"nvidia/*/lib/{name}")), *map(str, folder.glob(f"lib/{name}*"))]
+    for place in places:
+        try:
+            return ctypes.CDLL(place)
+        except OSError:
+            continue
+    raise CudaUnavailable(f"{name} is not there")
+
+
+@cache
+def _compiled(text: str, architecture: str) -> bytes:
+    """The machine code of a source. Raises CudaUnavailable with the compiler's first complaint."""
+    compiler, program = _compiler(), ctypes.c_void_p()
+    options = (ctypes.c_char_p * 2)(f"--gpu-architecture={architecture}".encode(), b"--std=c++17")
+    _check(compiler.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"splitrun.cu", 0, None, None), "NVRTC")
+    try:
+        if compiler.nvrtcCompileProgram(program, len(options), options):
+            size = ctypes.c_size_t()
+            compiler.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            compiler.nvrtcGetProgramLog(program, log)
+            raise CudaUnavailable(log.value.decode(errors="replace").strip()[:500])
+        size = ctypes.c_size_t()
+        _check(compiler.nvrtcGetCUBINSize(program, ctypes.byref(size)), "NVRTC")
+        binary = ctypes.create_string_buffer(size.value)
+        _check(compiler.nvrtcGetCUBIN(program, binary), "NVRTC")
+        return binary.raw
+    finally:
+        compiler.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        raise CudaUnavailable(f"{what}: status {status}")

@@ -1,0 +1,129 @@
+"""The products of `source/product.cu`: compiled at first use, tested against torch before they are trusted.
+
+They take NVIDIA's cards from compute capability 8.0 on. Knows weights as matrices, no models.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from splitrun.kernels.gpu.cuda import CudaKernels, CudaUnavailable
+from splitrun.kernels.gpu.matrix import DENSE, INT8, NF4, GpuMatrix, joined
+from splitrun.kernels.int8 import Int8Weight
+from splitrun.kernels.nf4 import Nf4Weight
+from splitrun.kernels.nf4_definition import NF4_TABLE
+
+LEAST_CAPABILITY = (8, 0)
+PIECE, TILE = 64, 16
+TURN = {DENSE: 2, INT8: 4, NF4: 4}
+"""Pieces of 64 columns that a warp reads at a time."""
+WARPS_EACH = 16
+"""Warps that are wanted per multiprocessor."""
+MOST_WARPS = 16
+TOLERANCE = 0.01
+"""Error that the self-test allows, of the product's norm."""
+
+_LOG = logging.getLogger(__name__)
+
+
+class DirectProducts:
+    """Launches the products with matrices of one format and type."""
+
+    def __init__(self, format: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compile. Raises CudaUnavailable."""
+        source = resources.files("splitrun.kernels.gpu").joinpath("source/product.cu").read_text(encoding="utf-8")
+        defines: dict[str, str | int] = {"FORMAT": format, "BF16": int(dtype == torch.bfloat16)}
+        self._kernels = CudaKernels(source, defines | {"TABLE": _table(dtype)}, device)
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def __call__(
+        self,
+        x: Tensor,
+        matrix: GpuMatrix,
+        out: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        gated: bool,
+        warps: int | None = None,
+    ) -> None:
+        """As `Products.__call__`."""
+        rows, columns = x.shape
+        outputs = matrix.rows // 2 if gated else matrix.rows
+        tiles = -(-matrix.rows // TILE)
+        eights = 1 if rows <= 8 else 2
+        warps = warps or self.warps(matrix)
+        self._kernels.launch(
+            f"{'gated' if gated else 'plain'}_{8 * eights}",
+            -(-outputs // (TILE // 2)) if gated else tiles,
+            32 * warps,
+            warps * TILE * 8 * eights * 4,
+            (x, matrix.codes, matrix.scales, bias, residual, out, rows, outputs, columns),
+        )
+
+    def warps(self, matrix: GpuMatrix) -> int:
+        """Warps that share the columns of a tile: the matrix's shape alone decides, so that a row's bits do not
+        depend on the step."""
+        tiles, turns = -(-matrix.rows // TILE), -(-matrix.columns // (PIECE * TURN[matrix.format]))
+        return max(1, min(MOST_WARPS, turns, -(-WARPS_EACH * self._processors // tiles)))
+
+
+def takes(matrix: GpuMatrix) -> bool:
+    """Whether the kernels read a matrix of this shape."""
+    return matrix.columns % PIECE == 0
+
+
+@cache
+def direct_products(format: int, dtype: torch.dtype, device: torch.device) -> DirectProducts | None:
+    """The products for a device; None where it cannot run them or they fail their test, which one warning tells."""
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return None
+    try:
+        found = DirectProducts(format, dtype, device)
+        error = _error(found, format, dtype, device)
+    except CudaUnavailable as reason:
+        _LOG.warning("the CUDA products are not used: %s", reason)
+        return None
+    if not error < TOLERANCE:
+        _LOG.warning("the CUDA products are not used: their self-test was off by %.2g", error)
+        return None
+    return found
+
+
+def _error(products: DirectProducts, format: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The largest error of test products, as a share of the product's norm."""
+    generator = torch.Generator().manual_seed(5)
+    worst = 0.0
+    for rows, outputs, columns in ((1, 48, 320), (5, 30, 64), (16, 24, 1088)):
+        values = torch.randn(outputs, columns, generator=generator).to(device)
+        x = torch.randn(rows, columns, generator=generator).to(device, dtype)
+        if format == DENSE:
+            wanted = values.to(dtype)
+            matrix, _ = joined([wanted])
+        else:
+            weight = (Nf4Weight if format == NF4 else Int8Weight).empty((outputs, columns), dtype, device)
+            weight.store(0, values)
+            matrix, wanted = joined([weight])[0], weight.dequantize()
+        for gated in (False, True):
+            out = torch.full((rows, outputs // 2 if gated else outputs), torch.nan, dtype=dtype, device=device)
+            products(x, matrix, out, None, None, gated)
+            exact = x.double() @ wanted.double().T
+            if gated:
+                gate, up = exact.chunk(2, 1)
+                exact = torch.nn.functional.silu(gate) * up
+            worst = max(worst, float((out.double() - exact).norm() / exact.norm()))
+    return worst
+
+
+def _table(dtype: torch.dtype) -> str:
+    """nf4's values in a type, as `product.cu` wants them."""
+    values = torch.tensor(NF4_TABLE).to(dtype).view(torch.int16).tolist()
+    planes = [[value >> shift & 0xFF for value in values] for shift in (0, 8)]
+    words = ["".join(f"{byte:02x}" for byte in reversed(plane[at : at + 4])) for plane in planes for at in range(0, 16, 4)]
+    return ", ".join(f"0x{word}" for word in words)
