@@ -20,11 +20,9 @@ from splitrun.kernels.nf4_definition import NF4_TABLE
 
 LEAST_CAPABILITY = (8, 0)
 PIECE, TILE = 64, 16
-TURN = {DENSE: 2, INT8: 4, NF4: 4}
-"""Pieces of 64 columns that a warp reads at a time."""
-WARPS_EACH = 16
+WARPS_EACH = 32
 """Warps that are wanted per multiprocessor."""
-MOST_WARPS = 16
+MOST_WARPS = 24
 TOLERANCE = 0.01
 """Error that the self-test allows, of the product's norm."""
 
@@ -68,8 +66,8 @@ class DirectProducts:
     def warps(self, matrix: GpuMatrix) -> int:
         """Warps that share the columns of a tile: the matrix's shape alone decides, so that a row's bits do not
         depend on the step."""
-        tiles, turns = -(-matrix.rows // TILE), -(-matrix.columns // (PIECE * TURN[matrix.format]))
-        return max(1, min(MOST_WARPS, turns, -(-WARPS_EACH * self._processors // tiles)))
+        tiles = -(-matrix.rows // TILE)
+        return max(1, min(MOST_WARPS, matrix.columns // PIECE, -(-WARPS_EACH * self._processors // tiles)))
 
 
 def takes(matrix: GpuMatrix) -> bool:

@@ -56,16 +56,13 @@ __device__ __forceinline__ void multiply(float sums[4], const word a[4], word b0
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* A thread's 16 columns of one weight row, as they lie: 32, 16 or 8 bytes. */
+/* Words of a thread's 16 columns of one weight row, as they lie. */
 #if FORMAT == 0
 #define WORDS 8
-#define PIECES 2
 #elif FORMAT == 1
 #define WORDS 4
-#define PIECES 4
 #else
 #define WORDS 2
-#define PIECES 4
 #endif
 
 struct codes {
@@ -109,6 +106,54 @@ __device__ __forceinline__ void four_values(const codes &from, int number, word 
 #endif
 }
 
+/* What a thread needs for 64 columns: its shares of two weight rows, of their scales, and of rows of x. */
+template <int EIGHTS>
+struct piece {
+    codes first, second;
+    float first_scale, second_scale;
+    word inputs[EIGHTS][SHARE / 2];
+
+    __device__ __forceinline__ void load(const unsigned char *first_codes, const unsigned char *second_codes,
+                                         const float *first_scales, const float *second_scales, const value *x, int rows,
+                                         int columns, int number) {
+        const int group = threadIdx.x % 32 / 4, share = threadIdx.x % 4;
+        first = load_codes(first_codes, number, share), second = load_codes(second_codes, number, share);
+#if FORMAT == 2
+        first_scale = __ldcs(first_scales + number), second_scale = __ldcs(second_scales + number);
+#endif
+#pragma unroll
+        for (int eight = 0; eight < EIGHTS; eight++) {
+            int row = eight * 8 + group;
+            const uint4 *from = (const uint4 *)(x + (long long)row * columns + number * PIECE + share * SHARE);
+#pragma unroll
+            for (int j = 0; j < SHARE / 8; j++) {
+                uint4 four = row < rows ? from[j] : make_uint4(0, 0, 0, 0);
+                inputs[eight][4 * j] = four.x, inputs[eight][4 * j + 1] = four.y;
+                inputs[eight][4 * j + 2] = four.z, inputs[eight][4 * j + 3] = four.w;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void multiply_into(float sums[EIGHTS][4]) const {
+        float own[EIGHTS][4] = {};
+#pragma unroll
+        for (int four = 0; four < SHARE / 4; four++) {
+            word a[4];
+            four_values(first, four, a[0], a[2]);
+            four_values(second, four, a[1], a[3]);
+#pragma unroll
+            for (int eight = 0; eight < EIGHTS; eight++)
+                multiply(FORMAT == 2 ? own[eight] : sums[eight], a, inputs[eight][2 * four], inputs[eight][2 * four + 1]);
+        }
+#if FORMAT == 2
+#pragma unroll
+        for (int eight = 0; eight < EIGHTS; eight++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) sums[eight][j] += own[eight][j] * (j < 2 ? first_scale : second_scale);
+#endif
+    }
+};
+
 /* x: (rows, columns); out: (rows, outputs). GATED: the weight has gates and then ups, and out = silu(gate) * up.
  * bias (outputs) and residual (rows, outputs) may be null. Blocks: one per tile; threads: 32 for each warp. */
 template <bool GATED, int EIGHTS>
@@ -124,56 +169,16 @@ __device__ __forceinline__ void product(const value *x, const unsigned char *wei
     const unsigned char *first_codes = weight + (first_there ? first_row : 0) * row_bytes;
     const unsigned char *second_codes = weight + (second_there ? second_row : 0) * row_bytes;
     const int pieces = columns / PIECE;
-#if FORMAT == 2
     const float *first_scales = scales + (long long)(first_there ? first_row : 0) * pieces;
     const float *second_scales = scales + (long long)(second_there ? second_row : 0) * pieces;
-#endif
     float sums[EIGHTS][4] = {};
-    for (int start = warp * PIECES; start < pieces; start += warps * PIECES) {
-        codes first[PIECES], second[PIECES];
-        float first_scale[PIECES], second_scale[PIECES];
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            int piece = min(start + i, pieces - 1);
-            first[i] = load_codes(first_codes, piece, share), second[i] = load_codes(second_codes, piece, share);
-#if FORMAT == 2
-            first_scale[i] = first_scales[piece], second_scale[i] = second_scales[piece];
-#endif
-        }
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            if (start + i >= pieces) break;
-            word inputs[EIGHTS][SHARE / 2];
-#pragma unroll
-            for (int eight = 0; eight < EIGHTS; eight++) {
-                int row = eight * 8 + group;
-                const uint4 *from = (const uint4 *)(x + (long long)row * columns + (start + i) * PIECE + share * SHARE);
-#pragma unroll
-                for (int j = 0; j < SHARE / 8; j++) {
-                    uint4 four = row < rows ? from[j] : make_uint4(0, 0, 0, 0);
-                    inputs[eight][4 * j] = four.x, inputs[eight][4 * j + 1] = four.y;
-                    inputs[eight][4 * j + 2] = four.z, inputs[eight][4 * j + 3] = four.w;
-                }
-            }
-            float piece_sums[EIGHTS][4] = {};
-#pragma unroll
-            for (int four = 0; four < SHARE / 4; four++) {
-                word a[4];
-                four_values(first[i], four, a[0], a[2]);
-                four_values(second[i], four, a[1], a[3]);
-#pragma unroll
-                for (int eight = 0; eight < EIGHTS; eight++)
-                    multiply(FORMAT == 2 ? piece_sums[eight] : sums[eight], a, inputs[eight][2 * four],
-                             inputs[eight][2 * four + 1]);
-            }
-#if FORMAT == 2
-#pragma unroll
-            for (int eight = 0; eight < EIGHTS; eight++)
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    sums[eight][j] += piece_sums[eight][j] * (j < 2 ? first_scale[i] : second_scale[i]);
-#endif
-        }
+    struct piece<EIGHTS> now, next;
+    if (warp < pieces) now.load(first_codes, second_codes, first_scales, second_scales, x, rows, columns, warp);
+    for (int number = warp; number < pieces; number += warps) {
+        int following = min(number + warps, pieces - 1);
+        next.load(first_codes, second_codes, first_scales, second_scales, x, rows, columns, following);
+        now.multiply_into(sums);
+        now = next;
     }
     const int width = 8 * EIGHTS;
 #pragma unroll
@@ -206,7 +211,7 @@ __device__ __forceinline__ void product(const value *x, const unsigned char *wei
 }
 
 #define KERNEL(NAME, GATED, EIGHTS)                                                                                        \
-    extern "C" __global__ void NAME(const value *x, const unsigned char *weight, const float *scales, const value *bias,   \
+    extern "C" __global__ void __launch_bounds__(768) NAME(const value *x, const unsigned char *weight, const float *scales, const value *bias,   \
                                     const value *residual, value *out, int rows, int outputs, int columns) {               \
         product<GATED, EIGHTS>(x, weight, scales, bias, residual, out, rows, outputs, columns);                            \
     }
