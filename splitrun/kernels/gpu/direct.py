@@ -20,9 +20,11 @@ from splitrun.kernels.nf4_definition import NF4_TABLE
 
 LEAST_CAPABILITY = (8, 0)
 PIECE, TILE = 64, 16
-WARPS_EACH = 32
+WARPS_EACH = 16
 """Warps that are wanted per multiprocessor."""
-MOST_WARPS = 24
+MOST_WARPS = {DENSE: 24, INT8: 16, NF4: 16}
+GROUP = {DENSE: 1, INT8: 2, NF4: 4}
+"""Pieces of 64 columns that a warp reads at a time."""
 TOLERANCE = 0.01
 """Error that the self-test allows, of the product's norm."""
 
@@ -66,8 +68,8 @@ class DirectProducts:
     def warps(self, matrix: GpuMatrix) -> int:
         """Warps that share the columns of a tile: the matrix's shape alone decides, so that a row's bits do not
         depend on the step."""
-        tiles = -(-matrix.rows // TILE)
-        return max(1, min(MOST_WARPS, matrix.columns // PIECE, -(-WARPS_EACH * self._processors // tiles)))
+        tiles, groups = -(-matrix.rows // TILE), -(-matrix.columns // (PIECE * GROUP[matrix.format]))
+        return max(1, min(MOST_WARPS[matrix.format], groups, -(-WARPS_EACH * self._processors // tiles)))
 
 
 def takes(matrix: GpuMatrix) -> bool:

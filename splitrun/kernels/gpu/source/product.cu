@@ -56,13 +56,17 @@ __device__ __forceinline__ void multiply(float sums[4], const word a[4], word b0
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* Words of a thread's 16 columns of one weight row, as they lie. */
+/* Words of a thread's 16 columns of one weight row, as they lie; and pieces that a warp reads at a time, one turn ahead:
+ * so many bytes under way that memory's latency is covered. */
 #if FORMAT == 0
 #define WORDS 8
+#define GROUP 1
 #elif FORMAT == 1
 #define WORDS 4
+#define GROUP 2
 #else
 #define WORDS 2
+#define GROUP 4
 #endif
 
 struct codes {
@@ -106,53 +110,73 @@ __device__ __forceinline__ void four_values(const codes &from, int number, word 
 #endif
 }
 
-/* What a thread needs for 64 columns: its shares of two weight rows, of their scales, and of rows of x. */
-template <int EIGHTS>
-struct piece {
-    codes first, second;
-    float first_scale, second_scale;
-    word inputs[EIGHTS][SHARE / 2];
+/* Where a thread's two weight rows begin, and where their scales do. */
+struct rows_of_weight {
+    const unsigned char *codes[2];
+    const float *scales[2];
+};
 
-    __device__ __forceinline__ void load(const unsigned char *first_codes, const unsigned char *second_codes,
-                                         const float *first_scales, const float *second_scales, const value *x, int rows,
-                                         int columns, int number) {
-        const int group = threadIdx.x % 32 / 4, share = threadIdx.x % 4;
-        first = load_codes(first_codes, number, share), second = load_codes(second_codes, number, share);
+/* A thread's share of GROUP neighbouring pieces of two weight rows. */
+struct share_of_group {
+    codes values[GROUP][2];
+    float scales[GROUP][2];
+
+    __device__ __forceinline__ void load(const rows_of_weight &from, int group, int pieces) {
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            int piece = min(group * GROUP + i, pieces - 1);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                values[i][j] = load_codes(from.codes[j], piece, threadIdx.x % 4);
 #if FORMAT == 2
-        first_scale = __ldcs(first_scales + number), second_scale = __ldcs(second_scales + number);
+                scales[i][j] = __ldcs(from.scales[j] + piece);
 #endif
-#pragma unroll
-        for (int eight = 0; eight < EIGHTS; eight++) {
-            int row = eight * 8 + group;
-            const uint4 *from = (const uint4 *)(x + (long long)row * columns + number * PIECE + share * SHARE);
-#pragma unroll
-            for (int j = 0; j < SHARE / 8; j++) {
-                uint4 four = row < rows ? from[j] : make_uint4(0, 0, 0, 0);
-                inputs[eight][4 * j] = four.x, inputs[eight][4 * j + 1] = four.y;
-                inputs[eight][4 * j + 2] = four.z, inputs[eight][4 * j + 3] = four.w;
             }
         }
     }
+};
 
-    __device__ __forceinline__ void multiply_into(float sums[EIGHTS][4]) const {
-        float own[EIGHTS][4] = {};
+/* A thread's share of a piece of the rows of x: 16 columns of each eighth row. */
+template <int EIGHTS>
+struct share_of_x {
+    word pairs[EIGHTS][SHARE / 2];
+
+    __device__ __forceinline__ void load(const value *x, int rows, int columns, int piece) {
 #pragma unroll
-        for (int four = 0; four < SHARE / 4; four++) {
-            word a[4];
-            four_values(first, four, a[0], a[2]);
-            four_values(second, four, a[1], a[3]);
+        for (int eight = 0; eight < EIGHTS; eight++) {
+            int row = eight * 8 + threadIdx.x % 32 / 4;
+            const uint4 *from = (const uint4 *)(x + (long long)row * columns + piece * PIECE + threadIdx.x % 4 * SHARE);
 #pragma unroll
-            for (int eight = 0; eight < EIGHTS; eight++)
-                multiply(FORMAT == 2 ? own[eight] : sums[eight], a, inputs[eight][2 * four], inputs[eight][2 * four + 1]);
+            for (int j = 0; j < SHARE / 8; j++) {
+                uint4 four = row < rows ? from[j] : make_uint4(0, 0, 0, 0);
+                pairs[eight][4 * j] = four.x, pairs[eight][4 * j + 1] = four.y;
+                pairs[eight][4 * j + 2] = four.z, pairs[eight][4 * j + 3] = four.w;
+            }
         }
-#if FORMAT == 2
-#pragma unroll
-        for (int eight = 0; eight < EIGHTS; eight++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) sums[eight][j] += own[eight][j] * (j < 2 ? first_scale : second_scale);
-#endif
     }
 };
+
+/* sums += a piece of the weight times a piece of x; nf4's scales hold for just a piece */
+template <int EIGHTS>
+__device__ __forceinline__ void multiply_piece(float sums[EIGHTS][4], const codes weight[2], const float scales[2],
+                                               const share_of_x<EIGHTS> &x) {
+    float own[EIGHTS][4] = {};
+#pragma unroll
+    for (int four = 0; four < SHARE / 4; four++) {
+        word a[4];
+        four_values(weight[0], four, a[0], a[2]);
+        four_values(weight[1], four, a[1], a[3]);
+#pragma unroll
+        for (int eight = 0; eight < EIGHTS; eight++)
+            multiply(FORMAT == 2 ? own[eight] : sums[eight], a, x.pairs[eight][2 * four], x.pairs[eight][2 * four + 1]);
+    }
+#if FORMAT == 2
+#pragma unroll
+    for (int eight = 0; eight < EIGHTS; eight++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) sums[eight][j] += own[eight][j] * scales[j / 2];
+#endif
+}
 
 /* x: (rows, columns); out: (rows, outputs). GATED: the weight has gates and then ups, and out = silu(gate) * up.
  * bias (outputs) and residual (rows, outputs) may be null. Blocks: one per tile; threads: 32 for each warp. */
@@ -166,18 +190,26 @@ __device__ __forceinline__ void product(const value *x, const unsigned char *wei
     const int first_row = tile + group, second_row = GATED ? tile + group + outputs : tile + group + 8;
     const bool first_there = first_row < outputs, second_there = GATED ? first_there : second_row < outputs;
     const long long row_bytes = (long long)columns * WORDS / 4;
-    const unsigned char *first_codes = weight + (first_there ? first_row : 0) * row_bytes;
-    const unsigned char *second_codes = weight + (second_there ? second_row : 0) * row_bytes;
-    const int pieces = columns / PIECE;
-    const float *first_scales = scales + (long long)(first_there ? first_row : 0) * pieces;
-    const float *second_scales = scales + (long long)(second_there ? second_row : 0) * pieces;
+    const int pieces = columns / PIECE, groups = (pieces + GROUP - 1) / GROUP;
+    const long long start[2] = {first_there ? first_row : 0, second_there ? second_row : 0};
+    const rows_of_weight from = {{weight + start[0] * row_bytes, weight + start[1] * row_bytes},
+                                 {scales + start[0] * pieces, scales + start[1] * pieces}};
     float sums[EIGHTS][4] = {};
-    struct piece<EIGHTS> now, next;
-    if (warp < pieces) now.load(first_codes, second_codes, first_scales, second_scales, x, rows, columns, warp);
-    for (int number = warp; number < pieces; number += warps) {
-        int following = min(number + warps, pieces - 1);
-        next.load(first_codes, second_codes, first_scales, second_scales, x, rows, columns, following);
-        now.multiply_into(sums);
+    share_of_group now, next;
+    share_of_x<EIGHTS> x_now, x_next;
+    if (warp < groups) {
+        now.load(from, warp, pieces);
+        x_now.load(x, rows, columns, warp * GROUP);
+    }
+    for (int number = warp; number < groups; number += warps) {
+        next.load(from, min(number + warps, groups - 1), pieces);
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            int following = i + 1 < GROUP ? number * GROUP + i + 1 : (number + warps) * GROUP;
+            x_next.load(x, rows, columns, min(following, pieces - 1));
+            if (number * GROUP + i < pieces) multiply_piece<EIGHTS>(sums, now.values[i], now.scales[i], x_now);
+            x_now = x_next;
+        }
         now = next;
     }
     const int width = 8 * EIGHTS;
@@ -211,7 +243,7 @@ __device__ __forceinline__ void product(const value *x, const unsigned char *wei
 }
 
 #define KERNEL(NAME, GATED, EIGHTS)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(768) NAME(const value *x, const unsigned char *weight, const float *scales, const value *bias,   \
+    extern "C" __global__ void __launch_bounds__(FORMAT == 0 ? 768 : 512) NAME(const value *x, const unsigned char *weight, const float *scales, const value *bias,   \
                                     const value *residual, value *out, int rows, int outputs, int columns) {               \
         product<GATED, EIGHTS>(x, weight, scales, bias, residual, out, rows, outputs, columns);                            \
     }
