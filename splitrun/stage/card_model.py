@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from splitrun.kernels.gpu.layer import GpuLayer, LayerWeights, Turns
-from splitrun.kernels.gpu.matrix import AnyWeight, GpuMatrix, joined, takes
+from splitrun.kernels.gpu.matrix import GpuMatrix, matrix_of
 from splitrun.kernels.gpu.shapes import Heads
-from splitrun.kernels.weight import install
 from splitrun.model.cut import CutModel
 from splitrun.stage.blocks import BlockStore
 from splitrun.stage.fused import NORMS, OTHERS, PROJECTIONS, REFERENCES, code_of, is_known
@@ -68,8 +67,7 @@ class Head:
 
 
 def card_model(model: CutModel, stores: Mapping[int, BlockStore]) -> CardModel | None:
-    """The range for the kernels, None where any of it is not what they compute. Modifies the model: weights that are
-    multiplied together come to lie together."""
+    """The range for the kernels, None where any of it is not what they compute."""
     skeleton = model.skeleton
     base: Any = skeleton.base
     if not _is_common(skeleton.model, base) or base.rotary_emb.rope_type in CHANGING_ROTARY:
@@ -152,18 +150,12 @@ def _layer(layer: nn.Module, store: BlockStore, window: int | None) -> GpuLayer 
 
 
 def _matrix(module: nn.Module, names: Sequence[str]) -> GpuMatrix | None:
-    """The module's weights of those names as one matrix, in whose storage they lie afterwards. None: not readable."""
-    weights: list[AnyWeight] = []
+    """The module's weights of those names as one matrix. None: not readable."""
+    weights = []
     for name in names:
         path, _, leaf = name.rpartition(".")
         weights.append(getattr(module.get_submodule(path) if path else module, leaf))
-    if not takes(weights):
-        return None
-    matrix, views = joined(weights)
-    if len(names) > 1:
-        for name, view in zip(names, views, strict=True):
-            install(module, name, view)
-    return matrix
+    return matrix_of(weights)
 
 
 def _is_common(model: Any, base: Any) -> bool:

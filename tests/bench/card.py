@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from splitrun.kernels.gpu.attention import DecodeAttention, prompt_attention
-from splitrun.kernels.gpu.matrix import GpuMatrix, joined
+from splitrun.kernels.gpu.matrix import AnyWeight, GpuMatrix, matrix_of
 from splitrun.kernels.gpu.products import Products
 from splitrun.kernels.gpu.rows import gate, norm
 from splitrun.kernels.gpu.shapes import Heads, History
@@ -77,8 +77,8 @@ def products(formats: list[str], rows: int, copy: float) -> Iterator[Row]:
     """Decoding products, and the writing out of values for prompts."""
     for format in formats:
         for name, (outputs, columns, gated) in MATRICES.items():
-            matrices = [matrix(outputs, columns, format) for _ in range(copies(outputs * columns, format))]
-            run = Products(matrices[0].codes.device)
+            matrices = [matrix(outputs, columns, format, gated) for _ in range(copies(outputs * columns, format))]
+            run = Products(matrices[0].device)
             run.reserve([(matrices[0], gated)])
             x = torch.randn(rows, columns, dtype=DTYPE, device="cuda")
             out = torch.empty(rows, outputs // 2 if gated else outputs, dtype=DTYPE, device="cuda")
@@ -87,7 +87,7 @@ def products(formats: list[str], rows: int, copy: float) -> Iterator[Row]:
             yield Row(f"{name}, {format}", seconds * 1e6, moved, moved / seconds / copy)
             if format != "bf16" and name == "down":
                 memory = torch.empty(outputs * columns, dtype=DTYPE, device="cuda")
-                seconds = timed([lambda m=m: unpacked(m, 0, m.rows, memory) for m in matrices])
+                seconds = timed([lambda m=m: unpacked(m, m.parts[0], 0, m.rows, memory) for m in matrices])
                 moved = matrices[0].nbytes + memory.nbytes
                 yield Row(f"written out for a prompt, {format}", seconds * 1e6, moved, moved / seconds / copy)
             del matrices
@@ -128,15 +128,23 @@ def heads(blocks: int) -> Heads:
     return Heads(HEADS, KV_HEADS, WIDTH, keys, values, None, None, 1e-6, WIDTH**-0.5, None)
 
 
-def matrix(outputs: int, columns: int, format: str) -> GpuMatrix:
-    """A random matrix in a format."""
+def matrix(outputs: int, columns: int, format: str, gated: bool) -> GpuMatrix:
+    """A random matrix in a format; ``gated``: of two weights."""
+    parts = [weight(outputs // 2 if gated else outputs, columns, format) for _ in range(2 if gated else 1)]
+    found = matrix_of(parts)
+    assert found is not None
+    return found
+
+
+def weight(outputs: int, columns: int, format: str) -> AnyWeight:
+    """A random weight in a format."""
     if format == "nf4":
         codes = torch.randint(0, 256, (outputs, columns // 2), dtype=torch.uint8, device="cuda")
-        return joined([Nf4Weight(codes, torch.rand(outputs, columns // 64, device="cuda"), DTYPE)])[0]
+        return Nf4Weight(codes, torch.rand(outputs, columns // 64, device="cuda"), DTYPE)
     if format == "int8":
         codes = torch.randint(-127, 128, (outputs, columns), dtype=torch.int8, device="cuda")
-        return joined([Int8Weight(codes, torch.rand(outputs, device="cuda"), DTYPE)])[0]
-    return joined([torch.randn(outputs, columns, device="cuda").to(DTYPE)])[0]
+        return Int8Weight(codes, torch.rand(outputs, device="cuda"), DTYPE)
+    return torch.randn(outputs, columns, device="cuda").to(DTYPE)
 
 
 def copies(values: int, format: str) -> int:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from splitrun.kernels.gpu.cuda import CudaKernels, CudaUnavailable
-from splitrun.kernels.gpu.matrix import DENSE, INT8, NF4, GpuMatrix, joined
+from splitrun.kernels.gpu.matrix import DENSE, INT8, MOST_PARTS, NF4, AnyWeight, GpuMatrix, matrix_of
 from splitrun.kernels.int8 import Int8Weight
 from splitrun.kernels.nf4 import Nf4Weight
 from splitrun.kernels.nf4_definition import NF4_TABLE
+from splitrun.kernels.weight import Weight
 
 LEAST_CAPABILITY = (8, 0)
 PIECE, TILE = 64, 16
@@ -25,6 +26,8 @@ WARPS_EACH = 16
 MOST_WARPS = {DENSE: 24, INT8: 16, NF4: 16}
 GROUP = {DENSE: 1, INT8: 2, NF4: 4}
 """Pieces of 64 columns that a warp reads at a time."""
+NOWHERE = 2**31 - 1
+"""The first row of a part that is not there."""
 TOLERANCE = 0.01
 """Error that the self-test allows, of the product's norm."""
 
@@ -62,7 +65,7 @@ class DirectProducts:
             -(-outputs // (TILE // 2)) if gated else tiles,
             32 * warps,
             warps * TILE * 8 * eights * 4,
-            (x, matrix.codes, matrix.scales, bias, residual, out, rows, outputs, columns),
+            (x, *_pointers(matrix), bias, residual, out, rows, outputs, columns),
         )
 
     def warps(self, matrix: GpuMatrix) -> int:
@@ -75,6 +78,13 @@ class DirectProducts:
 def takes(matrix: GpuMatrix) -> bool:
     """Whether the kernels read a matrix of this shape."""
     return matrix.columns % PIECE == 0
+
+
+def _pointers(matrix: GpuMatrix) -> list[Tensor | int]:
+    """Codes, scales and first rows as the kernels take them, three parts whether there are so many or not."""
+    parts = [*matrix.parts, *[matrix.parts[0]] * (MOST_PARTS - len(matrix.parts))]
+    starts = [*matrix.starts[1:], *[NOWHERE] * (MOST_PARTS - len(matrix.parts))]
+    return [*(part.codes for part in parts), *(part.scales for part in parts), *starts]
 
 
 @cache
@@ -100,20 +110,24 @@ def _error(products: DirectProducts, format: int, dtype: torch.dtype, device: to
     """The largest error of test products, as a share of the product's norm."""
     generator = torch.Generator().manual_seed(5)
     worst = 0.0
-    for rows, outputs, columns in ((1, 48, 320), (5, 30, 64), (16, 24, 1088)):
-        values = torch.randn(outputs, columns, generator=generator).to(device)
+    for rows, outputs, columns in ((1, (40, 20, 20), 320), (5, (30, 30), 64), (16, (24, 24), 1088)):
         x = torch.randn(rows, columns, generator=generator).to(device, dtype)
-        if format == DENSE:
-            wanted = values.to(dtype)
-            matrix, _ = joined([wanted])
-        else:
-            weight = (Nf4Weight if format == NF4 else Int8Weight).empty((outputs, columns), dtype, device)
+        weights: list[AnyWeight] = []
+        for count in outputs:
+            values = torch.randn(count, columns, generator=generator).to(device)
+            if format == DENSE:
+                weights.append(values.to(dtype))
+                continue
+            weight = (Nf4Weight if format == NF4 else Int8Weight).empty((count, columns), dtype, device)
             weight.store(0, values)
-            matrix, wanted = joined([weight])[0], weight.dequantize()
-        for gated in (False, True):
-            out = torch.full((rows, outputs // 2 if gated else outputs), torch.nan, dtype=dtype, device=device)
+            weights.append(weight)
+        matrix = matrix_of(weights)
+        assert matrix is not None
+        whole = torch.cat([weight.dequantize() if isinstance(weight, Weight) else weight for weight in weights])
+        exact = x.double() @ whole.double().T
+        for gated in (False, True) if len(outputs) == 2 else (False,):
+            out = torch.full((rows, sum(outputs) // (2 if gated else 1)), torch.nan, dtype=dtype, device=device)
             products(x, matrix, out, None, None, gated)
-            exact = x.double() @ wanted.double().T
             if gated:
                 gate, up = exact.chunk(2, 1)
                 exact = torch.nn.functional.silu(gate) * up

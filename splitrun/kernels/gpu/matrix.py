@@ -1,12 +1,14 @@
-"""A weight as the GPU kernels read it: rows of several weights one below the other, in their own format.
+"""A weight as the GPU kernels read it: one or more weights, their rows in order, each where it was loaded.
 
-Knows the formats' storage, no models and no kernels.
+Queries, keys and values are multiplied in one launch, and so are gates and ups. Knows the formats' storage, no models and
+no kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,85 +20,83 @@ from splitrun.kernels.weight import Weight
 
 DENSE, INT8, NF4 = 0, 1, 2
 """Formats as kernels know them."""
+MOST_PARTS = 3
 
 AnyWeight = Weight | Tensor
 
 
 @dataclass(frozen=True)
-class GpuMatrix:
-    """A matrix of (rows, columns).
+class Part:
+    """One weight of (rows, columns).
 
     codes   nf4: uint8 (rows, columns / 2); int8: int8 (rows, columns); dense: the values
     scales  nf4: fp32 (rows, columns / 64); int8: fp32 (rows,); dense: the values again, not read
-    table   fp32 (16,), nf4's values
     """
 
-    format: int
     codes: Tensor
     scales: Tensor
-    table: Tensor
-    rows: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight."""
+        return int(self.codes.shape[0])
+
+
+@dataclass(frozen=True)
+class GpuMatrix:
+    """Up to three weights of one format and one number of columns. ``table``: nf4's values, fp32 (16,)."""
+
+    format: int
+    parts: tuple[Part, ...]
     columns: int
+    table: Tensor
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of all parts."""
+        return sum(part.rows for part in self.parts)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The row that each part begins with."""
+        return tuple(sum(part.rows for part in self.parts[:index]) for index in range(len(self.parts)))
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
-        return self.codes.nbytes + (self.scales.nbytes if self.format != DENSE else 0)
+        return sum(part.codes.nbytes + (part.scales.nbytes if self.format != DENSE else 0) for part in self.parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.table.device
 
 
-def joined(weights: Sequence[AnyWeight]) -> tuple[GpuMatrix, list[AnyWeight]]:
-    """The weights as one matrix, and the same weights as views of its storage, to stand where they stood.
-
-    All of one format and one number of columns. A single weight's storage is taken as it is.
-    """
+def matrix_of(weights: Sequence[object]) -> GpuMatrix | None:
+    """The weights as one matrix; None where kernels do not read them: mixed formats or widths, another table or block
+    than nf4's own, a stack, or rows that do not begin at 16 bytes."""
     first = weights[0]
-    rows, columns = sum(int(weight.shape[0]) for weight in weights), int(first.shape[1])
-    format, codes, scales = _storage(weights)
-    table = torch.tensor(NF4_TABLE, device=codes.device)
-    views: list[AnyWeight] = []
-    start = 0
-    for weight in weights:
-        stop = start + int(weight.shape[0])
-        part = codes[start:stop]
-        if isinstance(weight, Nf4Weight):
-            views.append(Nf4Weight(part, scales[start:stop], weight.dtype))
-        elif isinstance(weight, Int8Weight):
-            views.append(Int8Weight(part, scales[start:stop], weight.dtype))
-        else:
-            views.append(torch.nn.Parameter(part, requires_grad=False))
-        start = stop
-    return GpuMatrix(format, codes, scales, table, rows, columns), views
+    if len({type(weight) for weight in weights}) != 1 or len(weights) > MOST_PARTS:
+        return None
+    parts = [_part(weight) for weight in weights]
+    found = [part for part in parts if part is not None]
+    if len(found) != len(weights):
+        return None
+    format = NF4 if isinstance(first, Nf4Weight) else INT8 if isinstance(first, Int8Weight) else DENSE
+    widths = {int(part.codes.shape[1]) * (2 if format == NF4 else 1) for part in found}
+    device = found[0].codes.device
+    return GpuMatrix(format, tuple(found), widths.pop(), _table(device)) if len(widths) == 1 else None
 
 
-def takes(weights: Sequence[object]) -> bool:
-    """Whether kernels read these weights and they can be joined: one format, nf4 in its standard table and block."""
-    if len({type(weight) for weight in weights}) != 1:
-        return False
-    for weight in weights:
-        if isinstance(weight, Nf4Weight):
-            if not weight.standard or len(weight.shape) != 2:
-                return False
-        elif isinstance(weight, Int8Weight):
-            if len(weight.shape) != 2 or weight.shape[1] % 16:
-                return False
-        elif not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] % 8:
-            return False
-    return True
+def _part(weight: object) -> Part | None:
+    if isinstance(weight, Nf4Weight):
+        return Part(weight.packed, weight.maxima) if weight.standard and len(weight.shape) == 2 else None
+    if isinstance(weight, Int8Weight):
+        return Part(weight.codes, weight.scales) if len(weight.shape) == 2 and weight.shape[1] % 16 == 0 else None
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] % 8 or not weight.is_contiguous():
+        return None
+    return Part(weight.detach(), weight.detach())
 
 
-def _storage(weights: Sequence[AnyWeight]) -> tuple[int, Tensor, Tensor]:
-    """(format, codes, scales) of the weights below each other."""
-    if isinstance(weights[0], Nf4Weight):
-        packed = [weight.packed for weight in weights if isinstance(weight, Nf4Weight)]
-        maxima = [weight.maxima for weight in weights if isinstance(weight, Nf4Weight)]
-        return NF4, _below(packed), _below(maxima)
-    if isinstance(weights[0], Int8Weight):
-        codes = [weight.codes for weight in weights if isinstance(weight, Int8Weight)]
-        scales = [weight.scales for weight in weights if isinstance(weight, Int8Weight)]
-        return INT8, _below(codes), _below(scales)
-    values = _below([weight.detach() for weight in weights if isinstance(weight, Tensor)])
-    return DENSE, values, values
-
-
-def _below(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].contiguous() if len(tensors) == 1 else torch.cat(tensors)
+def _table(device: torch.device) -> Tensor:
+    return torch.tensor(NF4_TABLE, device=device)

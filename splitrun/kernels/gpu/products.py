@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from splitrun.kernels.gpu.direct import direct_products, takes
-from splitrun.kernels.gpu.matrix import NF4, GpuMatrix
+from splitrun.kernels.gpu.matrix import NF4, GpuMatrix, Part
 from splitrun.kernels.gpu.values import nf4_values
 
 ROWS = 16
@@ -34,21 +34,19 @@ class Shape:
 
 @triton.jit
 def _nf4_sums(
-    x, codes, scales, table, row, rows, weight_rows, first, last, columns, ASSEMBLY: tl.constexpr, ROWS: tl.constexpr,
+    x, codes, scales, exists, table, row, rows, first, last, columns, ASSEMBLY: tl.constexpr, ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr, TURN: tl.constexpr
 ):  # fmt: skip
     """Sums over columns first to last for rows ``row`` to ``row + ROWS`` (up to 4) of an nf4 weight, in fp32.
 
-    Each thread multiplies the values that it unpacks, so one row costs a memory's time and no matrix unit is needed.
-    ``weight_rows`` are row numbers, -1 where there is none. Shape of the result: (ROWS, OUTPUTS).
+    Each thread multiplies the values that it unpacks, so that no matrix unit is needed. ``codes`` and ``scales`` point at
+    the weight rows, ``exists`` says which there are. Shape of the result: (ROWS, OUTPUTS).
     """
     BLOCKS: tl.constexpr = TURN // 64
     type: tl.constexpr = x.dtype.element_ty
     byte, block, place = tl.arange(0, 32), tl.arange(0, BLOCKS), tl.arange(0, 64)
-    exists = weight_rows >= 0
-    begins = tl.maximum(weight_rows, 0).to(tl.int64)
-    bytes_at = codes + begins[:, None, None] * (columns // 2) + (block * 32)[None, :, None] + byte[None, None, :]
-    scales_at = scales + begins[:, None] * (columns // 64) + block[None, :]
+    bytes_at = codes[:, None, None] + (block * 32)[None, :, None] + byte[None, None, :]
+    scales_at = scales[:, None] + block[None, :]
     x_at = x + row.to(tl.int64) * columns + (block * 64)[:, None] + place[None, :]
     sums0 = tl.zeros((OUTPUTS, BLOCKS, 32), tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
@@ -90,25 +88,22 @@ def _nf4_sums(
 
 @triton.jit
 def _sums(
-    x, codes, scales, rows, weight_rows, first, last, columns, FORMAT: tl.constexpr, ROWS: tl.constexpr,
+    x, codes, scales, exists, rows, first, last, columns, FORMAT: tl.constexpr, ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr, TURN: tl.constexpr
 ):  # fmt: skip
     """As ``_nf4_sums`` for dense and int8 weights and all 16 rows, on the matrix units."""
     type: tl.constexpr = x.dtype.element_ty
     row = tl.arange(0, ROWS)
-    exists = weight_rows >= 0
-    begins = tl.maximum(weight_rows, 0).to(tl.int64)
     sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for start in range(first, last, TURN):
         places = start + tl.arange(0, TURN)
         inside = places < last
         values = tl.load(x + row[:, None] * columns + places[None, :], mask=(row < rows)[:, None] & inside[None, :],
                          other=0.0)  # fmt: skip
-        weight = tl.load(codes + begins[:, None] * columns + places[None, :], mask=exists[:, None] & inside[None, :],
-                         other=0)  # fmt: skip
+        weight = tl.load(codes[:, None] + places[None, :], mask=exists[:, None] & inside[None, :], other=0)
         sums = tl.dot(values, tl.trans(weight.to(type)), sums)
     if FORMAT == 1:
-        sums *= tl.load(scales + begins, mask=exists, other=0.0)[None, :]
+        sums *= tl.load(scales, mask=exists, other=0.0)[None, :]
     return sums
 
 
@@ -117,6 +112,8 @@ def _product(
     x,
     codes,
     scales,
+    other_codes,
+    other_scales,
     table,
     bias,
     residual,
@@ -125,6 +122,7 @@ def _product(
     arrivals,
     rows,
     outputs,
+    stride,
     columns,
     FORMAT: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -137,9 +135,9 @@ def _product(
     SPAN: tl.constexpr,
     SPANS: tl.constexpr,
 ):
-    """out = epilogue(x @ weight.T). Shape: x (rows, columns), out (rows, outputs).
+    """out = epilogue(x @ weight.T). Shape: x (rows, columns), out (rows, outputs), ``stride`` values from row to row.
 
-    GATED: the weight has 2 * outputs rows, gates and then ups, and out = silu(gate) * up.
+    GATED: the weight has gates and the other one ups, and out = silu(gate) * up.
     ROWS      rows that a program computes
     parts     fp32 (row groups, tiles, SPANS, ROWS, weight rows of a tile)
     arrivals  int32 (row groups, tiles), zeros before and after
@@ -148,15 +146,22 @@ def _product(
     EACH: tl.constexpr = 2 if GATED else 1
     WEIGHT_ROWS: tl.constexpr = OUTPUTS * EACH
     lane = tl.arange(0, WEIGHT_ROWS)
-    of_output = tile * OUTPUTS + lane // EACH  # a gate and its up lie side by side in the tile
-    weight_rows = tl.where(of_output < outputs, of_output + lane % EACH * outputs, -1)
+    weight_row = (tile * OUTPUTS + lane // EACH).to(tl.int64)  # a gate and its up lie side by side in the tile
+    exists = weight_row < outputs
+    weight_row = tl.where(exists, weight_row, 0)
+    row_codes = columns // 2 if FORMAT == 2 else columns
+    row_scales = columns // 64 if FORMAT == 2 else 1
+    codes_at, scales_at = codes + weight_row * row_codes, scales + weight_row * row_scales
+    if GATED:
+        codes_at = tl.where(lane % 2 == 0, codes_at, other_codes + weight_row * row_codes)
+        scales_at = tl.where(lane % 2 == 0, scales_at, other_scales + weight_row * row_scales)
     first = span * SPAN
     last = tl.minimum(first + SPAN, columns)
     if FORMAT == 2:
-        sums = _nf4_sums(x, codes, scales, table, group * ROWS, rows, weight_rows, first, last, columns, ASSEMBLY, ROWS,
+        sums = _nf4_sums(x, codes_at, scales_at, exists, table, group * ROWS, rows, first, last, columns, ASSEMBLY, ROWS,
                          WEIGHT_ROWS, TURN)  # fmt: skip
     else:
-        sums = _sums(x, codes, scales, rows, weight_rows, first, last, columns, FORMAT, ROWS, WEIGHT_ROWS, TURN)
+        sums = _sums(x, codes_at, scales_at, exists, rows, first, last, columns, FORMAT, ROWS, WEIGHT_ROWS, TURN)
     row = group * ROWS + tl.arange(0, ROWS)
     if SPANS > 1:
         cell = tl.arange(0, ROWS)[:, None] * WEIGHT_ROWS + lane[None, :]
@@ -176,7 +181,7 @@ def _product(
     type: tl.constexpr = x.dtype.element_ty
     output = tile * OUTPUTS + tl.arange(0, OUTPUTS)
     inside = (row < rows)[:, None] & (output < outputs)[None, :]
-    target = row[:, None] * outputs + output[None, :]
+    target = row[:, None] * stride + output[None, :]
     if GATED:
         gate, up = tl.split(tl.reshape(sums, (ROWS, OUTPUTS, 2)))
         gate, up = gate.to(type).to(tl.float32), up.to(type).to(tl.float32)
@@ -224,7 +229,7 @@ class Products:
 
     def shape(self, matrix: GpuMatrix, gated: bool) -> Shape:
         """How the product with a matrix is cut: enough programs to fill the processors several times."""
-        return product_shape(_outputs(matrix, gated), matrix.columns, self._processors)
+        return product_shape(_outputs(matrix, gated), matrix.columns, self._processors, gated)
 
     def __call__(
         self,
@@ -242,21 +247,42 @@ class Products:
         Shape: x (rows, columns) with up to 16 rows, out (rows, outputs); all contiguous and of one type. ``gated``: the
         matrix's rows are gates and then ups. ``residual`` has the shape of ``out`` and may be ``out`` itself.
         """
-        rows, columns = x.shape
-        assert rows <= ROWS, f"{rows} rows"
-        outputs = _outputs(matrix, gated)
+        assert x.shape[0] <= ROWS, f"{x.shape[0]} rows"
         direct = direct_products(matrix.format, x.dtype, self._device) if takes(matrix) and shape is None else None
         if direct is not None:
             direct(x, matrix, out, bias, residual, gated)
             return out
         shape = shape or self.shape(matrix, gated)
-        spans = -(-columns // shape.span)
-        tiles = -(-outputs // shape.outputs)
+        if gated:
+            self._launch(x, matrix, matrix.parts[0], out, None, None, shape, gated)
+            return out
+        for part, start in zip(matrix.parts, matrix.starts, strict=True):
+            columns = slice(start, start + part.rows)
+            own_bias = None if bias is None else bias[columns]
+            own_residual = None if residual is None else residual[:, columns]
+            self._launch(x, matrix, part, out[:, columns], own_bias, own_residual, shape, gated)
+        return out
+
+    def _launch(
+        self,
+        x: Tensor,
+        matrix: GpuMatrix,
+        part: Part,
+        out: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        shape: Shape,
+        gated: bool,
+    ) -> None:
+        (rows, columns), outputs, other = x.shape, part.rows, matrix.parts[-1]
+        spans, tiles = -(-columns // shape.span), -(-outputs // shape.outputs)
         group = ROWS if matrix.format != NF4 else 1 if rows == 1 else 2 if rows == 2 else 4
         _product[(tiles, spans, -(-rows // group))](
             x,
-            matrix.codes,
-            matrix.scales,
+            part.codes,
+            part.scales,
+            other.codes,
+            other.scales,
             matrix.table,
             x if bias is None else bias,
             x if residual is None else residual,
@@ -265,6 +291,7 @@ class Products:
             self._arrivals,
             rows,
             outputs,
+            out.stride(0),
             columns,
             FORMAT=matrix.format,
             ASSEMBLY=self._assembly,
@@ -279,17 +306,15 @@ class Products:
             num_warps=shape.warps,
             num_stages=2 if matrix.format == 0 else 1,
         )
-        return out
 
 
-def product_shape(outputs: int, columns: int, processors: int) -> Shape:
-    """The cut of a product: 16 outputs a program, and spans so short that the programs fill the GPU about six times."""
-    tiles = -(-outputs // 16)
+def product_shape(outputs: int, columns: int, processors: int, gated: bool) -> Shape:
+    """The cut of a product: 8 weight rows a program, or 16 where both are gates and ups, and spans so short that the
+    programs fill the GPU about six times."""
+    tiles = -(-outputs // 8)
     wanted = max(1, min(6 * processors // tiles, -(-columns // 512)))
     span = -(-columns // wanted)
-    turn = 512 if span >= 512 else 256
-    span = -(-span // turn) * turn
-    return Shape(outputs=16, turn=turn, span=span)
+    return Shape(outputs=4 if gated else 8, turn=256, span=-(-span // 256) * 256)
 
 
 def processors(device: torch.device) -> int:

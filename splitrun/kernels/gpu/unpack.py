@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from splitrun.kernels.gpu.matrix import DENSE, GpuMatrix
+from splitrun.kernels.gpu.matrix import DENSE, GpuMatrix, Part
 from splitrun.kernels.gpu.values import weight_tile
 
 SCRATCH_VALUES = 1 << 23
@@ -52,23 +52,25 @@ class PromptProducts:
     def _values(self, matrix: GpuMatrix) -> Iterator[tuple[int, Tensor]]:
         """(first row, values) of pieces of the matrix; the next piece takes the memory of the one before."""
         if matrix.format == DENSE:
-            yield 0, matrix.codes
+            yield from zip(matrix.starts, (part.codes for part in matrix.parts), strict=True)
             return
         if self._scratch is None:
             self._scratch = torch.empty(SCRATCH_VALUES, dtype=self._dtype, device=self._device)
-        pieces = -(-matrix.rows * matrix.columns // SCRATCH_VALUES)
-        step = min(-(-matrix.rows // pieces // 64) * 64 + 64, SCRATCH_VALUES // matrix.columns)
-        for start in range(0, matrix.rows, step):
-            yield start, unpacked(matrix, start, min(start + step, matrix.rows), self._scratch)
+        for part, first in zip(matrix.parts, matrix.starts, strict=True):
+            pieces = -(-part.rows * matrix.columns // SCRATCH_VALUES)
+            step = min(-(-part.rows // pieces // 64) * 64 + 64, SCRATCH_VALUES // matrix.columns)
+            for start in range(0, part.rows, step):
+                stop = min(start + step, part.rows)
+                yield first + start, unpacked(matrix, part, start, stop, self._scratch)
 
 
-def unpacked(matrix: GpuMatrix, start: int, stop: int, memory: Tensor) -> Tensor:
-    """Values of some rows, in ``memory``'s type and at its beginning. Shape: (stop - start, columns)."""
+def unpacked(matrix: GpuMatrix, part: Part, start: int, stop: int, memory: Tensor) -> Tensor:
+    """Values of some rows of a part, in ``memory``'s type and at its beginning. Shape: (stop - start, columns)."""
     values = memory[: (stop - start) * matrix.columns].view(stop - start, matrix.columns)
     grid = (triton.cdiv(stop - start, 8), triton.cdiv(matrix.columns, 256))
     _unpack[grid](
-        matrix.codes,
-        matrix.scales,
+        part.codes,
+        part.scales,
         matrix.table,
         values,
         start,
@@ -94,7 +96,8 @@ def _gather(codes, scales, table, ids, out, rows, columns, FORMAT: tl.constexpr,
 
 def gather(matrix: GpuMatrix, ids: Tensor, out: Tensor) -> Tensor:
     """Rows of an embedding table. Shape: ids int32 (tokens,), out (tokens, columns). Returns ``out``."""
+    (part,) = matrix.parts
     _gather[(ids.shape[0], triton.cdiv(matrix.columns, 512))](
-        matrix.codes, matrix.scales, matrix.table, ids, out, matrix.rows, matrix.columns, FORMAT=matrix.format, COLUMNS=512
+        part.codes, part.scales, matrix.table, ids, out, matrix.rows, matrix.columns, FORMAT=matrix.format, COLUMNS=512
     )
     return out

@@ -110,6 +110,20 @@ __device__ __forceinline__ void four_values(const codes &from, int number, word 
 #endif
 }
 
+/* Up to three weights, one below the other: where their codes and scales lie, and the rows that the later ones begin at. */
+struct matrix {
+    const unsigned char *codes0, *codes1, *codes2;
+    const float *scales0, *scales1, *scales2;
+    int start1, start2;
+
+    /* The codes and scales of the weight that has a row, which becomes a number within it. */
+    __device__ __forceinline__ void find(int &row, const unsigned char *&codes, const float *&scales) const {
+        codes = row >= start2 ? codes2 : row >= start1 ? codes1 : codes0;
+        scales = row >= start2 ? scales2 : row >= start1 ? scales1 : scales0;
+        row -= row >= start2 ? start2 : row >= start1 ? start1 : 0;
+    }
+};
+
 /* Where a thread's two weight rows begin, and where their scales do. */
 struct rows_of_weight {
     const unsigned char *codes[2];
@@ -178,22 +192,26 @@ __device__ __forceinline__ void multiply_piece(float sums[EIGHTS][4], const code
 #endif
 }
 
-/* x: (rows, columns); out: (rows, outputs). GATED: the weight has gates and then ups, and out = silu(gate) * up.
+/* x: (rows, columns); out: (rows, outputs). GATED: the first weight has gates and the second ups, as many, and
+ * out = silu(gate) * up.
  * bias (outputs) and residual (rows, outputs) may be null. Blocks: one per tile; threads: 32 for each warp. */
 template <bool GATED, int EIGHTS>
-__device__ __forceinline__ void product(const value *x, const unsigned char *weight, const float *scales, const value *bias,
+__device__ __forceinline__ void product(const value *x, const matrix &weight, const value *bias,
                                         const value *residual, value *out, int rows, int outputs, int columns) {
     extern __shared__ float parts[]; /* (warps, TILE, 8 * EIGHTS) */
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = lane / 4, share = lane % 4;
     const int each = GATED ? TILE / 2 : TILE, tile = blockIdx.x * each;
     const int first_row = tile + group, second_row = GATED ? tile + group + outputs : tile + group + 8;
-    const bool first_there = first_row < outputs, second_there = GATED ? first_there : second_row < outputs;
-    const long long row_bytes = (long long)columns * WORDS / 4;
     const int pieces = columns / PIECE, groups = (pieces + GROUP - 1) / GROUP;
-    const long long start[2] = {first_there ? first_row : 0, second_there ? second_row : 0};
-    const rows_of_weight from = {{weight + start[0] * row_bytes, weight + start[1] * row_bytes},
-                                 {scales + start[0] * pieces, scales + start[1] * pieces}};
+    rows_of_weight from; /* rows beyond the last are read as row 0 and not stored */
+    int places[2] = {first_row < outputs ? first_row : 0, second_row < (GATED ? 2 : 1) * outputs ? second_row : 0};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        weight.find(places[i], from.codes[i], from.scales[i]);
+        from.codes[i] += (long long)places[i] * columns * WORDS / 4;
+        from.scales[i] += (long long)places[i] * (FORMAT == 2 ? pieces : 1);
+    }
     float sums[EIGHTS][4] = {};
     share_of_group now, next;
     share_of_x<EIGHTS> x_now, x_next;
@@ -228,8 +246,12 @@ __device__ __forceinline__ void product(const value *x, const unsigned char *wei
             if (GATED) up += parts[(i * TILE + output + 8) * width + row];
         }
 #if FORMAT == 1
-        sum *= scales[tile + output];
-        if (GATED) up *= scales[tile + output + outputs];
+        int place_of = tile + output;
+        const unsigned char *codes_of;
+        const float *scales_of;
+        weight.find(place_of, codes_of, scales_of);
+        sum *= scales_of[place_of];
+        if (GATED) up *= weight.scales1[place_of];
 #endif
         long long place = (long long)row * outputs + tile + output;
         if (GATED) {
@@ -243,9 +265,12 @@ __device__ __forceinline__ void product(const value *x, const unsigned char *wei
 }
 
 #define KERNEL(NAME, GATED, EIGHTS)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(FORMAT == 0 ? 768 : 512) NAME(const value *x, const unsigned char *weight, const float *scales, const value *bias,   \
-                                    const value *residual, value *out, int rows, int outputs, int columns) {               \
-        product<GATED, EIGHTS>(x, weight, scales, bias, residual, out, rows, outputs, columns);                            \
+    extern "C" __global__ void __launch_bounds__(FORMAT == 0 ? 768 : 512)                                                  \
+        NAME(const value *x, const unsigned char *codes0, const unsigned char *codes1, const unsigned char *codes2,        \
+             const float *scales0, const float *scales1, const float *scales2, int start1, int start2, const value *bias,  \
+             const value *residual, value *out, int rows, int outputs, int columns) {                                      \
+        matrix weight = {codes0, codes1, codes2, scales0, scales1, scales2, start1, start2};                               \
+        product<GATED, EIGHTS>(x, weight, bias, residual, out, rows, outputs, columns);                                    \
     }
 
 KERNEL(plain_8, false, 1)
