@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 # Before torch is imported: tiny models are fastest on one thread, and threads that spin slow their neighbours.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# No test meets a node that runs on this machine, unless it has started it.
+os.environ["SPLITRUN_HOME"] = str(Path(tempfile.gettempdir(), f"splitrun-no-node-{os.getpid()}"))
 
 
 @pytest.fixture(scope="session")

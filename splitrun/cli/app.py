@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from splitrun import __version__
-from splitrun.cli import bench, check, doctor, plan, profile, run, serve, what_if
+from splitrun.cli import bench, check, doctor, node, plan, profile, run, serve, what_if
 
 app = typer.Typer(
     name="splitrun",
@@ -30,6 +30,7 @@ app.command("serve")(serve.serve)
 app.command("run")(run.run)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
+app.add_typer(node.app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""A stage process on this machine: start it, speak with it over its pipes, end it.
+"""A process of splitrun's own that computes for this one: start it, speak with it over its pipes, end it.
 
 Lines of JSON go both ways: the job with its keys to standard input, never argv or environment, and what became of it
 back from standard output. While the pipe is open the parent lives; its end ends the process. Knows nothing of what
@@ -19,7 +19,7 @@ from splitrun import errors
 from splitrun.child import child_command, child_environment
 from splitrun.errors import SplitrunError, StageLost
 
-MODULE = "splitrun.engine.stage_process"
+STAGE_MODULE = "splitrun.engine.stage_process"
 LOCAL_NODE = re.compile(r"process(-[1-9][0-9]{0,3})?")
 """Nodes with these names are processes on this machine."""
 
@@ -28,6 +28,11 @@ def local_device(name: str) -> str:
     """The device of this machine that ``name`` uses: itself, or what a process on this machine runs on."""
     node, _, device = name.rpartition("/")
     return device if LOCAL_NODE.fullmatch(node) else name
+
+
+def machine_of(device: str) -> str:
+    """The node that a device belongs to, "" for this machine and processes on it."""
+    return local_device(device).rpartition("/")[0]
 
 
 class StageHandle(Protocol):
@@ -48,20 +53,63 @@ class StageHandle(Protocol):
         """End it at once and wait for its end."""
 
 
+class Sayings:
+    """What a process has said, in order; None is its end. ``name`` stands for it in messages."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+
+    def add(self, message: dict[str, Any] | None) -> None:
+        """Any thread."""
+        self._said.put(message)
+
+    def take(self, wait_s: float) -> list[dict[str, Any] | None]:
+        """What was said since the last time; waits for it, but no longer than that."""
+        found: list[dict[str, Any] | None] = []
+        try:
+            found.append(self._said.get(timeout=wait_s))
+            while True:
+                found.append(self._said.get_nowait())
+        except queue.Empty:
+            return found
+
+    def expect(self, key: str, silence_s: float) -> Any:
+        """See `StageHandle`; a process that ended raises StageLost without saying how."""
+        while True:
+            try:
+                said = self._said.get(timeout=silence_s)
+            except queue.Empty:
+                raise StageLost(f"{self.name} gave no sign of life for {silence_s:.0f} s") from None
+            if said is None:
+                self._said.put(None)
+                raise StageLost(f"{self.name} has ended")
+            if "error" in said:
+                raise error_of(said["error"])
+            if key in said:
+                return said[key]
+
+
 class StageProcess:
     """A `StageHandle` of a process on this machine. ``name`` stands for it in messages."""
 
-    def __init__(self, name: str, job: Mapping[str, Any]) -> None:
-        self._name = name
+    def __init__(
+        self,
+        name: str,
+        job: Mapping[str, Any],
+        module: str = STAGE_MODULE,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._child = subprocess.Popen(
-            child_command(MODULE),
+            child_command(module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # Its own session, so that Ctrl-C reaches the coordinator alone.
             start_new_session=True,
-            env=child_environment({"TOKENIZERS_PARALLELISM": "false"}),
+            env={**(environment or child_environment()), "TOKENIZERS_PARALLELISM": "false"},
         )
-        self._said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self.said = Sayings(name)
+        self._telling = threading.Lock()
         self._thread = threading.Thread(target=self._listen, name=f"splitrun {name}", daemon=True)
         self._thread.start()
         self.tell(job)
@@ -83,26 +131,20 @@ class StageProcess:
         """See `StageHandle`."""
         assert self._child.stdin is not None
         try:
-            self._child.stdin.write(json.dumps(message).encode() + b"\n")
-            self._child.stdin.flush()
+            with self._telling:
+                self._child.stdin.write(json.dumps(message).encode() + b"\n")
+                self._child.stdin.flush()
         except (BrokenPipeError, ValueError):
             return  # it has ended, or was killed here: whoever expects an answer learns that
 
     def expect(self, key: str, silence_s: float) -> Any:
         """See `StageHandle`."""
-        while True:
-            try:
-                said = self._said.get(timeout=silence_s)
-            except queue.Empty:
-                raise StageLost(f"{self._name} gave no sign of life for {silence_s:.0f} s") from None
-            if said is None:
-                self._said.put(None)
-                self._child.wait()
-                raise StageLost(f"{self._name} {self.end}")
-            if "error" in said:
-                raise _error_of(said["error"])
-            if key in said:
-                return said[key]
+        try:
+            return self.said.expect(key, silence_s)
+        except StageLost:
+            if self.end:
+                raise StageLost(f"{self.said.name} {self.end}") from None
+            raise
 
     def kill(self) -> None:
         """See `StageHandle`."""
@@ -124,11 +166,12 @@ class StageProcess:
             except ValueError:
                 continue
             if isinstance(said, dict):
-                self._said.put(said)
-        self._said.put(None)
+                self.said.add(said)
+        self._child.wait()
+        self.said.add(None)
 
 
-def _error_of(described: Any) -> SplitrunError:
+def error_of(described: Any) -> SplitrunError:
     """An error that a process reported as its class's name and message."""
     name, message = described
     kind = getattr(errors, str(name), None)

@@ -6,109 +6,66 @@ the model and the model is known to be cut exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from functools import partial
 
 import torch
-import yaml
 
-from splitrun.cluster.process import LOCAL_NODE, StageProcess
+from splitrun.cluster.process import machine_of
 from splitrun.engine.core import EngineCore
-from splitrun.engine.exchange import COORDINATOR
-from splitrun.engine.interface import StageStatus
-from splitrun.engine.loading import (
-    Load,
-    Ring,
-    StageLoading,
-    load_stages,
-    make_links,
-    pool_sizes,
-    stage_name,
-    worker_threads,
-)
-from splitrun.engine.pipeline import Link, Outcome, Pipeline, RemoteLink
-from splitrun.engine.remote import Patience, RemoteStages
-from splitrun.engine.room import require_room
+from splitrun.engine.lineup import LineUp, require_nodes
+from splitrun.engine.loading import Load, pool_sizes, stage_name
+from splitrun.engine.remote import Patience
+from splitrun.engine.succession import Succession
 from splitrun.errors import InvalidPlacement
 from splitrun.measure.profile import max_context
 from splitrun.model.files import ModelFiles
 from splitrun.model.structure import ModelStructure, inspect
 from splitrun.planner.placement import Placement, StageSpec
-from splitrun.planner.placement_file import dump
 from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
 from splitrun.stage.proof import prove
 
 
 def assemble(
-    placement: Placement, files: ModelFiles, *, load: Load, depth: int | None, chunk_tokens: int, patience: Patience
+    placement: Placement,
+    files: ModelFiles,
+    *,
+    load: Load,
+    depth: int | None,
+    chunk_tokens: int,
+    patience: Patience,
+    rebalance: bool = False,
 ) -> EngineCore:
     """A running engine core for the placement, warmed up by one real token.
 
     ``load`` "dummy" makes random weights instead of reading them. ``depth`` is the number of steps in flight, by
-    default one per worker; ``patience`` is for stages in processes of their own. Raises InvalidPlacement when the plan
-    is stale, ModelError when the model cannot be cut or loaded, DeviceOutOfMemory when a device is too small after
-    all, StageLost when a stage process does not come up.
+    default one per worker; ``patience`` is for stages in processes of their own, ``rebalance`` for nodes that come
+    back. Raises InvalidPlacement when the plan is stale, ModelError when the model cannot be cut or loaded,
+    DeviceOutOfMemory when a device is too small after all, StageLost when a stage process does not come up.
     """
     for spec in placement.stages:
         _require_possible(spec)
+    require_nodes(placement)
     if load == "weights":
         _require_same_model(placement, files)
     traits = prove(files.config)
     structure = inspect(files.config)
     _require_suitable(placement, files, structure)
     blocks = pool_sizes(placement, structure)
-    require_room(placement, structure, blocks)
     depth = depth or len(placement.device_names)
     scheduler = _scheduler(placement, structure, blocks, depth, chunk_tokens)
-    loading = StageLoading(placement, files, structure, blocks, load, traits)
-    threads = {name: worker_threads(placement, name) for name in placement.device_names}
-    remote = _remote_stages(placement, threads, patience, load=load, depth=depth, chunk_tokens=chunk_tokens,
-                            traits=asdict(traits))  # fmt: skip
+    lineup = LineUp(files, structure, traits, load, depth, chunk_tokens, patience)
+    succession = Succession(lineup, placement, rebalance)
     with ExitStack() as undo:
-        if remote is not None:
-            remote.start()
-            undo.callback(remote.close)
-        loaded = load_stages(loading, placement, {name: count for name, count in threads.items() if "/" not in name})
-        undo.callback(loaded.close)
-        ring = Ring.of(placement, structure.hidden, depth, chunk_tokens)
-        links = make_links(placement, loaded, remote.send if remote is not None else None, ring)
-        memory = {index: loaded.memory_bytes(index) for index in loaded.stages} | (
-            remote.memory_bytes if remote else {}
-        )
-        statuses = tuple(
-            StageStatus(spec.device, spec.units_text, memory[index]) for index, spec in enumerate(placement.stages)
-        )
-        core = EngineCore(scheduler, partial(_pipeline, links, remote), statuses, yaml.safe_load(dump(placement)))
+        line = lineup.bring_up(placement, succession.replace)
+        undo.callback(line.close)
+        core = EngineCore(scheduler, line)
         undo.pop_all()
         undo.callback(core.close)
+        succession.core = core
         core.warm_up()
         undo.pop_all()
     return core
-
-
-def _pipeline(
-    links: Sequence[Link | RemoteLink], remote: RemoteStages | None, deliver: Callable[[Outcome], None]
-) -> Pipeline:
-    if remote is None:
-        return Pipeline(links, deliver)
-    pipeline = Pipeline(links, remote.outcome, remote)
-    remote.run(pipeline, deliver)
-    return pipeline
-
-
-def _remote_stages(
-    placement: Placement, threads: Mapping[str, int | None], patience: Patience, **settings: object
-) -> RemoteStages | None:
-    """The stages that a placement gives to processes of their own, not started; None when there are none."""
-    devices = [name for name in placement.device_names if "/" in name]
-    if not devices:
-        return None
-    text = dump(replace(placement, estimate=None))
-    jobs = {device: {**settings, "placement": text, "threads": threads[device]} for device in devices}
-    peers = tuple(spec.device if "/" in spec.device else COORDINATOR for spec in placement.stages)
-    return RemoteStages(peers, jobs, StageProcess, patience)
 
 
 def _require_same_model(placement: Placement, files: ModelFiles) -> None:
@@ -150,20 +107,14 @@ def _scheduler(
 
 def _require_possible(spec: StageSpec) -> None:
     """Refuse what this machine or this version cannot do. Raises InvalidPlacement."""
-    node, _, device = spec.device.rpartition("/")
-    kind, _, number = device.partition(":")
+    kind, _, number = spec.device.rpartition("/")[2].partition(":")
     counts = {
         "cpu": 1 << 16,
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
     }
-    if node and not LOCAL_NODE.fullmatch(node):
-        raise InvalidPlacement(
-            f"{stage_name(spec)}: this version knows no node {node}; process/{device}, process-2/{device}, … are "
-            "processes on this machine"
-        )
-    if int(number or 0) >= counts[kind]:
+    if not machine_of(spec.device) and int(number or 0) >= counts[kind]:
         raise InvalidPlacement(
             f"{stage_name(spec)}: there is no such device here; `splitrun doctor` lists those there are"
         )

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from splitrun.engine.interface import BlockUse, EngineStatus, StageStatus
-from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Resumed
-from splitrun.errors import StageError, StageLost
+from splitrun.engine.interface import BlockUse, EngineStatus
+from splitrun.engine.lineup import Line
+from splitrun.engine.pipeline import Failure, Interruption, Outcome, Resumed
+from splitrun.errors import SplitrunError, StageError, StageLost
 from splitrun.schedule.limits import check_request
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import Scheduler
@@ -29,20 +29,12 @@ _LOG = logging.getLogger(__name__)
 class EngineCore:
     """Implements `splitrun.engine.interface.TokenEngine` over a scheduler and a pipeline.
 
-    ``make_pipeline`` is given the callback that takes results. ``stages`` describes the stages for ``status``,
-    ``placement`` is the plan as its file would show it.
+    ``line`` has the loaded stages; `replace` puts others in their place.
     """
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        make_pipeline: Callable[[Callable[[Outcome], None]], Pipeline],
-        stages: tuple[StageStatus, ...],
-        placement: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, line: Line) -> None:
         self._scheduler = scheduler
-        self._stages = stages
-        self._placement = dict(placement)
+        self._line = line
         self._inbox: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -52,9 +44,11 @@ class EngineCore:
         self._paused = False
         self._lost = ""
         self._closed = False
+        self._replacing = False
+        self.closed = threading.Event()
         self._prompt_tokens = 0
         self._completion_tokens = 0
-        self._pipeline = make_pipeline(self._inbox.put)
+        self._pipeline = line.make_pipeline(self._inbox.put)
         self._thread = threading.Thread(target=self._loop, name="splitrun engine", daemon=True)
         self._thread.start()
 
@@ -114,7 +108,7 @@ class EngineCore:
                     mean_step_ms=clock.total_s * 1e3 / max(clock.steps, 1),
                     restarts=clock.restarts,
                 )
-                for stage, clock in zip(self._stages, self._pipeline.clocks, strict=True)
+                for stage, clock in zip(self._line.stages, self._pipeline.clocks, strict=True)
             )
             reason = self._reason or ("" if self._pipeline.alive and self._thread.is_alive() else "a worker has died")
             return EngineStatus(
@@ -129,7 +123,7 @@ class EngineCore:
                 prompt_tokens=self._prompt_tokens,
                 completion_tokens=self._completion_tokens,
                 stages=stages,
-                placement=self._placement,
+                placement=dict(self._line.placement),
             )
 
     def drain(self) -> None:
@@ -147,11 +141,41 @@ class EngineCore:
             events = self._scheduler.fail_all("the engine was closed")
             deliveries = self._take_deliveries(events)
             self._idle.notify_all()
+            self.closed.set()
+            self._idle.wait_for(lambda: not self._replacing)
         self._hand_out(deliveries)
         self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._pipeline.close()
+
+    def replace(self, reason: str, rebuild: Callable[[], Line]) -> None:
+        """Close all stages, go on with those that ``rebuild`` brings up, and compute everything known again there.
+
+        Runs on the calling thread. When ``rebuild`` raises a SplitrunError, every request ends with it.
+        """
+        with self._lock:
+            if self._closed or self._lost:
+                return
+            self._replacing = self._paused = True
+            self._reason = reason
+            self._scheduler.recompute_all()
+        self._pipeline.close()
+        try:
+            line = rebuild()
+            with self._lock:
+                if self._closed:
+                    line.close()
+                    return
+                self._line, self._pipeline = line, line.make_pipeline(self._inbox.put)
+                self._scheduler.recompute_all()
+            self._inbox.put(Resumed())
+        except SplitrunError as error:
+            self._inbox.put(Interruption(StageLost(f"{reason}: {error}"), final=True))
+        finally:
+            with self._idle:
+                self._replacing = False
+                self._idle.notify_all()
 
     def _loop(self) -> None:
         try:

@@ -24,8 +24,9 @@ class BlockUse:
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage as it is now. ``last_step_ms`` and ``mean_step_ms`` are 0 before its first step. ``restarts`` counts
-    how often its process was lost and started again."""
+    """One stage as it is now. ``node`` is the machine, "" for the coordinator's own. ``last_step_ms`` and
+    ``mean_step_ms`` are 0 before its first step. ``restarts`` counts how often its process was lost and started
+    again, ``queued`` the steps that wait or run there, ``sent_bytes`` the activations over the hop behind it."""
 
     device: str
     units: str
@@ -33,6 +34,9 @@ class StageStatus:
     last_step_ms: float = 0.0
     mean_step_ms: float = 0.0
     restarts: int = 0
+    node: str = ""
+    queued: int = 0
+    sent_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class EngineStatus:
     completion_tokens: int = 0
     stages: tuple[StageStatus, ...] = ()
     placement: Mapping[str, Any] = field(default_factory=dict)
+    epoch: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Nested dictionaries, lists, numbers and strings only."""

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from splitrun.cluster.process import machine_of
 from splitrun.engine.pipeline import Link, RemoteLink, translated
 from splitrun.errors import SplitrunError
 from splitrun.kernels.weight import Weight, install
@@ -143,17 +144,27 @@ def pool_sizes(placement: Placement, structure: ModelStructure) -> dict[str, int
 
 
 def worker_threads(placement: Placement, device: str) -> int | None:
-    """CPU threads of a worker: what its stages say, else OMP_NUM_THREADS or the cores, shared by the virtual CPUs."""
-    if torch_device(device) != "cpu":
-        return None
+    """CPU threads of a worker: what its stages say, else its share of this machine; None elsewhere and on cards."""
     wanted = [stage.threads for stage in placement.stages if stage.device == device and stage.threads != "auto"]
     numbers = [count for count in wanted if isinstance(count, int)]
-    if numbers:
-        return max(numbers)
-    hosts = sum(torch_device(name) == "cpu" for name in placement.device_names)
+    if torch_device(device) != "cpu" or numbers:
+        return max(numbers, default=None) if torch_device(device) == "cpu" else None
+    return None if machine_of(device) else host_threads(device, cpu_workers(placement, device))
+
+
+def cpu_workers(placement: Placement, device: str) -> int:
+    """How many workers of the placement share the processor of ``device``'s machine."""
+    here = machine_of(device)
+    return sum(torch_device(name) == "cpu" and machine_of(name) == here for name in placement.device_names)
+
+
+def host_threads(device: str, sharing: int) -> int | None:
+    """Threads on this machine for one of ``sharing`` workers: OMP_NUM_THREADS or the cores, shared; None on cards."""
+    if torch_device(device) != "cpu":
+        return None
     asked = os.environ.get("OMP_NUM_THREADS", "")
     cores = read_processor().cores
-    return max(1, (min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores) // hosts)
+    return max(1, (min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores) // max(1, sharing))
 
 
 def _hold_budgets(placement: Placement, workers: Mapping[str, Worker]) -> None:

@@ -149,7 +149,9 @@ class Pipeline:
 
     def close(self) -> None:
         """Let steps in flight go, close the stages on their own workers, and end the workers. One that is stuck for
-        CLOSING_S is left behind."""
+        CLOSING_S is left behind. May be called twice."""
+        if self._closing.is_set():
+            return
         self._closing.set()
         if self._elsewhere is not None:
             self._elsewhere.close()

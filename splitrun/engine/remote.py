@@ -10,13 +10,15 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from splitrun import errors
+from splitrun.cluster.nodes import NodeLost
 from splitrun.cluster.process import StageHandle
 from splitrun.engine.exchange import COORDINATOR, Exchange, Route
 from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Resumed, StageClock
@@ -49,22 +51,42 @@ class Patience:
     starts: int = 3
 
 
+@dataclass(frozen=True)
+class Listening:
+    """An address of a machine, and the ports to choose from there."""
+
+    host: str
+    ports: tuple[int, int]
+
+
+LOOPBACK = Listening("127.0.0.1", (49152, 65535))
+
+
 class RemoteStages:
     """All stage processes of a placement. ``peers``: per stage the device's name, or COORDINATOR for one that is here.
 
     ``jobs`` has one entry per device in a process of its own: what ``stage_host`` needs, less what is decided here.
+    ``here`` is where the coordinator listens. ``replace`` is told, from the watching thread, what was lost for good
+    with which devices, and sees to the rest; without it the requests end.
     """
 
     def __init__(
-        self, peers: tuple[str, ...], jobs: Mapping[str, Mapping[str, Any]], starter: Starter, patience: Patience
+        self,
+        peers: tuple[str, ...],
+        jobs: Mapping[str, Mapping[str, Any]],
+        starter: Starter,
+        patience: Patience,
+        here: Listening = LOOPBACK,
+        replace: Callable[[str, Collection[str]], None] | None = None,
     ) -> None:
         self._patience = patience
         self._starter = starter
+        self._replace = replace
         session = secrets.randbits(64)
-        decided = {"session": session, "peers": peers, "host": "127.0.0.1", "beat_s": patience.beat_s}
+        decided = {"session": session, "peers": peers, "beat_s": patience.beat_s}
         self._jobs = {device: {**job, **decided, "device": device} for device, job in jobs.items()}
         self._exchange = Exchange(Route(session, peers), COORDINATOR)
-        self._mailbox = SocketMailbox(session, self._receive)
+        self._mailbox = SocketMailbox(session, self._receive, here.host, here.ports)
         self._addresses = {COORDINATOR: self._mailbox.address}
         self._processes: dict[str, StageHandle] = {}
         self._silence_s = dict.fromkeys(jobs, 0.0)
@@ -117,8 +139,9 @@ class RemoteStages:
             self._stopping.set()
             processes = list(self._processes.values())
         for process in processes:
-            process.kill()
-        if self._thread is not None:
+            with suppress(NodeLost):
+                process.kill()
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._mailbox.close()
 
@@ -208,9 +231,7 @@ class RemoteStages:
         attempts = 0
         while not self._stopping.is_set():
             if self._losses > self._patience.starts or attempts == self._patience.starts:
-                again = "restart the server, or plan without that device"
-                self.outcome(Interruption(StageLost(f"lost for good: {reason}: {again}"), final=True))
-                return False
+                return self._given_up(reason, faults)
             self.outcome(Interruption(StageLost(f"lost: {reason}: it is being started again")))
             for device in faults:
                 for index in self._stages_of(device):
@@ -220,11 +241,25 @@ class RemoteStages:
                 break
             attempts += 1
             reason = "; ".join(f"{device}: {error}" for device, error in failures.items())
+            gone = [device for device, error in failures.items() if isinstance(error, NodeLost)]
+            if gone:
+                return self._given_up(reason, gone)
             faults = dict.fromkeys({*failures, *(name for name, process in self._processes.items() if process.end)}, "")
         while not self._reports.empty():
             self._reports.get()  # of the epoch that has ended
         self.outcome(Resumed())
         return True
+
+    def _given_up(self, reason: str, devices: Collection[str]) -> bool:
+        """Leave what is lost for good to whoever plans again, or end the requests; returns False."""
+        if self._stopping.is_set():
+            return False
+        if self._replace is not None:
+            self._replace(reason, devices)
+            return False
+        again = "restart the server, or plan without that device"
+        self.outcome(Interruption(StageLost(f"lost for good: {reason}: {again}"), final=True))
+        return False
 
     def _stages_of(self, device: str) -> list[int]:
         return [index for index, peer in enumerate(self._exchange.route.peers) if peer == device]

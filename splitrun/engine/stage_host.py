@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from splitrun.engine.exchange import COORDINATOR, Exchange, Route
-from splitrun.engine.loading import LoadedStages, Ring, StageLoading, load_stages, make_links, pool_sizes
+from splitrun.engine.loading import LoadedStages, Ring, StageLoading, host_threads, load_stages, make_links, pool_sizes
 from splitrun.engine.pipeline import Failure, Outcome, Pipeline
 from splitrun.model.files import resolve
 from splitrun.model.structure import inspect
@@ -37,7 +37,8 @@ class StageHost:
         self._device = str(job["device"])
         self._exchange = Exchange(Route(int(job["session"]), tuple(job["peers"])), self._device)
         self._own = [index for index, peer in enumerate(job["peers"]) if peer == self._device]
-        self._mailbox = SocketMailbox(int(job["session"]), self._receive, str(job["host"]))
+        first, last = job["ports"]
+        self._mailbox = SocketMailbox(int(job["session"]), self._receive, str(job["host"]), (int(first), int(last)))
         self._pipeline: Pipeline | None = None
 
     @property
@@ -54,7 +55,8 @@ class StageHost:
         loading = StageLoading(placement, files, structure, blocks, job["load"], Traits(**job["traits"]))
         device = self._device.rpartition("/")[2]
         foreign = {index for index in range(len(placement.stages)) if index not in self._own}
-        loaded = load_stages(loading, placement, {device: job["threads"]}, skip=foreign)
+        threads = job["threads"] or host_threads(device, int(job["sharing"]))
+        loaded = load_stages(loading, placement, {device: threads}, skip=foreign)
         ring = Ring.of(placement, structure.hidden, int(job["depth"]), int(job["chunk_tokens"]))
         self._start(placement, loaded, ring)
         return {index: loaded.memory_bytes(index) for index in self._own}

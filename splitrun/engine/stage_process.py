@@ -2,40 +2,17 @@
 
 Told by lines of JSON on standard input: first the job, then who the peers are, each time that changes. Answers on
 standard output with ``address``, ``loaded`` and ``connected``, or ``error``; until it is connected it repeats
-``alive``. When the input ends, the parent is gone, and so is this process.
+``alive``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import queue
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
-
-class Parent:
-    """The parent at the other end of the pipes."""
-
-    def __init__(self, reader: TextIO, writer: TextIO) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._lock = threading.Lock()
-        self.told: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, name="splitrun parent", daemon=True).start()
-
-    def say(self, **message: Any) -> None:
-        """Send a line."""
-        with self._lock:
-            self._writer.write(json.dumps(message) + "\n")
-            self._writer.flush()
-
-    def _listen(self) -> None:
-        for line in self._reader:
-            self.told.put(json.loads(line))
-        os._exit(1)
+from splitrun.cluster.lines import Parent, open_parent
 
 
 def beat_until(done: threading.Event, beat_s: float, beat: Callable[[], None]) -> None:
@@ -71,13 +48,5 @@ def serve(parent: Parent, job: dict[str, Any]) -> None:
         parent.say(connected=True)
 
 
-def main() -> None:
-    """Entry. What libraries print goes to standard error: standard output is the parent's."""
-    writer = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    parent = Parent(sys.stdin, writer)
-    serve(parent, parent.told.get())
-
-
 if __name__ == "__main__":
-    main()
+    open_parent(serve)

@@ -71,10 +71,17 @@ class _Peer:
 class SocketMailbox:
     """A `Mailbox` that listens on a port of ``host`` (an address of this machine).
 
-    ``receive`` is called with each frame on the mailbox's own thread. Raises ClusterError when it cannot listen.
+    ``receive`` is called with each frame on the mailbox's own thread. ``ports``: the first and last to choose from.
+    Raises ClusterError when it cannot listen.
     """
 
-    def __init__(self, session: int, receive: Callable[[Frame], None], host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        session: int,
+        receive: Callable[[Frame], None],
+        host: str = "127.0.0.1",
+        ports: tuple[int, int] = (49152, 65535),
+    ) -> None:
         self.dropped = Dropped()
         self._session = session
         self._receive = receive
@@ -92,8 +99,8 @@ class SocketMailbox:
         inbox.curve_server = True
         inbox.curve_publickey, inbox.curve_secretkey = self._keys
         try:
-            port = inbox.bind_to_random_port(f"tcp://{host}")
-        except zmq.ZMQError as error:
+            port = inbox.bind_to_random_port(f"tcp://{host}", ports[0], ports[1] + 1)
+        except (zmq.ZMQError, zmq.ZMQBindError) as error:
             inbox.close()
             self._guard.close()
             self._context.term()

@@ -352,6 +352,7 @@ def test_checking_knows_processes_of_this_machine() -> None:
             api.check(demo("cpu", device))
 
 
-def test_an_unknown_node_is_refused() -> None:
-    with pytest.raises(InvalidPlacement, match="knows no node laptop"):
+def test_a_node_without_a_cluster_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPLITRUN_HOME", str(tmp_path))
+    with pytest.raises(InvalidPlacement, match="on laptop/cpu: this machine is no node yet: run 'splitrun node start'"):
         splitrun.Engine(demo("laptop/cpu", "cpu"))

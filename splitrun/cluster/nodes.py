@@ -1,0 +1,194 @@
+"""The cluster as the coordinator sees it: which nodes there are, and stage processes on them.
+
+The only module whose functions speak to a running Ray. Ray is imported when a `Nodes` is made, so whoever names no
+second machine never loads it. Knows nothing of what the processes compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from splitrun.cluster.home import Home, NodeRecord
+from splitrun.cluster.keeper import Keeper
+from splitrun.cluster.node import running
+from splitrun.cluster.process import STAGE_MODULE, Sayings
+from splitrun.cluster.runtime import Registry, node_resource, set_environment
+from splitrun.errors import ClusterError, StageLost
+
+POLL_S = 0.5
+CONTACT_S = 2.5
+"""How long a node may take to start a stage's keeper."""
+KILL_S = 1.5
+"""How long a keeper may take to end its process; one that takes longer is out of reach."""
+
+
+class NodeLost(StageLost):
+    """The whole node is gone or out of reach: starting the stage there again is of no use."""
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """One node. ``note`` is what it says of itself: host, port, cores, versions."""
+
+    name: str
+    alive: bool
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def host(self) -> str:
+        """The address that its sockets listen on."""
+        return str(self.note.get("host", ""))
+
+    @property
+    def port(self) -> int:
+        """The first port of its range."""
+        return int(self.note.get("port", 0))
+
+
+class Membership:
+    """Who is in the cluster that this machine's node belongs to. Raises ClusterError when there is none."""
+
+    def __init__(self, home: Home) -> None:
+        record = running(home)
+        if record is None:
+            raise ClusterError("this machine is no node yet: run 'splitrun node start', or 'splitrun node join' here")
+        self.own = record
+        set_environment(home.token_file, record.host)
+        self._registry = Registry(record.head)
+
+    def all(self) -> list[NodeInfo]:
+        """Every node that ever joined, sorted by name. Raises ClusterError when the head does not answer."""
+        living = self._registry.living()
+        notes = self._registry.notes("node ")
+        return [NodeInfo(name, name in living, json.loads(note)) for name, note in sorted(notes.items())]
+
+    def node(self, name: str) -> NodeInfo:
+        """The living node of that name; raises ClusterError."""
+        found = self.all()
+        for node in found:
+            if node.name == name and node.alive:
+                return node
+        known = ", ".join(node.name for node in found if node.alive)
+        raise ClusterError(f"there is no node {name} now, only {known}: 'splitrun node join' on it, or plan again")
+
+    def refused(self) -> Mapping[str, Any]:
+        """Nodes that wanted to join with other versions: name -> what differs."""
+        return {name: json.loads(note) for name, note in self._registry.notes("refused ").items()}
+
+
+class Nodes(Membership):
+    """The cluster, with this process as one of its drivers. Raises ClusterError when there is none."""
+
+    def __init__(self, home: Home | None = None) -> None:
+        super().__init__(home or Home.default())
+        _connect(self.own)
+
+    def start(self, device: str, job: Mapping[str, Any], module: str = STAGE_MODULE) -> NodeProcess:
+        """Start a process on the node of ``device``. Raises NodeLost when there is no such node now."""
+        node = device.rpartition("/")[0]
+        if node not in self._registry.living():
+            raise NodeLost(f"{device}: node {node} has left the cluster")
+        return NodeProcess(device, node, module, job)
+
+
+class NodeProcess:
+    """A `StageHandle` of a process on another node, kept there by a `Keeper`."""
+
+    def __init__(self, device: str, node: str, module: str, job: Mapping[str, Any]) -> None:
+        import ray
+
+        options = {"num_cpus": 0, "resources": {node_resource(node): 0.001}, "max_concurrency": 4}
+        self._actor: Any = ray.remote(Keeper).options(**options).remote(device, module, dict(job))
+        self._said = Sayings(device)
+        self._contacted = threading.Event()
+        self._closing = threading.Event()
+        self.end = ""
+        self._thread = threading.Thread(target=self._listen, name=f"splitrun {device}", daemon=True)
+        self._thread.start()
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """See `StageHandle`."""
+        self._actor.tell.remote(dict(message))
+
+    def expect(self, key: str, silence_s: float) -> Any:
+        """See `StageHandle`. A node that does not even start the process in CONTACT_S raises NodeLost then."""
+        if not self._contacted.wait(CONTACT_S):
+            raise NodeLost(f"{self._said.name}: its node does not answer")
+        try:
+            return self._said.expect(key, silence_s)
+        except StageLost:
+            if self.end:
+                raise StageLost(f"{self._said.name} {self.end}") from None
+            raise
+
+    def kill(self) -> None:
+        """See `StageHandle`. A node out of reach ends it itself, after `keeper.ORPHAN_S`; NodeLost says so."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        self._closing.set()
+        reached = True
+        if self._contacted.is_set():
+            try:
+                ray.get(self._actor.kill.remote(), timeout=KILL_S)
+            except GetTimeoutError:
+                reached = False
+            except RayError:
+                reached = True  # the keeper has ended, and its process with it
+        with contextlib.suppress(RayError):
+            ray.kill(self._actor)
+        if not reached:
+            raise NodeLost(f"{self._said.name}: its node does not answer")
+        self._thread.join(2 * POLL_S)
+
+    def end_quietly(self) -> None:
+        """End it if it can be reached."""
+        with contextlib.suppress(NodeLost):
+            self.kill()
+
+    def _listen(self) -> None:
+        """Ask the keeper for news until one of them ends."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        while not self._closing.is_set():
+            try:
+                for message in ray.get(self._actor.said.remote(POLL_S), timeout=4 * POLL_S):
+                    if "ended" in message:
+                        self.end = str(message["ended"]) or "has ended"
+                    else:
+                        self._said.add(message)
+            except GetTimeoutError:
+                continue  # whoever waits for a sign of life has a clock of its own
+            except RayError as error:
+                self.end = f"was lost with its node or keeper ({type(error).__name__})"
+            self._contacted.set()
+            if self.end:
+                break
+        self._said.add(None)
+
+
+@cache
+def _connect(record: NodeRecord) -> None:
+    """Make this process a driver of the cluster. Ray allows one cluster per process."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        ray.init(
+            address=record.head,
+            _node_ip_address=record.host,
+            namespace="splitrun",
+            log_to_driver=False,
+            logging_level="error",
+            configure_logging=False,
+        )
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ClusterError(f"Ray at {record.head} cannot be reached from here: {reason}") from error
