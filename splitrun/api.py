@@ -35,6 +35,7 @@ def plan(
     quality: str = "nf4",
     facts: str | os.PathLike[str] | None = None,
     refresh: bool = False,
+    nodes: bool = False,
     report: Callable[[str], None] = lambda text: None,
 ) -> Placement:
     """Decide which device computes which units of ``model``: "demo", a directory, or a Hugging Face Hub id.
@@ -48,6 +49,7 @@ def plan(
     quality    the most that weights may lose under "auto": as much as all-"nf4", all-"int8", … or a share of nf4's loss
     facts      a file that ``splitrun profile --facts`` wrote: plan for the machine described there
     refresh    measure again what earlier runs measured
+    nodes      also over the other machines of the cluster (``splitrun node``); ``memory`` may then name NODE/cpu
     report     is told what is being measured, which takes up to a minute the first time
 
     Loads nothing but single units, to time them. Raises DoesNotFit with the shortfall per device, InvalidPlacement for
@@ -61,7 +63,9 @@ def plan(
         if value is not None and value < 1:
             raise InvalidPlacement(f"{name} is {value}: it must be at least 1")
     rows = tuple(sorted({1, sessions if objective == "throughput" else 1}))
-    if facts is None:
+    if nodes:
+        known = gather_cluster(model, memory, weights, revision, load, rows, refresh, report)
+    elif facts is None:
         known = gather_facts(model, memory, weights, revision, load, rows, refresh, report)
     else:
         known = read_facts_for(facts, model, memory)
@@ -96,6 +100,26 @@ def gather_facts(
         return device_formats(profile, cluster, weights)
 
     return gather(model, revision, load, memory, formats, rows, refresh=refresh, report=report)
+
+
+def gather_cluster(
+    model: str,
+    memory: Mapping[str, str | int] | None,
+    weights: str,
+    revision: str | None,
+    load: Literal["weights", "dummy"],
+    rows: tuple[int, ...],
+    refresh: bool,
+    report: Callable[[str], None],
+) -> Facts:
+    """The facts of this machine and of every other node; arguments and errors as for ``plan``."""
+    from splitrun.cluster.survey import split_memory, survey_nodes
+    from splitrun.model.files import resolve
+
+    here, there = split_memory(memory)
+    known = gather_facts(model, here, weights, revision, load, rows, refresh, report)
+    files = resolve(model, revision, weights=load == "weights")
+    return survey_nodes(known, files, there, weights, rows, refresh=refresh, report=report)
 
 
 def read_facts_for(file: str | os.PathLike[str], model: str, memory: Mapping[str, str | int] | None) -> Facts:
@@ -138,7 +162,8 @@ def check(placement: Placement, file: str = "FILE", *, load: Literal["weights", 
 
     ``file`` is the placement's, for the message. With ``load`` "dummy" the model's fingerprint does not matter.
     """
-    from splitrun.cluster.process import local_device
+    from splitrun.cluster.process import local_device, machine_of
+    from splitrun.cluster.survey import node_devices
     from splitrun.measure.probe import cluster_of, survey, this_machine
     from splitrun.measure.profile import max_context
     from splitrun.model.files import resolve
@@ -156,7 +181,8 @@ def check(placement: Placement, file: str = "FILE", *, load: Literal["weights", 
         for name, device in local.items()
         if name != device and device in used
     ]
-    cluster = replace(cluster, devices=(*cluster.devices, *in_processes))
+    on_nodes = node_devices(placement, files.fingerprint) if any(map(machine_of, placement.device_names)) else []
+    cluster = replace(cluster, devices=(*cluster.devices, *in_processes, *on_nodes))
     layers = int(files.config.get_text_config(decoder=True).num_hidden_layers)
     fingerprint = files.fingerprint if load == "weights" else None
     reasons = stale_reasons(placement, fingerprint, layers, cluster, file, max_context(files.config))

@@ -54,6 +54,9 @@ FactsOption = Annotated[
     typer.Option("--facts", metavar="FILE", help="Plan for the machine that 'splitrun profile --facts FILE' saw."),
 ]
 NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="Measure again what earlier runs measured.")]
+NodesOption = Annotated[
+    bool, typer.Option("--nodes", help="Plan over the other machines of the cluster too (splitrun node list).")
+]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
 LoadOption = Annotated[
     Literal["weights", "dummy"], typer.Option("--load", help="dummy: random weights, for measuring speed.")

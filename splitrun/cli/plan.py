@@ -14,6 +14,7 @@ from splitrun.cli.options import (
     MemoryOption,
     ModelArgument,
     NoCacheOption,
+    NodesOption,
     ObjectiveOption,
     QualityOption,
     RevisionOption,
@@ -36,6 +37,7 @@ def plan(
     quality: QualityOption = "nf4",
     facts: FactsOption = None,
     no_cache: NoCacheOption = False,
+    nodes: NodesOption = False,
     svg: Annotated[Path | None, typer.Option("--svg", help="Draw the placement into this file.")] = None,
     derive: Annotated[bool, typer.Option("--explain", help="Also tell how the figures come about.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the placement to this file.")] = None,
@@ -60,6 +62,7 @@ def plan(
         quality=quality,
         facts=facts,
         refresh=no_cache,
+        nodes=nodes,
         report=lambda text: typer.echo(text, err=True),
     )
     if output is not None:

@@ -52,6 +52,12 @@ def keep(facts: Facts, folder: Path | None = None) -> None:
     write_facts(facts, file)
 
 
+def kept_devices(fingerprint: str) -> tuple[Device, ...]:
+    """The devices of the cluster as they were measured for a plan of that model."""
+    kept = _kept(fingerprint)
+    return () if kept is None else kept.cluster.devices
+
+
 def remaining_facts(files: ModelFiles, structure: ModelStructure, placement: Placement, lost: Collection[str]) -> Facts:
     """What a new plan is made from when ``lost`` machines are gone: this machine as it is now, the other nodes as they
     were when the plan was made."""

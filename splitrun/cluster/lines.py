@@ -38,6 +38,15 @@ class Parent:
             self._writer.write(json.dumps(message) + "\n")
             self._writer.flush()
 
+    def answer(self, key: str) -> Any:
+        """Wait for the parent's answer under that key; what it says beside stays for others."""
+        aside = []
+        while key not in (message := self.told.get()):
+            aside.append(message)
+        for other in aside:
+            self.told.put(other)
+        return message[key]
+
     def require_signs(self, orphan_s: float) -> None:
         """End this process when the parent says nothing for that long, counted in ticks of its own: when the whole
         machine stood still, nobody is to blame."""
@@ -71,6 +80,16 @@ def end_with_parent() -> None:
         return
     if os.getppid() != parent:
         os._exit(1)
+
+
+def beat_until(done: threading.Event, beat_s: float, beat: Callable[[], None]) -> None:
+    """Give signs of life from a thread of its own until ``done``."""
+
+    def loop() -> None:
+        while not done.wait(beat_s):
+            beat()
+
+    threading.Thread(target=loop, name="splitrun alive", daemon=True).start()
 
 
 def open_parent(serve: Callable[[Parent, dict[str, Any]], None]) -> None:

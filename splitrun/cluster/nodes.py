@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 from splitrun.cluster.home import Home, NodeRecord
 from splitrun.cluster.keeper import Keeper
+from splitrun.cluster.model_here import Provider
 from splitrun.cluster.node import running
 from splitrun.cluster.process import STAGE_MODULE, Sayings
 from splitrun.cluster.runtime import Registry, node_resource, set_environment
@@ -26,6 +28,8 @@ CONTACT_S = 2.5
 """How long a node may take to start a stage's keeper."""
 KILL_S = 1.5
 """How long a keeper may take to end its process; one that takes longer is out of reach."""
+
+STORE_S = 60.0
 
 
 class NodeLost(StageLost):
@@ -89,28 +93,40 @@ class Nodes(Membership):
         super().__init__(home or Home.default())
         _connect(self.own)
 
-    def start(self, device: str, job: Mapping[str, Any], module: str = STAGE_MODULE) -> NodeProcess:
-        """Start a process on the node of ``device``. Raises NodeLost when there is no such node now."""
+    def start(
+        self, device: str, job: Mapping[str, Any], module: str = STAGE_MODULE, provider: Provider | None = None
+    ) -> NodeProcess:
+        """Start a process on the node of ``device``; ``provider`` answers its questions about the model.
+
+        Raises NodeLost when there is no such node now.
+        """
         node = device.rpartition("/")[0]
         if node not in self._registry.living():
             raise NodeLost(f"{device}: node {node} has left the cluster")
-        return NodeProcess(device, node, module, job)
+        return NodeProcess(device, node, module, job, provider)
 
 
 class NodeProcess:
     """A `StageHandle` of a process on another node, kept there by a `Keeper`."""
 
-    def __init__(self, device: str, node: str, module: str, job: Mapping[str, Any]) -> None:
+    def __init__(
+        self, device: str, node: str, module: str, job: Mapping[str, Any], provider: Provider | None = None
+    ) -> None:
         import ray
 
         options = {"num_cpus": 0, "resources": {node_resource(node): 0.001}, "max_concurrency": 4}
         self._actor: Any = ray.remote(Keeper).options(**options).remote(device, module, dict(job))
+        self.name = device
+        self._provider = provider
+        self._asked: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._said = Sayings(device)
         self._contacted = threading.Event()
         self._closing = threading.Event()
         self.end = ""
         self._thread = threading.Thread(target=self._listen, name=f"splitrun {device}", daemon=True)
         self._thread.start()
+        if provider is not None:
+            threading.Thread(target=self._provide, name=f"splitrun model {device}", daemon=True).start()
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """See `StageHandle`."""
@@ -147,6 +163,25 @@ class NodeProcess:
             raise NodeLost(f"{self._said.name}: its node does not answer")
         self._thread.join(2 * POLL_S)
 
+    def store(self, folder: str, file: str, start: int, data: bytes) -> Any:
+        """Send a piece of a file there; returns what ``await_stored`` waits for."""
+        return self._actor.store.remote(folder, file, start, data)
+
+    def await_stored(self, piece: Any) -> None:
+        """Wait until a piece is written. Raises ClusterError when it is not."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            ray.get(piece, timeout=STORE_S)
+        except RayError as error:
+            raise ClusterError(f"{self.name} does not take the model's files: {type(error).__name__}") from error
+
+    def _provide(self) -> None:
+        assert self._provider is not None
+        while (message := self._asked.get()) is not None:
+            self._provider.answer(self, message)
+
     def end_quietly(self) -> None:
         """End it if it can be reached."""
         with contextlib.suppress(NodeLost):
@@ -162,6 +197,8 @@ class NodeProcess:
                 for message in ray.get(self._actor.said.remote(POLL_S), timeout=4 * POLL_S):
                     if "ended" in message:
                         self.end = str(message["ended"]) or "has ended"
+                    elif "wants" in message or "lacks_model" in message:
+                        self._asked.put(message)
                     else:
                         self._said.add(message)
             except GetTimeoutError:
@@ -172,6 +209,7 @@ class NodeProcess:
             if self.end:
                 break
         self._said.add(None)
+        self._asked.put(None)
 
 
 @cache

@@ -79,7 +79,7 @@ def address_towards(host: str, port: int) -> str:
 
 def require_free(host: str, base: int) -> None:
     """Raise ClusterError when the node's fixed ports are taken."""
-    for port in (base, base + 1, base + 2):
+    for port in range(base, base + 7):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -10,9 +10,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from splitrun.cluster.ports import COUNT, is_loopback
 from splitrun.errors import ClusterError
@@ -93,7 +95,12 @@ class Runtime:
 
     def stop(self) -> None:
         """End them, and remove what they wrote."""
+        children = psutil.Process().children(recursive=True)  # Ray does not wait for its agents and workers
         self._node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=5)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

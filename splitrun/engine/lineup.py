@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from splitrun.cluster.keeper import ORPHAN_S
+from splitrun.cluster.model_here import Provider
 from splitrun.cluster.nodes import Nodes
 from splitrun.cluster.ports import data_ports
 from splitrun.cluster.process import LOCAL_NODE, StageHandle, StageProcess, machine_of
@@ -109,10 +110,11 @@ class LineUp:
         text = dump(replace(placement, estimate=None))
         jobs = {}
         for device in devices:
-            where, extra = here, {}
+            where, extra = here, dict[str, Any]()
             if nodes is not None and machine_of(device):
                 node = nodes.node(machine_of(device))
-                where, extra = Listening(node.host, data_ports(node.port)), {"orphan_s": ORPHAN_S}
+                where = Listening(node.host, data_ports(node.port))
+                extra = {"orphan_s": ORPHAN_S, "model": Provider(self.files).job()}
             jobs[device] = {
                 "placement": text,
                 "load": self.load,
@@ -127,7 +129,7 @@ class LineUp:
             }
         peers = tuple(spec.device if "/" in spec.device else COORDINATOR for spec in placement.stages)
         far = any(machine_of(name) for name in devices)
-        starter = _Starter(nodes)
+        starter = _Starter(nodes, self.files)
         return RemoteStages(peers, jobs, starter, self.patience, here, replace_lost if far else None)
 
 
@@ -136,11 +138,12 @@ class _Starter:
     """Starts a stage process where its device is."""
 
     nodes: Nodes | None
+    files: ModelFiles
 
     def __call__(self, device: str, job: Mapping[str, Any]) -> StageHandle:
         if self.nodes is None or LOCAL_NODE.fullmatch(device.rpartition("/")[0]):
             return StageProcess(device, job)
-        return self.nodes.start(device, job)
+        return self.nodes.start(device, job, provider=Provider(self.files))
 
 
 def require_nodes(placement: Placement) -> None:

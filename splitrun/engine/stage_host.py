@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from splitrun.cluster.lines import Parent
+from splitrun.cluster.model_there import locate
 from splitrun.engine.exchange import COORDINATOR, Exchange, Route
 from splitrun.engine.loading import LoadedStages, Ring, StageLoading, host_threads, load_stages, make_links, pool_sizes
 from splitrun.engine.pipeline import Failure, Outcome, Pipeline
@@ -32,8 +34,9 @@ from splitrun.transport.socket import SocketMailbox
 class StageHost:
     """Runs the stages of ``job["device"]``. Listens from the start; raises ClusterError when it cannot."""
 
-    def __init__(self, job: Mapping[str, Any]) -> None:
+    def __init__(self, job: Mapping[str, Any], parent: Parent) -> None:
         self._job = job
+        self._parent = parent
         self._device = str(job["device"])
         self._exchange = Exchange(Route(int(job["session"]), tuple(job["peers"])), self._device)
         self._own = [index for index, peer in enumerate(job["peers"]) if peer == self._device]
@@ -49,7 +52,10 @@ class StageHost:
     def load(self) -> dict[int, int]:
         """Load the stages; stage index -> bytes of weights and KV. Raises ModelError or DeviceOutOfMemory."""
         placement, job = _placement_of(self._job["placement"], self._device), self._job
-        files = resolve(placement.model.source, placement.model.revision, weights=job["load"] == "weights")
+        if "model" in job:
+            files = locate(job["model"], self._parent)
+        else:
+            files = resolve(placement.model.source, placement.model.revision, weights=job["load"] == "weights")
         structure = inspect(files.config)
         blocks = pool_sizes(placement, structure)
         loading = StageLoading(placement, files, structure, blocks, job["load"], Traits(**job["traits"]))

@@ -9,20 +9,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
-from splitrun.cluster.lines import Parent, open_parent
-
-
-def beat_until(done: threading.Event, beat_s: float, beat: Callable[[], None]) -> None:
-    """Give signs of life from a thread of its own until ``done``."""
-
-    def loop() -> None:
-        while not done.wait(beat_s):
-            beat()
-
-    threading.Thread(target=loop, name="splitrun alive", daemon=True).start()
+from splitrun.cluster.lines import Parent, beat_until, open_parent
 
 
 def serve(parent: Parent, job: dict[str, Any]) -> None:
@@ -34,7 +23,7 @@ def serve(parent: Parent, job: dict[str, Any]) -> None:
     from splitrun.errors import SplitrunError
 
     try:
-        host = StageHost(job)
+        host = StageHost(job, parent)
         parent.say(address=host.address)
         parent.say(loaded=host.load())
     except SplitrunError as error:
