@@ -24,6 +24,7 @@ class Planning:
     weights: str
     revision: str | None
     load: Literal["weights", "dummy"] = "weights"
+    nodes: bool = False
 
 
 def plan_or_load(named: str, planning: Planning, default_sessions: int = 1) -> tuple[Placement, bool]:
@@ -51,6 +52,7 @@ def plan_or_load(named: str, planning: Planning, default_sessions: int = 1) -> t
             weights=planning.weights,
             revision=planning.revision,
             load=planning.load,
+            nodes=planning.nodes,
         ),
         True,
     )
@@ -64,6 +66,7 @@ def _refuse_options(file: str, planning: Planning) -> None:
         "--objective": planning.objective != "latency",
         "--weights": planning.weights != "auto",
         "--revision": planning.revision,
+        "--nodes": planning.nodes,
     }
     names = [name for name, value in given.items() if value]
     if names:

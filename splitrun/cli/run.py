@@ -14,6 +14,7 @@ from splitrun.cli.options import (
     LoadOption,
     MemoryOption,
     ModelOrPlacement,
+    NodesOption,
     ObjectiveOption,
     RevisionOption,
     WeightsOption,
@@ -47,13 +48,14 @@ def run(
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
     load: LoadOption = "weights",
+    nodes: NodesOption = False,
 ) -> None:
     """Answer one PROMPT. A model is planned first; a placement is run as it is."""
     import splitrun
 
     sampling = splitrun.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    placement, _ = plan_or_load(model, Planning(memory, context, None, objective, weights, revision, load))
+    placement, _ = plan_or_load(model, Planning(memory, context, None, objective, weights, revision, load, nodes))
     with splitrun.Engine(placement, load=load) as engine:
         chat = engine.tokenizer.has_chat_template and not raw
         ids = engine.tokenizer.encode_chat(_messages(text, system)) if chat else engine.tokenizer.encode(text)

@@ -12,6 +12,7 @@ from splitrun.cli.options import (
     LoadOption,
     MemoryOption,
     ModelOrPlacement,
+    NodesOption,
     ObjectiveOption,
     RevisionOption,
     SessionsOption,
@@ -43,6 +44,10 @@ def serve(
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
     load: LoadOption = "weights",
+    nodes: NodesOption = False,
+    rebalance: Annotated[
+        bool, typer.Option("--rebalance", help="Use a node that was lost again as soon as it is back.")
+    ] = False,
 ) -> None:
     """Serve a model or placement over HTTP until Ctrl-C. A model is planned first, and the plan printed."""
     if api_key is not None and not api_key.strip():
@@ -53,7 +58,7 @@ def serve(
 
     # The port is taken before anything is planned or loads: a taken one is an error within the second.
     with listen(host, port) as listener:
-        planning = Planning(memory, context, sessions, objective, weights, revision, load)
+        planning = Planning(memory, context, sessions, objective, weights, revision, load, nodes)
         placement, planned = plan_or_load(model, planning, default_sessions=DEFAULT_SESSIONS)
         if planned:
             typer.echo(f"{placement.explain()}\n")
@@ -64,7 +69,7 @@ def serve(
             if server.warning:
                 typer.echo(f"splitrun: {server.warning}", err=True)
             typer.echo(f"loading {name} ...")
-            with splitrun.Engine(placement, load=load, depth=depth) as engine:
+            with splitrun.Engine(placement, load=load, depth=depth, rebalance=rebalance) as engine:
                 server.attach(engine.core)
                 server.wait_ready()
                 typer.echo(f"serving {name} at {server.url}/v1 (Ctrl-C ends)")

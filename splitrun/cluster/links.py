@@ -16,7 +16,8 @@ from itertools import combinations
 import torch
 
 from splitrun.cluster.keeper import ORPHAN_S
-from splitrun.cluster.nodes import NodeInfo, NodeProcess, Nodes
+from splitrun.cluster.members import NodeInfo
+from splitrun.cluster.nodes import NodeProcess, Nodes
 from splitrun.cluster.ports import data_ports
 from splitrun.cluster.versions import differences, own_versions
 from splitrun.errors import ClusterError, SplitrunError

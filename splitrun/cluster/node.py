@@ -15,6 +15,7 @@ import psutil
 
 from splitrun.child import child_command, child_environment
 from splitrun.cluster.home import Home, NodeRecord
+from splitrun.cluster.members import members
 from splitrun.cluster.node_process import NodeSettings
 from splitrun.cluster.ports import (
     LOOPBACK,
@@ -136,7 +137,7 @@ def _require_same_versions(registry: Registry, settings: NodeSettings) -> None:
     note = registry.get(f"node {head}")
     if head is None or note is None:
         raise ClusterError(f"{settings.head} runs Ray, but not as a splitrun head: use 'splitrun node start' there")
-    if settings.name in registry.living():
+    if settings.name in {member.name for member in members(registry) if member.alive}:
         raise ClusterError(f"there is a node {settings.name} already: choose another --name")
     found = differences(own_versions(), json.loads(note)["versions"])
     if found:

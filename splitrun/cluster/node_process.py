@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -42,11 +43,12 @@ class NodeSettings:
         return self.head or f"{self.host}:{self.port}"
 
 
-def describe(settings: NodeSettings) -> dict[str, Any]:
+def describe(settings: NodeSettings, resource: str) -> dict[str, Any]:
     """What other machines may know of this one."""
     import psutil
 
     return {
+        "resource": resource,
         "host": settings.host,
         "port": settings.port,
         "machine": socket.gethostname(),
@@ -58,12 +60,13 @@ def describe(settings: NodeSettings) -> dict[str, Any]:
 
 def start(settings: NodeSettings) -> Runtime:
     """Start Ray's processes and say who this is. Raises ClusterError; nothing runs then."""
-    runtime = Runtime(settings.name, settings.host, settings.port, settings.head)
+    resource = f"splitrun:{settings.name}:{secrets.token_hex(4)}"  # another one for each life of a node
+    runtime = Runtime(resource, settings.host, settings.port, settings.head)
     try:
         registry = Registry(settings.head_address)
         if settings.head is None:
             registry.put("head", settings.name)
-        registry.put(f"node {settings.name}", json.dumps(describe(settings)))
+        registry.put(f"node {settings.name}", json.dumps(describe(settings, resource)))
         registry.remove(f"refused {settings.name}")
     except ClusterError:
         runtime.stop()

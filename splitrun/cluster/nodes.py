@@ -11,16 +11,16 @@ import json
 import queue
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from splitrun.cluster.home import Home, NodeRecord
 from splitrun.cluster.keeper import Keeper
+from splitrun.cluster.members import NodeInfo, members
 from splitrun.cluster.model_here import Provider
 from splitrun.cluster.node import running
 from splitrun.cluster.process import STAGE_MODULE, Sayings
-from splitrun.cluster.runtime import Registry, node_resource, set_environment
+from splitrun.cluster.runtime import Registry, set_environment
 from splitrun.errors import ClusterError, StageLost
 
 POLL_S = 0.5
@@ -36,25 +36,6 @@ class NodeLost(StageLost):
     """The whole node is gone or out of reach: starting the stage there again is of no use."""
 
 
-@dataclass(frozen=True)
-class NodeInfo:
-    """One node. ``note`` is what it says of itself: host, port, cores, versions."""
-
-    name: str
-    alive: bool
-    note: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def host(self) -> str:
-        """The address that its sockets listen on."""
-        return str(self.note.get("host", ""))
-
-    @property
-    def port(self) -> int:
-        """The first port of its range."""
-        return int(self.note.get("port", 0))
-
-
 class Membership:
     """Who is in the cluster that this machine's node belongs to. Raises ClusterError when there is none."""
 
@@ -68,9 +49,7 @@ class Membership:
 
     def all(self) -> list[NodeInfo]:
         """Every node that ever joined, sorted by name. Raises ClusterError when the head does not answer."""
-        living = self._registry.living()
-        notes = self._registry.notes("node ")
-        return [NodeInfo(name, name in living, json.loads(note)) for name, note in sorted(notes.items())]
+        return members(self._registry)
 
     def node(self, name: str) -> NodeInfo:
         """The living node of that name; raises ClusterError."""
@@ -100,21 +79,22 @@ class Nodes(Membership):
 
         Raises NodeLost when there is no such node now.
         """
-        node = device.rpartition("/")[0]
-        if node not in self._registry.living():
-            raise NodeLost(f"{device}: node {node} has left the cluster")
-        return NodeProcess(device, node, module, job, provider)
+        name = device.rpartition("/")[0]
+        resource = next((node.resource for node in self.all() if node.name == name and node.alive), None)
+        if resource is None:
+            raise NodeLost(f"{device}: node {name} has left the cluster, or is out of reach")
+        return NodeProcess(device, resource, module, job, provider)
 
 
 class NodeProcess:
     """A `StageHandle` of a process on another node, kept there by a `Keeper`."""
 
     def __init__(
-        self, device: str, node: str, module: str, job: Mapping[str, Any], provider: Provider | None = None
+        self, device: str, resource: str, module: str, job: Mapping[str, Any], provider: Provider | None = None
     ) -> None:
         import ray
 
-        options = {"num_cpus": 0, "resources": {node_resource(node): 0.001}, "max_concurrency": 4}
+        options = {"num_cpus": 0, "resources": {resource: 0.001}, "max_concurrency": 4}
         self._actor: Any = ray.remote(Keeper).options(**options).remote(device, module, dict(job))
         self.name = device
         self._provider = provider

@@ -90,6 +90,15 @@ def require_free(host: str, base: int) -> None:
                 ) from error
 
 
+def answers(host: str, port: int, wait_s: float = 0.5) -> bool:
+    """Whether somebody listens there."""
+    try:
+        socket.create_connection((host, port), wait_s).close()
+    except OSError:
+        return False
+    return True
+
+
 def require_reachable(host: str, port: int, wait_s: float = 5.0) -> None:
     """Raise ClusterError when nobody listens there, with what a home network usually gets wrong."""
     try:

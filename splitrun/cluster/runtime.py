@@ -22,7 +22,6 @@ from splitrun.errors import ClusterError
 OBJECT_STORE_BYTES = 80 << 20
 """Nothing large travels through Ray; it asks for no less."""
 _SPACE = b"splitrun"
-_RESOURCE = "splitrun:"
 OWN_THREADS = "SPLITRUN_NODE_OMP_NUM_THREADS"
 """What OMP_NUM_THREADS was before Ray set it for its workers."""
 
@@ -38,8 +37,8 @@ def ray_environment(token_file: Path, host: str) -> dict[str, str]:
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
         # A short cut of the line must not cost a node its membership: stages are watched over by their own heartbeats.
-        "RAY_health_check_period_ms": "2000",
-        "RAY_health_check_failure_threshold": "15",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_failure_threshold": "10",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
 
@@ -52,10 +51,11 @@ def set_environment(token_file: Path, host: str) -> None:
 class Runtime:
     """Ray's processes of one node, alive until ``stop``, or until this process ends.
 
-    ``head`` is the address of the first machine's registry, None on the first machine itself. Raises ClusterError.
+    ``resource`` is what Ray knows it by, ``head`` the address of the first machine's registry, None on the first
+    machine itself. Raises ClusterError.
     """
 
-    def __init__(self, name: str, host: str, port: int, head: str | None) -> None:
+    def __init__(self, resource: str, host: str, port: int, head: str | None) -> None:
         from ray._private.node import Node
         from ray._private.parameter import RayParams
 
@@ -74,7 +74,7 @@ class Runtime:
             include_log_monitor=False,
             no_monitor=True,
             object_store_memory=OBJECT_STORE_BYTES,
-            resources={node_resource(name): 1},
+            resources={resource: 1},
             temp_dir=str(self._folder),
         )
         if head is None:
@@ -141,12 +141,11 @@ class Registry:
         found = {name.removeprefix(prefix): self.get(name) for name in names}
         return {name: note for name, note in found.items() if note is not None}
 
-    def living(self) -> set[str]:
-        """The names of the nodes that Ray knows to be alive."""
+    def resources(self) -> set[str]:
+        """What the nodes that Ray takes to be alive offer. It notices a silent one's end after some seconds only."""
         with _translated(self._head):
             found = self._client.get_all_node_info(timeout=5)
-        names = [name for info in found.values() if info.state == 0 for name in info.resources_total]
-        return {name.removeprefix(_RESOURCE) for name in names if name.startswith(_RESOURCE)}
+        return {name for info in found.values() if info.state == 0 for name in info.resources_total}
 
 
 @contextmanager
@@ -163,8 +162,3 @@ def _translated(head: str) -> Iterator[None]:
     except RayError as error:
         reason = " ".join(str(error).split())[:160]
         raise ClusterError(f"{head} does not answer as a splitrun head: {reason}; is Ray the same there?") from error
-
-
-def node_resource(name: str) -> str:
-    """The resource that stands for a node: who asks for a bit of it is placed there."""
-    return _RESOURCE + name

@@ -54,7 +54,8 @@ class Engine:
 
     ``placement`` is a Placement or the path of one. ``load`` "dummy" makes random weights. ``depth`` is the number of
     steps in flight (default: one per device), ``chunk_tokens`` the longest piece of a prompt per step (default, and
-    at most: the placement's). ``patience`` says when a silent stage process (``process/cpu``) is given up.
+    at most: the placement's). ``patience`` says when a silent stage process (``process/cpu``,
+    ``NODE/cpu``) is given up. ``rebalance``: a node that was lost is used again as soon as it is back.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Engine:
         depth: int | None = None,
         chunk_tokens: int | None = None,
         patience: Patience | None = None,
+        rebalance: bool = False,
     ) -> None:
         self.placement = placement if isinstance(placement, Placement) else Placement.load(placement)
         reference = self.placement.model
@@ -73,8 +75,9 @@ class Engine:
         planned = self.placement.workload.chunk_tokens
         chunk = min(chunk_tokens or planned, planned)  # the plan's blocks and workspace are for chunks of that size
         self.core: EngineCore = assemble(
-            self.placement, self.files, load=load, depth=depth, chunk_tokens=chunk, patience=patience or Patience()
-        )
+            self.placement, self.files, load=load, depth=depth, chunk_tokens=chunk, patience=patience or Patience(),
+            rebalance=rebalance,
+        )  # fmt: skip
         self._ids = count(1)
 
     def __enter__(self) -> Self:

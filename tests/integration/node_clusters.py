@@ -1,0 +1,122 @@
+"""A cluster of Ray nodes on this machine, for tests: each node has its own ports, home and measurements."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from splitrun.cluster import node
+from splitrun.cluster.home import Home
+from splitrun.cluster.ports import COUNT
+
+
+class TestCluster:
+    """Nodes by name; the first one is the coordinator's."""
+
+    __test__ = False
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.homes: dict[str, Home] = {}
+        self.ports: dict[str, int] = {}
+
+    def start(self, name: str) -> None:
+        """Start the head, or join it."""
+        home = self.homes.setdefault(name, Home(self.folder / name))
+        port = self.ports.setdefault(name, free_ports(self.ports.values()))
+        head = next(iter(self.homes))
+        if name == head:
+            node.start_head(home, port=port, name=name)
+        else:
+            token = self.homes[head].token()
+            node.join(home, f"127.0.0.1:{self.ports[head]}", token, port=port, name=name)
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """The node's process and everything that it started."""
+        record = node.running(self.homes[name])
+        assert record is not None
+        main = psutil.Process(record.process)
+        return [main, *main.children(recursive=True)]
+
+    def lose(self, name: str, number: int = signal.SIGKILL) -> None:
+        """What a pulled plug does: every process of the node at once."""
+        for process in self.processes(name):
+            process.send_signal(number)
+
+    def stages(self, name: str) -> list[psutil.Process]:
+        """The stage processes on a node."""
+        return [one for one in self.processes(name) if "splitrun.engine.stage_process" in command(one)]
+
+    def keepers(self, name: str) -> list[psutil.Process]:
+        """The stages' keepers on a node."""
+        return [one for one in self.processes(name) if command(one).startswith("ray::Keeper")]
+
+    def stop(self) -> None:
+        """End all nodes."""
+        for home in reversed(list(self.homes.values())):
+            if node.running(home) is not None:
+                node.stop(home)
+
+
+def command(process: psutil.Process) -> str:
+    """The command line of a process, "" when it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def free_ports(taken: object = ()) -> int:
+    """The base of a range of ports that nobody uses."""
+    used = {entry.laddr.port for entry in psutil.net_connections("tcp") if entry.laddr}
+    used |= {base + offset for base in list(taken) for offset in range(COUNT)}  # type: ignore[call-overload]
+    start = 20000 + os.getpid() % 100 * 100
+    for base in range(start, start + 20000, COUNT):
+        if not used & set(range(base, base + COUNT)):
+            return base
+    raise AssertionError("no free range of ports")
+
+
+@contextmanager
+def cluster(folder: Path, *names: str) -> Iterator[TestCluster]:
+    """Nodes with these names; this process is their driver meanwhile."""
+    made = TestCluster(folder)
+    before = os.environ.get("SPLITRUN_HOME", "")
+    try:
+        for name in names:
+            made.start(name)
+        os.environ["SPLITRUN_HOME"] = str(made.homes[names[0]].folder)
+        yield made
+    finally:
+        os.environ["SPLITRUN_HOME"] = before
+        if "ray" in sys.modules:
+            disconnect()
+        made.stop()
+
+
+def disconnect() -> None:
+    """Leave the cluster as a driver, so that another can be joined."""
+    import ray
+
+    from splitrun.cluster import nodes
+
+    ray.shutdown()
+    nodes._connect.cache_clear()
+
+
+def listening() -> dict[int, set[str]]:
+    """Process id -> the addresses that it listens on."""
+    found: dict[int, set[str]] = {}
+    for entry in psutil.net_connections("tcp"):
+        if entry.status == psutil.CONN_LISTEN and entry.pid is not None:
+            address = entry.laddr.ip
+            found.setdefault(entry.pid, set()).add(address.removeprefix("::ffff:") if entry.family == socket.AF_INET6
+                                                   else address)  # fmt: skip
+    return found

@@ -1,0 +1,336 @@
+"""Stages on Ray nodes: the same ids as in one process, whatever becomes of stages, nodes and the coordinator."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from cut_models import NEW_TOKENS, TinyModel, tiny_model
+from node_clusters import TestCluster, cluster, listening
+from test_processes import GREEDY, SAMPLED, at_step, demo, plan, remote_of, restarts, run
+
+import splitrun
+from splitrun.cluster import node
+from splitrun.cluster.home import Home
+from splitrun.cluster.nodes import Membership, Nodes
+from splitrun.engine.remote import Patience
+from splitrun.errors import ClusterError, StageError, StageLost
+from splitrun.planner.facts import Workload
+from splitrun.schedule.step import Step
+from splitrun.transport.frames import Frame, Kind
+from splitrun.transport.socket import SocketMailbox
+
+PATIENCE = Patience(beat_s=0.25, dead_after_s=2.0, start_s=60.0, stall_s=7.0)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+    with cluster(tmp_path_factory.mktemp("nodes"), "one", "two") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[tuple[int, ...]]]:
+    """What one process answers when nothing disturbs it."""
+    with splitrun.Engine(demo("cpu"), chunk_tokens=16) as engine:
+        return {"greedy": run(engine), "sampled": run(engine, SAMPLED)}
+
+
+@pytest.fixture(scope="module")
+def engine(nodes: TestCluster) -> Iterator[splitrun.Engine]:
+    """First and last stage on nodes, the middle here."""
+    with splitrun.Engine(demo("one/cpu", "cpu", "two/cpu"), chunk_tokens=16, patience=PATIENCE) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+def answers(placement: splitrun.Placement, model: TinyModel) -> list[tuple[int, ...]]:
+    sampling = splitrun.SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+    with splitrun.Engine(placement, chunk_tokens=8, patience=PATIENCE) as engine:
+        return [completion.token_ids for completion in engine.generate(model.prompts, sampling)]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+def test_every_cut_over_two_nodes(nodes: TestCluster, model: TinyModel, cut: int) -> None:
+    """Both stages are away: activations go from node to node, and only tokens come here."""
+    assert model.layers == 3
+    devices = {"one/cpu": cut, "two/cpu": model.layers + 2}
+    placement = plan(str(model.path), model.layers, devices, Workload(64, sessions=3, block_tokens=4))
+    assert answers(placement, model) == list(model.answers)
+
+
+def test_a_node_without_the_model_receives_what_it_computes(
+    nodes: TestCluster, model: TinyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The relative path leads to the model from here, and to nothing from where the node runs."""
+    monkeypatch.chdir(model.path.parent)
+    devices = {"cpu": 2, "two/cpu": model.layers + 2}
+    workload = Workload(64, sessions=3, block_tokens=4)
+    placement = plan(f"./{model.path.name}", model.layers, devices, workload)
+    assert answers(placement, model) == list(model.answers)
+
+
+def test_the_nodes_answer_as_one(engine: splitrun.Engine, expected: dict[str, Any]) -> None:
+    assert run(engine) == expected["greedy"]
+    assert run(engine, SAMPLED) == expected["sampled"]
+    assert [stage.node for stage in engine.core.status().stages] == ["one", "", "two"]
+
+
+FAULTS = [(signal.SIGKILL, "two", 1), (signal.SIGSTOP, "one", 5), (signal.SIGKILL, "one", 21)]
+
+
+@pytest.mark.parametrize(("number", "name", "step"), FAULTS)
+def test_no_token_is_lost_with_a_stage(
+    nodes: TestCluster, engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    number: int, name: str, step: int,
+) -> None:  # fmt: skip
+    before = restarts(engine)
+    (lost,) = nodes.stages(name)
+    at_step(engine, monkeypatch, step, lambda: lost.send_signal(number))
+    kind, sampling = ("sampled", SAMPLED) if step == 5 else ("greedy", GREEDY)
+    assert run(engine, sampling) == expected[kind]
+    assert restarts(engine) > before
+    assert not lost.is_running()
+
+
+def test_a_stage_lost_with_its_keeper_and_again_while_it_starts(
+    nodes: TestCluster, engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = remote_of(engine)
+    start, started = remote._starter, []
+
+    def start_doomed(device: str, job: Any) -> Any:
+        started.append(device)
+        process = start(device, job)
+        if len(started) == 1:
+            process.expect("address", 60)
+            nodes.stages("two")[0].kill()
+        return process
+
+    monkeypatch.setattr(remote, "_starter", start_doomed)
+    (keeper,) = nodes.keepers("two")
+    at_step(engine, monkeypatch, 7, keeper.kill)
+    assert run(engine) == expected["greedy"]
+    assert started == ["two/cpu", "two/cpu"]
+
+
+def test_no_port_is_open_beyond_the_loopback(nodes: TestCluster, engine: splitrun.Engine) -> None:
+    ours = {process.pid for name in ("one", "two") for process in nodes.processes(name)} | {os.getpid()}
+    found = {pid: addresses for pid, addresses in listening().items() if pid in ours}
+    assert len(found) >= 6
+    assert set().union(*found.values()) == {"127.0.0.1"}
+
+
+def test_keys_and_token_are_in_no_command_line_or_log(nodes: TestCluster, engine: splitrun.Engine) -> None:
+    token = nodes.homes["one"].token()
+    keys = [address.public_key for address in remote_of(engine)._addresses.values()]
+    for process in [process for name in ("one", "two") for process in nodes.processes(name)]:
+        try:
+            seen = " ".join([*process.cmdline(), *process.environ().values()])
+        except psutil.Error:
+            continue
+        assert not any(secret in seen for secret in [token, *keys])
+    logs = [file for root in Path("/tmp").glob("splitrun-ray-*") for file in root.rglob("*") if file.is_file()]
+    logs += [home.log_file for home in nodes.homes.values()]
+    assert len(logs) > 10
+    for file in logs:
+        text = file.read_text(errors="replace")
+        assert not any(secret in text for secret in [token, *keys]), file
+    for home in nodes.homes.values():
+        assert home.token_file.stat().st_mode & 0o777 == 0o600
+        assert home.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_frame_without_a_key_of_the_session_is_refused(engine: splitrun.Engine, expected: dict[str, Any]) -> None:
+    remote = remote_of(engine)
+    stranger = SocketMailbox(remote._exchange.route.session, lambda frame: None)
+    try:
+        stranger.connect("coordinator", remote._mailbox.address)
+        stranger.connect("two", remote._addresses["two/cpu"])
+        before = remote._mailbox.dropped.counts().get("unknown key", 0)
+        for peer in ("coordinator", "two"):
+            stranger.send(peer, Frame(Kind.BEAT, remote._exchange.route.session, 0))
+        deadline = time.monotonic() + 10
+        while remote._mailbox.dropped.counts().get("unknown key", 0) == before:
+            assert time.monotonic() < deadline, "nobody refused the stranger"
+            time.sleep(0.05)
+        assert run(engine) == expected["greedy"]
+    finally:
+        stranger.close()
+
+
+JOB = """
+import sys
+from pathlib import Path
+from splitrun.cluster.runtime import set_environment
+set_environment(Path(sys.argv[2]), "127.0.0.1")
+import ray
+ray.init(address=sys.argv[1], _node_ip_address="127.0.0.1", log_to_driver=False)
+print("a job runs")
+"""
+
+
+def test_without_the_token_neither_node_nor_job_gets_in(nodes: TestCluster, tmp_path: Path) -> None:
+    record = node.running(nodes.homes["one"])
+    assert record is not None
+    wrong = Home(tmp_path / "stranger")
+    with pytest.raises(ClusterError, match="that is no token"):
+        node.join(wrong, record.head, "", name="stranger")
+    # In other processes: Ray reads the token once in the life of one.
+    environment = {**os.environ, "SPLITRUN_HOME": str(wrong.folder), "SPLITRUN_TOKEN": "0" * 48}
+    joining = [sys.executable, "-m", "splitrun", "node", "join", record.head, "--name", "stranger"]
+    outcome = subprocess.run(joining, capture_output=True, text=True, timeout=100, env=environment, check=False)
+    assert outcome.returncode == 1
+    assert f"splitrun: {record.head} refuses the token: copy the whole command" in outcome.stderr
+    wrong.keep_token("0" * 48)
+    job = [sys.executable, "-c", JOB, record.head, str(wrong.token_file)]
+    outcome = subprocess.run(job, capture_output=True, text=True, timeout=100, check=False)
+    assert outcome.returncode != 0
+    assert "a job runs" not in outcome.stdout
+    assert "InvalidAuthToken" in outcome.stderr
+
+
+def test_other_versions_are_named_on_both_sides(
+    nodes: TestCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = node.running(nodes.homes["one"])
+    assert record is not None
+    monkeypatch.setattr(node, "own_versions", lambda: {**node_versions(), "torch": "1.0"})
+    with pytest.raises(ClusterError, match=r"three and one do not match: torch 1\.0 here, \S+ there: install the same"):
+        node.join(Home(tmp_path), record.head, nodes.homes["one"].token(), name="three")
+    told = Membership(nodes.homes["one"]).refused()
+    assert told["three"]["differences"][0].startswith("torch 1.0 here")
+
+
+def node_versions() -> dict[str, str]:
+    from splitrun.cluster.versions import own_versions
+
+    return own_versions()
+
+
+SCRIPT = """
+import sys, splitrun
+engine = splitrun.Engine(sys.argv[1])
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_coordinators_death_ends_stages_on_nodes(nodes: TestCluster, tmp_path: Path) -> None:
+    file = tmp_path / "placement.yaml"
+    demo("cpu", "two/cpu").save(file)
+    before = {process.pid for process in nodes.stages("two")}
+    environment = {**os.environ, "PYTHONPATH": str(Path(splitrun.__file__).parent.parent)}
+    coordinator = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+        text=True,
+    )  # fmt: skip
+    with coordinator:
+        assert coordinator.stdout is not None
+        assert coordinator.stdout.readline() == "up\n"
+        (child,) = [process for process in nodes.stages("two") if process.pid not in before]
+        coordinator.kill()
+        child.wait(timeout=5)
+
+
+def streams(engine: splitrun.Engine, sampling: splitrun.SamplingParams) -> tuple[threading.Thread, list[Any]]:
+    """All prompts at once, on a thread; the list holds the answers, or what was raised."""
+    outcome: list[Any] = []
+
+    def work() -> None:
+        try:
+            outcome.extend(run(engine, sampling))
+        except StageError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, outcome
+
+
+def after_steps(engine: splitrun.Engine, count: int, deed: Callable[[], None]) -> None:
+    """Do something on another thread once that many more steps were submitted."""
+    pipeline = engine.core._pipeline
+    submit, seen = pipeline.submit, [0]
+
+    def counted(step: Step) -> None:
+        submit(step)
+        seen[0] += 1
+        if seen[0] == count:
+            threading.Thread(target=deed).start()
+
+    pipeline.submit = counted  # type: ignore[method-assign]
+
+
+def test_a_whole_node_is_lost_and_comes_back(nodes: TestCluster, expected: dict[str, Any]) -> None:
+    """The streams go on here, and move back under load when the node has joined again; no token is lost."""
+    nodes.start("three")
+    placement = demo("cpu", "three/cpu")
+    with splitrun.Engine(placement, chunk_tokens=16, patience=PATIENCE, rebalance=True) as engine:
+        after_steps(engine, 9, lambda: nodes.lose("three"))
+        assert run(engine, SAMPLED) == expected["sampled"]
+        assert [stage.device for stage in engine.core.status().stages] == ["cpu"]
+        assert engine.core.status().healthy
+        nodes.start("three")
+        deadline = time.monotonic() + 60
+        while [stage.device for stage in engine.core.status().stages] != ["cpu", "three/cpu"]:
+            assert time.monotonic() < deadline, "the node is back and not used"
+            assert run(engine) == expected["greedy"]
+        assert run(engine) == expected["greedy"]
+        assert engine.core.status().healthy
+
+
+def test_what_fits_nowhere_else_ends_with_503(nodes: TestCluster, expected: dict[str, Any]) -> None:
+    """The stage is lost and its keeper stands still: the node is out of reach. What remains has room for half."""
+    placement = replace(demo("cpu", "two/cpu"), devices={"cpu": 26 << 20})
+    with splitrun.Engine(placement, chunk_tokens=16, patience=PATIENCE) as engine:
+        (keeper,) = nodes.keepers("two")
+        (stage,) = nodes.stages("two")
+
+        def cut_off() -> None:
+            keeper.suspend()
+            stage.kill()
+
+        after_steps(engine, 5, cut_off)
+        with pytest.raises(StageError, match="does not fit") as caught:
+            run(engine)
+        assert caught.value.http_status == 503
+        with pytest.raises(StageLost):
+            run(engine)
+        assert not engine.core.status().healthy
+        keeper.kill()
+
+
+def test_a_stage_whose_keeper_stands_still_ends_itself(nodes: TestCluster) -> None:
+    with splitrun.Engine(demo("cpu", "two/cpu"), chunk_tokens=16, patience=PATIENCE) as engine:
+        (keeper,) = nodes.keepers("two")
+        (stage,) = nodes.stages("two")
+        keeper.suspend()
+        deadline = time.monotonic() + 7
+        while stage.status() != psutil.STATUS_ZOMBIE:  # its parent cannot take note of its end now
+            assert time.monotonic() < deadline, "the stage outlives what its keeper can do"
+            time.sleep(0.1)
+        keeper.kill()
+        assert run(engine) != []
+
+
+def test_the_check_names_every_node(nodes: TestCluster) -> None:
+    from splitrun.cluster.links import check_nodes
+
+    lines = {name: (line, fault) for name, line, fault in check_nodes(Nodes())}
+    assert lines["one"] == ("here", False)
+    assert lines["two"][0].startswith("good: ")
