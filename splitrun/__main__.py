@@ -28,6 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.excepthook = _report_unexpected
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is first imported
+    if os.environ.get("SPLITRUN_LOG") == "json":
+        from splitrun.engine.record import log_json
+
+        log_json("coordinator")
     from typer import BadParameter
 
     from splitrun.cli.app import app

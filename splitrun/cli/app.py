@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from splitrun import __version__
-from splitrun.cli import bench, check, doctor, node, plan, profile, run, serve, what_if
+from splitrun.cli import bench, check, doctor, node, plan, profile, run, serve, status, trace, what_if
 
 app = typer.Typer(
     name="splitrun",
@@ -28,6 +28,8 @@ app.command("what-if")(what_if.what_if)
 app.command("check")(check.check)
 app.command("serve")(serve.serve)
 app.command("run")(run.run)
+app.command("status")(status.status)
+app.command("trace")(trace.trace)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.add_typer(node.app)

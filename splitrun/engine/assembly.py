@@ -35,13 +35,15 @@ def assemble(
     chunk_tokens: int,
     patience: Patience,
     rebalance: bool = False,
+    trace: bool = False,
 ) -> EngineCore:
     """A running engine core for the placement, warmed up by one real token.
 
     ``load`` "dummy" makes random weights instead of reading them. ``depth`` is the number of steps in flight, by
     default one per worker; ``patience`` is for stages in processes of their own, ``rebalance`` for nodes that come
-    back. Raises InvalidPlacement when the plan is stale, ModelError when the model cannot be cut or loaded,
-    DeviceOutOfMemory when a device is too small after all, StageLost when a stage process does not come up.
+    back; ``trace``: stages elsewhere tell what they do when. Raises InvalidPlacement when the plan is stale,
+    ModelError when the model cannot be cut or loaded, DeviceOutOfMemory when a device is too small after all,
+    StageLost when a stage process does not come up.
     """
     for spec in placement.stages:
         _require_possible(spec)
@@ -54,7 +56,7 @@ def assemble(
     blocks = pool_sizes(placement, structure)
     depth = depth or len(placement.device_names)
     scheduler = _scheduler(placement, structure, blocks, depth, chunk_tokens)
-    lineup = LineUp(files, structure, traits, load, depth, chunk_tokens, patience)
+    lineup = LineUp(files, structure, traits, load, depth, chunk_tokens, patience, trace)
     succession = Succession(lineup, placement, rebalance)
     with ExitStack() as undo:
         line = lineup.bring_up(placement, succession.replace)

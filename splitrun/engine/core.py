@@ -15,6 +15,7 @@ from dataclasses import replace
 from splitrun.engine.interface import BlockUse, EngineStatus
 from splitrun.engine.lineup import Line
 from splitrun.engine.pipeline import Failure, Interruption, Outcome, Resumed
+from splitrun.engine.record import Span
 from splitrun.errors import SplitrunError, StageError, StageLost
 from splitrun.schedule.limits import check_request
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
@@ -107,6 +108,8 @@ class EngineCore:
                     last_step_ms=clock.last_s * 1e3,
                     mean_step_ms=clock.total_s * 1e3 / max(clock.steps, 1),
                     restarts=clock.restarts,
+                    queued=clock.queued,
+                    sent_bytes=clock.sent_bytes,
                 )
                 for stage, clock in zip(self._line.stages, self._pipeline.clocks, strict=True)
             )
@@ -124,7 +127,12 @@ class EngineCore:
                 completion_tokens=self._completion_tokens,
                 stages=stages,
                 placement=dict(self._line.placement),
+                epoch=self._scheduler.epoch,
             )
+
+    def take_spans(self) -> list[Span]:
+        """What stages did since the last time; those elsewhere tell with their heartbeats, if asked to trace."""
+        return self._pipeline.record.take()
 
     def drain(self) -> None:
         """Refuse new requests and return when the running ones have ended."""

@@ -55,7 +55,8 @@ class Engine:
     ``placement`` is a Placement or the path of one. ``load`` "dummy" makes random weights. ``depth`` is the number of
     steps in flight (default: one per device), ``chunk_tokens`` the longest piece of a prompt per step (default, and
     at most: the placement's). ``patience`` says when a silent stage process (``process/cpu``,
-    ``NODE/cpu``) is given up. ``rebalance``: a node that was lost is used again as soon as it is back.
+    ``NODE/cpu``) is given up. ``rebalance``: a node that was lost is used again as soon as it is back. ``trace``:
+    stages in other processes tell what they do when, for ``core.take_spans``.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Engine:
         chunk_tokens: int | None = None,
         patience: Patience | None = None,
         rebalance: bool = False,
+        trace: bool = False,
     ) -> None:
         self.placement = placement if isinstance(placement, Placement) else Placement.load(placement)
         reference = self.placement.model
@@ -76,7 +78,7 @@ class Engine:
         chunk = min(chunk_tokens or planned, planned)  # the plan's blocks and workspace are for chunks of that size
         self.core: EngineCore = assemble(
             self.placement, self.files, load=load, depth=depth, chunk_tokens=chunk, patience=patience or Patience(),
-            rebalance=rebalance,
+            rebalance=rebalance, trace=trace,
         )  # fmt: skip
         self._ids = count(1)
 

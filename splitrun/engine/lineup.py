@@ -5,6 +5,7 @@ Knows the model's files and how to start processes and nodes, nothing of request
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,7 @@ from splitrun.engine.loading import (
     worker_threads,
 )
 from splitrun.engine.pipeline import Outcome, Pipeline
+from splitrun.engine.record import JSON_LOG_VARIABLE
 from splitrun.engine.remote import LOOPBACK, Listening, Patience, RemoteStages
 from splitrun.engine.room import require_room
 from splitrun.errors import ClusterError, InvalidPlacement
@@ -64,6 +66,7 @@ class LineUp:
     depth: int
     chunk_tokens: int
     patience: Patience
+    trace: bool = False
 
     def bring_up(self, placement: Placement, replace_lost: Replace | None = None) -> Line:
         """Load the placement's stages wherever they belong. Nothing stays behind when one of them fails.
@@ -120,6 +123,8 @@ class LineUp:
                 "load": self.load,
                 "depth": self.depth,
                 "chunk_tokens": self.chunk_tokens,
+                "trace": self.trace,
+                "log": os.environ.get(JSON_LOG_VARIABLE, ""),
                 "traits": asdict(self.traits),
                 "threads": worker_threads(placement, device),
                 "sharing": cpu_workers(placement, device),

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from splitrun.engine.record import Record, Span
 from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageLost, StageTimeout
 from splitrun.schedule.step import Step, Tokens
 from splitrun.transport.local import Hop, Parcel, Worker
@@ -61,12 +62,15 @@ Outcome = Tokens | Failure | Interruption | Resumed
 
 @dataclass
 class StageClock:
-    """Seconds that a stage spent on steps, and how often it was started again; read by anyone."""
+    """Seconds that a stage spent on steps, how often it was started again, the steps that wait or run there, and the
+    bytes of activations over the hop behind it; read by anyone."""
 
     last_s: float = 0.0
     total_s: float = 0.0
     steps: int = 0
     restarts: int = 0
+    queued: int = 0
+    sent_bytes: int = 0
 
     def add(self, seconds: float) -> None:
         """Count one step."""
@@ -127,6 +131,7 @@ class Pipeline:
         self._ended = 0
         self._lock = threading.Lock()
         self.clocks = tuple(StageClock() for _ in self._links)
+        self.record = Record()
 
     def submit(self, step: Step) -> None:
         """Send a step on its way; returns at once."""
@@ -168,7 +173,7 @@ class Pipeline:
             self._deliver(Failure(step.index, step.epoch, translated(error, link.name)))
 
         if isinstance(link, Link):
-            self._count(begun=1)
+            self._count(index, begun=1)
             link.worker.post(lambda: self._run(index, link, step, parcel), failed)
             return
         try:
@@ -187,24 +192,31 @@ class Pipeline:
             if not self._closing.is_set():
                 self._compute(index, link, step, parcel)
         finally:
-            self._count(ended=1)
+            self._count(index, ended=1)
 
-    def _count(self, *, begun: int = 0, ended: int = 0) -> None:
+    def _count(self, index: int, *, begun: int = 0, ended: int = 0) -> None:
         with self._lock:
+            self.clocks[index].queued += begun - ended
             self._begun += begun
             self._ended += ended
 
     def _compute(self, index: int, link: Link, step: Step, parcel: Parcel | None) -> None:
-        started = time.perf_counter()
+        started = time.monotonic()
         result = link.stage.run(step, self._received(index, parcel))
         if isinstance(result, Tokens):
-            self.clocks[index].add(time.perf_counter() - started)
+            self._note(index, step, started)
             self._deliver(result)
             return
         assert link.onward is not None, f"{link.name} has no head and no stage behind it"
         onward = link.onward.send(result)
-        self.clocks[index].add(time.perf_counter() - started)
+        self.clocks[index].sent_bytes += result.nbytes
+        self._note(index, step, started)
         self._post(index + 1, step, onward)
+
+    def _note(self, index: int, step: Step, started_s: float) -> None:
+        seconds = time.monotonic() - started_s
+        self.clocks[index].add(seconds)
+        self.record.add(Span(index, step.index, step.epoch, len(step.token_ids), step.requests, started_s, seconds))
 
 
 def translated(error: Exception, name: str) -> SplitrunError:

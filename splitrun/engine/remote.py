@@ -22,6 +22,7 @@ from splitrun.cluster.nodes import NodeLost
 from splitrun.cluster.process import StageHandle
 from splitrun.engine.exchange import COORDINATOR, Exchange, Route
 from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Resumed, StageClock
+from splitrun.engine.record import Span
 from splitrun.errors import SplitrunError, StageError, StageLost
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.schedule.step import Step, Tokens
@@ -91,6 +92,7 @@ class RemoteStages:
         self._processes: dict[str, StageHandle] = {}
         self._silence_s = dict.fromkeys(jobs, 0.0)
         self._busy: dict[str, bool] = {}
+        self._offsets_s: dict[str, float] = {}
         self._stalled_s = 0.0
         self._reports: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -274,6 +276,9 @@ class RemoteStages:
         if frame.kind is Kind.BEAT:
             self._beat(device, frame)
             return
+        if frame.kind is Kind.SPANS:
+            self._take_spans(device, frame)
+            return
         if frame.kind is Kind.FAILURE:
             self._failure(device, frame)
             return
@@ -299,9 +304,25 @@ class RemoteStages:
             return
         for index in self._stages_of(device):
             figures = clocks.get(str(index))
-            if isinstance(figures, list) and len(figures) == 3 and all(isinstance(one, int | float) for one in figures):
+            if isinstance(figures, list) and len(figures) == 5 and all(isinstance(one, int | float) for one in figures):
                 clock = self._clocks[index]
                 clock.last_s, clock.total_s, clock.steps = float(figures[0]), float(figures[1]), int(figures[2])
+                clock.queued, clock.sent_bytes = int(figures[3]), int(figures[4])
+
+    def _take_spans(self, device: str, frame: Frame) -> None:
+        """Keep spans of another process, on this one's clock: the quickest message so far sets the two alike."""
+        pipeline = self._exchange.pipeline
+        if pipeline is None:
+            return
+        try:
+            offset_s = time.monotonic() - float(frame.control["now"])
+            self._offsets_s[device] = min(offset_s, self._offsets_s.get(device, offset_s))
+            for values in frame.control["spans"]:
+                span = Span.from_list(values, self._offsets_s[device])
+                if span.stage in self._stages_of(device):
+                    pipeline.record.add(span)
+        except (KeyError, TypeError, ValueError) as error:
+            raise MalformedMessage(f"these are no spans: {error}") from error
 
     def _failure(self, device: str, frame: Frame) -> None:
         if device not in self._silence_s:

@@ -6,6 +6,7 @@ Knows its job (a placement and which device of it), nothing of the pipes to its 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,8 @@ from splitrun.transport.frames import Frame, Kind
 from splitrun.transport.mailbox import Address
 from splitrun.transport.messages import tokens_frame
 from splitrun.transport.socket import SocketMailbox
+
+SPANS_A_FRAME = 1000
 
 
 class StageHost:
@@ -78,9 +81,17 @@ class StageHost:
         pipeline = self._pipeline
         assert pipeline is not None, "the stages are loaded before they are connected"
         clocks = {index: pipeline.clocks[index] for index in self._own}
-        figures = {index: [clock.last_s, clock.total_s, clock.steps] for index, clock in clocks.items()}
+        figures = {
+            index: [clock.last_s, clock.total_s, clock.steps, clock.queued, clock.sent_bytes]
+            for index, clock in clocks.items()
+        }
         control = {"clocks": figures, "busy": pipeline.busy}
         self._send(Frame(Kind.BEAT, self._exchange.route.session, self._own[0], control=control))
+        spans = pipeline.record.take() if self._job.get("trace") else []
+        for start in range(0, len(spans), SPANS_A_FRAME):
+            listed = [span.to_list() for span in spans[start : start + SPANS_A_FRAME]]
+            control = {"now": time.monotonic(), "spans": listed}
+            self._send(Frame(Kind.SPANS, self._exchange.route.session, self._own[0], control=control))
 
     def _start(self, placement: Placement, loaded: LoadedStages, ring: Ring) -> None:
         links = make_links(placement, loaded, self._send_step, ring)

@@ -36,6 +36,7 @@ def build_step(index: int, epoch: int, rows: Rows[Row], accounts: BlockAccounts)
         ),
         prompt_targets={row: wanted for row, wanted in enumerate(targets) if wanted is not None} or None,
         replay=tuple(slice_.kind == "replay" for _, slice_ in rows),
+        requests=tuple(sequence.request.request_id for sequence, _ in rows),
     )
 
 

@@ -51,6 +51,7 @@ class Step:
     prompt_targets  row -> the tokens that follow each position of the slice (the last chunk's ends one short)
     replay          one entry per row: the slice holds 2 to 16 generated tokens whose KV is recomputed; to repeat the
                     first computation bit by bit they go through the decode path, never as a prompt chunk
+    requests        the rows' requests, for logs and traces alone
     """
 
     index: int
@@ -64,6 +65,7 @@ class Step:
     prompt_logprobs: tuple[int | None, ...] = ()
     prompt_targets: Mapping[int, tuple[int, ...]] | None = None
     replay: tuple[bool, ...] = ()
+    requests: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:

@@ -67,16 +67,23 @@ class _EngineCollector(Collector):
             used.add_metric([group], use.used)
             total.add_metric([group], use.total)
         yield from (used, total)
-        labels = ["stage", "device", "units"]
+        yield CounterMetricFamily("splitrun_epoch", "How often everything was computed again.", value=status.epoch)
+        labels = ["stage", "node", "device", "units"]
         memory = GaugeMetricFamily("splitrun_stage_memory_bytes", "Live memory of a stage.", labels=labels)
         last = GaugeMetricFamily("splitrun_stage_last_step_seconds", "The stage's last step.", labels=labels)
         mean = GaugeMetricFamily("splitrun_stage_mean_step_seconds", "The mean of the stage's steps.", labels=labels)
+        restarts = CounterMetricFamily("splitrun_stage_restarts", "Starts of a stage after it was lost.", labels=labels)
+        queued = GaugeMetricFamily("splitrun_stage_queued_steps", "Steps that wait or run at a stage.", labels=labels)
+        sent = CounterMetricFamily("splitrun_hop_bytes", "Activations over the hop behind a stage.", labels=labels)
         for index, stage in enumerate(status.stages):
-            values = [str(index), stage.device, stage.units]
+            values = [str(index), stage.node, stage.device, stage.units]
+            restarts.add_metric(values, stage.restarts)
+            queued.add_metric(values, stage.queued)
+            sent.add_metric(values, stage.sent_bytes)
             memory.add_metric(values, stage.memory_bytes)
             last.add_metric(values, stage.last_step_ms / 1000)
             mean.add_metric(values, stage.mean_step_ms / 1000)
-        yield from (memory, last, mean)
+        yield from (memory, last, mean, restarts, queued, sent)
 
     def describe(self) -> Iterator[Metric]:
         return iter(())

@@ -41,6 +41,8 @@ def step_frame(session: int, stage: int, first: int, step: Step, activation: Ten
         control["targets"] = list(step.prompt_targets.items())
     if any(step.replay):
         control["replay"] = step.replay
+    if step.requests:
+        control["requests"] = step.requests
     integers = numpy.concatenate(arrays)
     return Frame(Kind.STEP, session, stage, step.epoch, first, step.index, control, integers, (), activation)
 
@@ -70,10 +72,11 @@ def _step_of(frame: Frame) -> Step:
     sampling = tuple(None if row is None else _sampling_of(row) for row in control["sampling"])
     scores = tuple(None if count is None else whole(count) for count in control.get("scores", (None,) * rows))
     replay = tuple(bool(flag) for flag in control.get("replay", (False,) * rows))
+    requests = tuple([whole(one) for one in control.get("requests", ())])
     _require(len(sampling) == len(scores) == len(replay) == rows, "a list has not one entry per row")
     return Step(
         frame.step, frame.epoch, token_ids, starts, contexts, slots, tables, sampling, scores,
-        _targets_of(control.get("targets"), numpy.diff(starts)), replay,
+        _targets_of(control.get("targets"), numpy.diff(starts)), replay, requests,
     )  # fmt: skip
 
 
