@@ -10,7 +10,8 @@ import contextlib
 import json
 import queue
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -24,8 +25,10 @@ from splitrun.cluster.runtime import Registry, set_environment
 from splitrun.errors import ClusterError, StageLost
 
 POLL_S = 0.5
+FIRST_CONTACT_S = 20.0
+"""How long a node may take to start its first keeper."""
 CONTACT_S = 2.5
-"""How long a node may take to start a stage's keeper."""
+"""How long it may take from then on, or three times what it took before, if that is more."""
 KILL_S = 1.5
 """How long a keeper may take to end its process; one that takes longer is out of reach."""
 
@@ -71,6 +74,7 @@ class Nodes(Membership):
     def __init__(self, home: Home | None = None) -> None:
         super().__init__(home or Home.default())
         _connect(self.own)
+        self._contact_s: dict[str, float] = {}
 
     def start(
         self, device: str, job: Mapping[str, Any], module: str = STAGE_MODULE, provider: Provider | None = None
@@ -83,20 +87,35 @@ class Nodes(Membership):
         resource = next((node.resource for node in self.all() if node.name == name and node.alive), None)
         if resource is None:
             raise NodeLost(f"{device}: node {name} has left the cluster, or is out of reach")
-        return NodeProcess(device, resource, module, job, provider)
+        known_s = self._contact_s.get(name)
+        limit_s = FIRST_CONTACT_S if known_s is None else max(CONTACT_S, 3 * known_s)
+
+        def contacted(seconds: float) -> None:
+            self._contact_s[name] = seconds
+
+        return NodeProcess(device, resource, module, job, limit_s, provider, contacted)
 
 
 class NodeProcess:
     """A `StageHandle` of a process on another node, kept there by a `Keeper`."""
 
     def __init__(
-        self, device: str, resource: str, module: str, job: Mapping[str, Any], provider: Provider | None = None
+        self,
+        device: str,
+        resource: str,
+        module: str,
+        job: Mapping[str, Any],
+        contact_s: float,
+        provider: Provider | None = None,
+        on_contact: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         import ray
 
         options = {"num_cpus": 0, "resources": {resource: 0.001}, "max_concurrency": 4}
         self._actor: Any = ray.remote(Keeper).options(**options).remote(device, module, dict(job))
         self.name = device
+        self._contact_s = contact_s
+        self._on_contact = on_contact
         self._provider = provider
         self._asked: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._said = Sayings(device)
@@ -113,8 +132,8 @@ class NodeProcess:
         self._actor.tell.remote(dict(message))
 
     def expect(self, key: str, silence_s: float) -> Any:
-        """See `StageHandle`. A node that does not even start the process in CONTACT_S raises NodeLost then."""
-        if not self._contacted.wait(CONTACT_S):
+        """See `StageHandle`. A node that does not even start the process in ``contact_s`` raises NodeLost then."""
+        if not self._contacted.wait(self._contact_s):
             raise NodeLost(f"{self._said.name}: its node does not answer")
         try:
             return self._said.expect(key, silence_s)
@@ -172,6 +191,7 @@ class NodeProcess:
         import ray
         from ray.exceptions import GetTimeoutError, RayError
 
+        began = time.monotonic()
         while not self._closing.is_set():
             try:
                 for message in ray.get(self._actor.said.remote(POLL_S), timeout=4 * POLL_S):
@@ -185,7 +205,9 @@ class NodeProcess:
                 continue  # whoever waits for a sign of life has a clock of its own
             except RayError as error:
                 self.end = f"was lost with its node or keeper ({type(error).__name__})"
-            self._contacted.set()
+            if not self._contacted.is_set():
+                self._contacted.set()
+                self._on_contact(time.monotonic() - began)
             if self.end:
                 break
         self._said.add(None)

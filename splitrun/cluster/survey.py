@@ -15,7 +15,7 @@ from splitrun.cluster.links import Links
 from splitrun.cluster.model_here import Provider
 from splitrun.cluster.nodes import Membership, NodeProcess, Nodes
 from splitrun.cluster.process import machine_of
-from splitrun.errors import InvalidPlacement, SplitrunError
+from splitrun.errors import ClusterError, InvalidPlacement, SplitrunError
 from splitrun.model.files import ModelFiles
 from splitrun.planner.facts import Device
 from splitrun.planner.facts_file import Facts, build
@@ -106,11 +106,12 @@ def survey_nodes(
 
 
 def node_devices(placement: Placement, fingerprint: str) -> list[Device]:
-    """The devices of other nodes that a placement names, as they were measured last; none for a node that is gone.
-
-    Raises ClusterError without a cluster.
-    """
-    living = {node.name: node for node in Membership(Home.default()).all() if node.alive}
+    """The devices of other nodes that a placement names, as they were measured last; none for a node that is gone, nor
+    where there is no cluster."""
+    try:
+        living = {node.name: node for node in Membership(Home.default()).all() if node.alive}
+    except ClusterError:
+        return []
     known = {device.name: device for device in kept_devices(fingerprint)}
     found = []
     for name in placement.device_names:

@@ -50,9 +50,13 @@ class Record:
     def __init__(self) -> None:
         self._spans: deque[Span] = deque(maxlen=SPANS_KEPT)
 
+    def keep(self, span: Span) -> None:
+        """Keep a span of another process, which has written its own line."""
+        self._spans.append(span)
+
     def add(self, span: Span) -> None:
         """Keep a span, and write its line when logs are on."""
-        self._spans.append(span)
+        self.keep(span)
         if _STEPS.isEnabledFor(logging.INFO):
             _STEPS.info("step", extra={"fields": {
                 "stage": span.stage, "step": span.step, "epoch": span.epoch, "tokens": span.tokens,

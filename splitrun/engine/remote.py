@@ -320,7 +320,7 @@ class RemoteStages:
             for values in frame.control["spans"]:
                 span = Span.from_list(values, self._offsets_s[device])
                 if span.stage in self._stages_of(device):
-                    pipeline.record.add(span)
+                    pipeline.record.keep(span)
         except (KeyError, TypeError, ValueError) as error:
             raise MalformedMessage(f"these are no spans: {error}") from error
 

@@ -27,13 +27,19 @@ class TestCluster:
         self.homes: dict[str, Home] = {}
         self.ports: dict[str, int] = {}
 
-    def start(self, name: str) -> None:
+    def add(self, name: str) -> Home:
+        """A home and ports for a node that is not started yet."""
+        if name not in self.homes:
+            self.ports[name] = free_ports(self.ports.values())
+            self.homes[name] = Home(self.folder / name)
+        return self.homes[name]
+
+    def start(self, name: str, host: str = "127.0.0.1") -> None:
         """Start the head, or join it."""
-        home = self.homes.setdefault(name, Home(self.folder / name))
-        port = self.ports.setdefault(name, free_ports(self.ports.values()))
+        home, port = self.add(name), self.ports[name]
         head = next(iter(self.homes))
         if name == head:
-            node.start_head(home, port=port, name=name)
+            node.start_head(home, host, port=port, name=name)
         else:
             token = self.homes[head].token()
             node.join(home, f"127.0.0.1:{self.ports[head]}", token, port=port, name=name)
@@ -92,7 +98,7 @@ def cluster(folder: Path, *names: str) -> Iterator[TestCluster]:
     try:
         for name in names:
             made.start(name)
-        os.environ["SPLITRUN_HOME"] = str(made.homes[names[0]].folder)
+            os.environ["SPLITRUN_HOME"] = str(made.homes[names[0]].folder)
         yield made
     finally:
         os.environ["SPLITRUN_HOME"] = before

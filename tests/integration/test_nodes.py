@@ -64,24 +64,18 @@ def answers(placement: splitrun.Placement, model: TinyModel) -> list[tuple[int, 
         return [completion.token_ids for completion in engine.generate(model.prompts, sampling)]
 
 
-@pytest.mark.parametrize("cut", [1, 2, 3, 4])
-def test_every_cut_over_two_nodes(nodes: TestCluster, model: TinyModel, cut: int) -> None:
-    """Both stages are away: activations go from node to node, and only tokens come here."""
-    assert model.layers == 3
-    devices = {"one/cpu": cut, "two/cpu": model.layers + 2}
-    placement = plan(str(model.path), model.layers, devices, Workload(64, sessions=3, block_tokens=4))
-    assert answers(placement, model) == list(model.answers)
-
-
-def test_a_node_without_the_model_receives_what_it_computes(
-    nodes: TestCluster, model: TinyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("cut", [1, *(pytest.param(cut, marks=pytest.mark.long) for cut in (2, 3)), 4])
+def test_every_cut_over_two_nodes(
+    nodes: TestCluster, model: TinyModel, cut: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The relative path leads to the model from here, and to nothing from where the node runs."""
+    """Both stages are away: activations go from node to node, and only tokens come here. From here the relative path
+    leads to the model, and to nothing from where the nodes run: they receive what they compute."""
+    assert model.layers == 3
     monkeypatch.chdir(model.path.parent)
-    devices = {"cpu": 2, "two/cpu": model.layers + 2}
+    devices = {"one/cpu": cut, "two/cpu": model.layers + 2}
     workload = Workload(64, sessions=3, block_tokens=4)
-    placement = plan(f"./{model.path.name}", model.layers, devices, workload)
-    assert answers(placement, model) == list(model.answers)
+    source = str(model.path) if cut == 1 else f"./{model.path.name}"
+    assert answers(plan(source, model.layers, devices, workload), model) == list(model.answers)
 
 
 def test_the_nodes_answer_as_one(engine: splitrun.Engine, expected: dict[str, Any]) -> None:
@@ -90,10 +84,15 @@ def test_the_nodes_answer_as_one(engine: splitrun.Engine, expected: dict[str, An
     assert [stage.node for stage in engine.core.status().stages] == ["one", "", "two"]
 
 
-FAULTS = [(signal.SIGKILL, "two", 1), (signal.SIGSTOP, "one", 5), (signal.SIGKILL, "one", 21)]
+FAULTS = [(number, name, step) for number in (signal.SIGKILL, signal.SIGSTOP) for name in ("one", "two")
+          for step in (1, 5, 21)]  # fmt: skip
+"""Signal, whose stage, and behind which step: the first chunk of the prompts, a later one, or decoding."""
+IN_CI = (signal.SIGSTOP, "one", 5)
 
 
-@pytest.mark.parametrize(("number", "name", "step"), FAULTS)
+@pytest.mark.parametrize(
+    ("number", "name", "step"), [pytest.param(*one, marks=() if one == IN_CI else pytest.mark.long) for one in FAULTS]
+)
 def test_no_token_is_lost_with_a_stage(
     nodes: TestCluster, engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
     number: int, name: str, step: int,
@@ -107,6 +106,7 @@ def test_no_token_is_lost_with_a_stage(
     assert not lost.is_running()
 
 
+@pytest.mark.long
 def test_a_stage_lost_with_its_keeper_and_again_while_it_starts(
     nodes: TestCluster, engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,24 +184,30 @@ print("a job runs")
 """
 
 
-def test_without_the_token_neither_node_nor_job_gets_in(nodes: TestCluster, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def job_without_token(nodes: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> subprocess.Popen[str]:
+    """A Ray job with another token, begun early: Ray takes its time to give up."""
     record = node.running(nodes.homes["one"])
     assert record is not None
-    wrong = Home(tmp_path / "stranger")
+    wrong = Home(tmp_path_factory.mktemp("stranger"))
+    wrong.keep_token("0" * 48)
+    command = [sys.executable, "-c", JOB, record.head, str(wrong.token_file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_without_the_token_nobody_joins(
+    nodes: TestCluster, job_without_token: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    record = node.running(nodes.homes["one"])
+    assert record is not None
     with pytest.raises(ClusterError, match="that is no token"):
-        node.join(wrong, record.head, "", name="stranger")
-    # In other processes: Ray reads the token once in the life of one.
-    environment = {**os.environ, "SPLITRUN_HOME": str(wrong.folder), "SPLITRUN_TOKEN": "0" * 48}
+        node.join(Home(tmp_path), record.head, "", name="stranger")
+    # In another process: Ray reads the token once in the life of one.
+    environment = {**os.environ, "SPLITRUN_HOME": str(tmp_path), "SPLITRUN_TOKEN": "0" * 48}
     joining = [sys.executable, "-m", "splitrun", "node", "join", record.head, "--name", "stranger"]
     outcome = subprocess.run(joining, capture_output=True, text=True, timeout=100, env=environment, check=False)
     assert outcome.returncode == 1
     assert f"splitrun: {record.head} refuses the token: copy the whole command" in outcome.stderr
-    wrong.keep_token("0" * 48)
-    job = [sys.executable, "-c", JOB, record.head, str(wrong.token_file)]
-    outcome = subprocess.run(job, capture_output=True, text=True, timeout=100, check=False)
-    assert outcome.returncode != 0
-    assert "a job runs" not in outcome.stdout
-    assert "InvalidAuthToken" in outcome.stderr
 
 
 def test_other_versions_are_named_on_both_sides(
@@ -247,21 +253,6 @@ def test_the_coordinators_death_ends_stages_on_nodes(nodes: TestCluster, tmp_pat
         child.wait(timeout=5)
 
 
-def streams(engine: splitrun.Engine, sampling: splitrun.SamplingParams) -> tuple[threading.Thread, list[Any]]:
-    """All prompts at once, on a thread; the list holds the answers, or what was raised."""
-    outcome: list[Any] = []
-
-    def work() -> None:
-        try:
-            outcome.extend(run(engine, sampling))
-        except StageError as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread, outcome
-
-
 def after_steps(engine: splitrun.Engine, count: int, deed: Callable[[], None]) -> None:
     """Do something on another thread once that many more steps were submitted."""
     pipeline = engine.core._pipeline
@@ -294,18 +285,18 @@ def test_a_whole_node_is_lost_and_comes_back(nodes: TestCluster, expected: dict[
         assert engine.core.status().healthy
 
 
-def test_what_fits_nowhere_else_ends_with_503(nodes: TestCluster, expected: dict[str, Any]) -> None:
-    """The stage is lost and its keeper stands still: the node is out of reach. What remains has room for half."""
+def test_what_fits_nowhere_else_ends_with_503(nodes: TestCluster) -> None:
+    """The keeper stands still, the stage ends itself, and the node does not answer. What remains has room for half."""
+    before = {process.pid for process in [*nodes.keepers("two"), *nodes.stages("two")]}
     placement = replace(demo("cpu", "two/cpu"), devices={"cpu": 26 << 20})
     with splitrun.Engine(placement, chunk_tokens=16, patience=PATIENCE) as engine:
-        (keeper,) = nodes.keepers("two")
-        (stage,) = nodes.stages("two")
-
-        def cut_off() -> None:
-            keeper.suspend()
-            stage.kill()
-
-        after_steps(engine, 5, cut_off)
+        (keeper,) = [process for process in nodes.keepers("two") if process.pid not in before]
+        (stage,) = [process for process in nodes.stages("two") if process.pid not in before]
+        keeper.suspend()
+        deadline = time.monotonic() + 7
+        while stage.status() != psutil.STATUS_ZOMBIE:  # its parent cannot take note of its end now
+            assert time.monotonic() < deadline, "the stage outlives what its keeper can do"
+            time.sleep(0.1)
         with pytest.raises(StageError, match="does not fit") as caught:
             run(engine)
         assert caught.value.http_status == 503
@@ -315,22 +306,16 @@ def test_what_fits_nowhere_else_ends_with_503(nodes: TestCluster, expected: dict
         keeper.kill()
 
 
-def test_a_stage_whose_keeper_stands_still_ends_itself(nodes: TestCluster) -> None:
-    with splitrun.Engine(demo("cpu", "two/cpu"), chunk_tokens=16, patience=PATIENCE) as engine:
-        (keeper,) = nodes.keepers("two")
-        (stage,) = nodes.stages("two")
-        keeper.suspend()
-        deadline = time.monotonic() + 7
-        while stage.status() != psutil.STATUS_ZOMBIE:  # its parent cannot take note of its end now
-            assert time.monotonic() < deadline, "the stage outlives what its keeper can do"
-            time.sleep(0.1)
-        keeper.kill()
-        assert run(engine) != []
-
-
 def test_the_check_names_every_node(nodes: TestCluster) -> None:
     from splitrun.cluster.links import check_nodes
 
     lines = {name: (line, fault) for name, line, fault in check_nodes(Nodes())}
     assert lines["one"] == ("here", False)
     assert lines["two"][0].startswith("good: ")
+
+
+def test_without_the_token_no_job_runs(job_without_token: subprocess.Popen[str]) -> None:
+    output, errors = job_without_token.communicate(timeout=100)
+    assert job_without_token.returncode != 0
+    assert "a job runs" not in output
+    assert "InvalidAuthToken" in errors
