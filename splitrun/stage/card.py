@@ -69,7 +69,9 @@ class CardStage(RangeStage):
             computed.activation = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
         counts = step.counts.tolist()
         replays = [row for row, count in enumerate(counts) if count > 1 and step.replay and step.replay[row]]
-        prompts = [row for row, count in enumerate(counts) if (count > 1 and row not in replays) or _is_scored(step, row)]
+        prompts = [
+            row for row, count in enumerate(counts) if (count > 1 and row not in replays) or _is_scored(step, row)
+        ]
         decodes = [row for row in range(step.rows) if row not in replays and row not in prompts]
         for start in range(0, len(decodes), ROWS):
             self._decode(computed, step, decodes[start : start + ROWS], incoming, 0)
@@ -153,7 +155,6 @@ def _scored(step: Step) -> bool:
 
 def _is_scored(step: Step, row: int) -> bool:
     return bool(step.prompt_logprobs) and step.prompt_logprobs[row] is not None
-
 
 
 def card_stage(

@@ -71,7 +71,7 @@ class DecodeGraphs:
     ) -> None:
         self._card, self._device, self._groups, self._captures = card, device, tuple(groups), captures
         self.products = Products(device)
-        self.products.reserve(card.matrices)
+        self.products.reserve(card.matrices, dtype)
         self._inputs = DecodeInputs(self._groups, FIRST_BLOCKS, device)
         self._hidden = torch.zeros((ROWS, card.hidden), dtype=dtype, device=device)
         layers = [layer for layer, _ in card.layers]

@@ -40,9 +40,7 @@ class Computed:
 class RangeStage(ABC):
     """One stage, loaded and ready. ``run`` is called with steps in order, from one thread."""
 
-    def __init__(
-        self, model: CutModel, stores: dict[int, BlockStore], rules: BatchRules, weight_bytes: int
-    ) -> None:
+    def __init__(self, model: CutModel, stores: dict[int, BlockStore], rules: BatchRules, weight_bytes: int) -> None:
         self.model = model
         self.rules = rules
         self.weight_bytes = weight_bytes

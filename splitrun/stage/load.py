@@ -5,6 +5,7 @@ Knows the numbers that a plan decided, not how it decided them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from splitrun.stage.cache import BlockCache
 from splitrun.stage.fused import fuse
 from splitrun.stage.generic import GenericStage, RangeStage
 
+CUBLAS_WORKSPACE = ":4096:2:16:8"
+"""8 MiB, as on every card before Hopper; there cuBLAS would take 32."""
 Fill = Callable[[CutModel], int]
 """Installs a cut model's own weights and returns their bytes."""
 
@@ -46,6 +49,8 @@ def load_stage(
     traits: Traits = FREE,
 ) -> RangeStage:
     """The stage of a range, ready to run. ``traits`` are what the proof learned about the model."""
+    if size.device.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     if size.dtype == "fp32" and size.device.startswith("cuda"):
         torch.backends.cudnn.allow_tf32 = False  # convolutions would otherwise round their inputs to 10 bits
     model = CutModel(config, structure, cut, size.dtype, size.device)

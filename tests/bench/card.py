@@ -12,11 +12,12 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from splitrun.kernels.gpu.attention import DecodeAttention, prompt_attention
+from splitrun.kernels.gpu.attention import DecodeAttention
 from splitrun.kernels.gpu.matrix import AnyWeight, GpuMatrix, matrix_of
 from splitrun.kernels.gpu.products import Products
 from splitrun.kernels.gpu.rows import gate, norm
@@ -50,7 +51,8 @@ class Row:
     def text(self) -> str:
         """As printed."""
         rate = self.bytes / self.microseconds / 1e3
-        return f"{self.operator:44} {self.microseconds:9.1f} µs {self.bytes / 1e6:9.2f} MB {rate:8.0f} GB/s {self.share:5.0%}"
+        moved = f"{self.bytes / 1e6:9.2f} MB {rate:8.0f} GB/s {self.share:5.0%}"
+        return f"{self.operator:44} {self.microseconds:9.1f} µs {moved}"
 
 
 def main() -> None:
@@ -70,7 +72,9 @@ def main() -> None:
             rows += [attention(int(context), args.rows, copy)]
     for row in rows:
         print(row.text)
-    print(json.dumps({"card": torch.cuda.get_device_name(), "copy_bytes_per_s": copy, "rows": [asdict(r) for r in rows]}))
+    print(
+        json.dumps({"card": torch.cuda.get_device_name(), "copy_bytes_per_s": copy, "rows": [asdict(r) for r in rows]})
+    )
 
 
 def products(formats: list[str], rows: int, copy: float) -> Iterator[Row]:
@@ -79,15 +83,15 @@ def products(formats: list[str], rows: int, copy: float) -> Iterator[Row]:
         for name, (outputs, columns, gated) in MATRICES.items():
             matrices = [matrix(outputs, columns, format, gated) for _ in range(copies(outputs * columns, format))]
             run = Products(matrices[0].device)
-            run.reserve([(matrices[0], gated)])
+            run.reserve([(matrices[0], gated)], DTYPE)
             x = torch.randn(rows, columns, dtype=DTYPE, device="cuda")
             out = torch.empty(rows, outputs // 2 if gated else outputs, dtype=DTYPE, device="cuda")
-            seconds = timed([lambda m=m: run(x, m, out, gated=gated) for m in matrices])
+            seconds = timed([partial(run, x, one, out, gated=gated) for one in matrices])
             moved = matrices[0].nbytes + x.nbytes + out.nbytes
             yield Row(f"{name}, {format}", seconds * 1e6, moved, moved / seconds / copy)
             if format != "bf16" and name == "down":
                 memory = torch.empty(outputs * columns, dtype=DTYPE, device="cuda")
-                seconds = timed([lambda m=m: unpacked(m, m.parts[0], 0, m.rows, memory) for m in matrices])
+                seconds = timed([partial(unpacked, one, one.parts[0], 0, one.rows, memory) for one in matrices])
                 moved = matrices[0].nbytes + memory.nbytes
                 yield Row(f"written out for a prompt, {format}", seconds * 1e6, moved, moved / seconds / copy)
             del matrices
@@ -117,7 +121,7 @@ def attention(context: int, rows: int, copy: float) -> Row:
     lengths = torch.full((rows,), context, dtype=torch.int32, device="cuda")
     history = History(lengths, numbers.view(rows, blocks), lengths, numbers[:rows], numbers)
     out = torch.empty(rows, HEADS * WIDTH, dtype=DTYPE, device="cuda")
-    seconds = timed([lambda layer=layer: run(projected, layer, history, turns, turns, out) for layer in layers])
+    seconds = timed([partial(run, projected, layer, history, turns, turns, out) for layer in layers])
     moved = rows * context * 2 * KV_HEADS * WIDTH * 2 + projected.nbytes + out.nbytes
     return Row(f"attention behind {context} tokens", seconds * 1e6, moved, moved / seconds / copy)
 

@@ -1,8 +1,8 @@
 """Attention straight over the KV blocks: one new token per row (decoding), or many (prompts).
 
-Scores and sums are fp32, with the maximum kept while the history passes by (online softmax; Dao et al., "FlashAttention",
-2022), so memory does not grow with the history. A decoded row is cut into parts by its own length alone: its bits do
-not depend on the rows beside it. Knows no models.
+Scores and sums are fp32, with the maximum kept while the history passes by (online softmax; Dao et al.,
+"FlashAttention", 2022), so memory does not grow with the history. A decoded row is cut into parts by its own length
+alone: its bits do not depend on the rows beside it. Knows no models.
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ class DecodeAttention:
     ) -> Tensor:
         """Attend one new token per row, whose key and value are written to its block. Returns ``out``.
 
-        Shape: projected (rows, (heads + 2 * kv_heads) * width); cosines and sines fp32 (rows, width); out (rows, heads *
-        width). All on the GPU, contiguous. Rows whose length is negative are left alone.
+        Shape: projected (rows, (heads + 2 * kv_heads) * width); cosines and sines fp32 (rows, width); out (rows, heads
+        * width). All on the GPU, contiguous. Rows whose length is negative are left alone.
         """
         rows, group = projected.shape[0], heads.heads // heads.kv_heads
         normed = heads.query_norm is not None

@@ -139,5 +139,7 @@ def _table(dtype: torch.dtype) -> str:
     """nf4's values in a type, as `product.cu` wants them."""
     values = torch.tensor(NF4_TABLE).to(dtype).view(torch.int16).tolist()
     planes = [[value >> shift & 0xFF for value in values] for shift in (0, 8)]
-    words = ["".join(f"{byte:02x}" for byte in reversed(plane[at : at + 4])) for plane in planes for at in range(0, 16, 4)]
+    words = [
+        "".join(f"{byte:02x}" for byte in reversed(plane[at : at + 4])) for plane in planes for at in range(0, 16, 4)
+    ]
     return ", ".join(f"0x{word}" for word in words)

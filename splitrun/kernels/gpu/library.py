@@ -21,8 +21,6 @@ def usable(device: str) -> bool:
     if os.environ.get("SPLITRUN_GPU_KERNELS") == "0" or importlib.util.find_spec("triton") is None:
         return False
     where = torch.device(device)
-    if where.type == "cpu":
-        return os.environ.get("TRITON_INTERPRET") == "1"
     if where.type != "cuda" or not torch.cuda.is_available():
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(where) >= LEAST_CAPABILITY

@@ -1,7 +1,7 @@
 """A weight as the GPU kernels read it: one or more weights, their rows in order, each where it was loaded.
 
-Queries, keys and values are multiplied in one launch, and so are gates and ups. Knows the formats' storage, no models and
-no kernels.
+Queries, keys and values are multiplied in one launch, and so are gates and ups. Knows the formats' storage, no models
+and no kernels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Products of up to 16 rows with a weight as it lies in memory, one launch each: decoding.
 
-A row's bits do not depend on the rows beside it: the order of its sums is decided by the weight's shape alone. Long sums are split over several programs; the last of them to finish adds the parts up in
-order. Behind the product comes the bias, the residual or the gate. Knows no models.
+A row's bits do not depend on the rows beside it: the order of its sums is decided by the weight's shape alone. NVIDIA's
+newer cards run the kernel of `direct.py`. For others there is the one here, in Triton: long sums are split over several
+programs, and the last of them to finish adds the parts up in order. Behind the product comes the bias, the residual or
+the gate. Knows no models.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from splitrun.kernels.gpu.direct import direct_products, takes
+from splitrun.kernels.gpu.direct import DirectProducts, direct_products, takes
 from splitrun.kernels.gpu.matrix import NF4, GpuMatrix, Part
 from splitrun.kernels.gpu.values import nf4_values
 
@@ -39,8 +41,8 @@ def _nf4_sums(
 ):  # fmt: skip
     """Sums over columns first to last for rows ``row`` to ``row + ROWS`` (up to 4) of an nf4 weight, in fp32.
 
-    Each thread multiplies the values that it unpacks, so that no matrix unit is needed. ``codes`` and ``scales`` point at
-    the weight rows, ``exists`` says which there are. Shape of the result: (ROWS, OUTPUTS).
+    Each thread multiplies the values that it unpacks, so that no matrix unit is needed. ``codes`` and ``scales`` point
+    at the weight rows, ``exists`` says which there are. Shape of the result: (ROWS, OUTPUTS).
     """
     BLOCKS: tl.constexpr = TURN // 64
     type: tl.constexpr = x.dtype.element_ty
@@ -158,8 +160,8 @@ def _product(
     first = span * SPAN
     last = tl.minimum(first + SPAN, columns)
     if FORMAT == 2:
-        sums = _nf4_sums(x, codes_at, scales_at, exists, table, group * ROWS, rows, first, last, columns, ASSEMBLY, ROWS,
-                         WEIGHT_ROWS, TURN)  # fmt: skip
+        sums = _nf4_sums(x, codes_at, scales_at, exists, table, group * ROWS, rows, first, last, columns, ASSEMBLY,
+                         ROWS, WEIGHT_ROWS, TURN)  # fmt: skip
     else:
         sums = _sums(x, codes_at, scales_at, exists, rows, first, last, columns, FORMAT, ROWS, WEIGHT_ROWS, TURN)
     row = group * ROWS + tl.arange(0, ROWS)
@@ -209,10 +211,12 @@ class Products:
         self._processors = processors(device)
         self._assembly = device.type == "cuda" and torch.version.hip is None
 
-    def reserve(self, matrices: list[tuple[GpuMatrix, bool]]) -> None:
+    def reserve(self, matrices: list[tuple[GpuMatrix, bool]], dtype: torch.dtype) -> None:
         """Make room for the parts of every (matrix, gated) to come. Call before graphs are captured."""
         most = tiles_most = 1
         for matrix, gated in matrices:
+            if self._direct(matrix, dtype) is not None:
+                continue
             shape = self.shape(matrix, gated)
             tiles = -(-_outputs(matrix, gated) // shape.outputs)
             spans = -(-matrix.columns // shape.span)
@@ -248,8 +252,8 @@ class Products:
         matrix's rows are gates and then ups. ``residual`` has the shape of ``out`` and may be ``out`` itself.
         """
         assert x.shape[0] <= ROWS, f"{x.shape[0]} rows"
-        direct = direct_products(matrix.format, x.dtype, self._device) if takes(matrix) and shape is None else None
-        if direct is not None:
+        direct = self._direct(matrix, x.dtype)
+        if direct is not None and shape is None:
             direct(x, matrix, out, bias, residual, gated)
             return out
         shape = shape or self.shape(matrix, gated)
@@ -262,6 +266,9 @@ class Products:
             own_residual = None if residual is None else residual[:, columns]
             self._launch(x, matrix, part, out[:, columns], own_bias, own_residual, shape, gated)
         return out
+
+    def _direct(self, matrix: GpuMatrix, dtype: torch.dtype) -> DirectProducts | None:
+        return direct_products(matrix.format, dtype, self._device) if takes(matrix) else None
 
     def _launch(
         self,

@@ -41,7 +41,7 @@ def turned(first, second, cosine, sine, TYPE: tl.constexpr):
 
 @triton.jit
 def head_halves(source, norm_weight, places, inside, half, width, epsilon, NORMED: tl.constexpr, ACROSS: tl.constexpr):
-    """The halves of heads in fp32, normalized over the head where it asks for that. ``ACROSS``: the axis of the head."""
+    """The halves of heads in fp32, normalized over the head where NORMED. ``ACROSS``: the axis of the head."""
     first = tl.load(source + places, mask=inside, other=0.0)
     second = tl.load(source + places + half, mask=inside, other=0.0)
     type = first.dtype

@@ -1,4 +1,4 @@
-"""Values of a quantized matrix written out for torch's products: prompts. A chunk of rows at a time. Knows no models."""
+"""Values of a quantized matrix written out for torch's products, some rows at a time: prompts. Knows no models."""
 
 from __future__ import annotations
 

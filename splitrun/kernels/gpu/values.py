@@ -58,7 +58,7 @@ def nf4_values(packed, table, TYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
     fast there.
     """
     if ASSEMBLY:
-        if TYPE == tl.bfloat16:
+        if tl.bfloat16 == TYPE:
             first, second = tl.inline_asm_elementwise(
                 BF16_ASSEMBLY, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
             )
@@ -67,10 +67,8 @@ def nf4_values(packed, table, TYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
                 FP16_ASSEMBLY, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
             )
         return first, second
-    else:
-        codes = packed.to(tl.int32)
-        return tl.load(table + (codes >> 4)).to(TYPE), tl.load(table + (codes & 15)).to(TYPE)
-
+    codes = packed.to(tl.int32)
+    return tl.load(table + (codes >> 4)).to(TYPE), tl.load(table + (codes & 15)).to(TYPE)
 
 
 @triton.jit
@@ -103,13 +101,11 @@ def weight_tile(
         first = (tl.load(table + (packed >> 4)) * scale[:, :, None]).to(TYPE)
         second = (tl.load(table + (packed & 15)) * scale[:, :, None]).to(TYPE)
         return tl.reshape(tl.join(first, second), (ROWS, COLUMNS))
-    else:
-        places = columns_from + tl.arange(0, COLUMNS)
-        inside = (rows < total_rows)[:, None] & (places < columns_to)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * columns + places[None, :]
-        if FORMAT == 1:
-            scale = tl.load(scales + rows, mask=rows < total_rows, other=0.0)
-            values = tl.load(codes + offsets, mask=inside, other=0)
-            return (values.to(tl.float32) * scale[:, None]).to(TYPE)
-        else:
-            return tl.load(codes + offsets, mask=inside, other=0.0)
+    places = columns_from + tl.arange(0, COLUMNS)
+    inside = (rows < total_rows)[:, None] & (places < columns_to)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * columns + places[None, :]
+    if FORMAT == 1:
+        scale = tl.load(scales + rows, mask=rows < total_rows, other=0.0)
+        values = tl.load(codes + offsets, mask=inside, other=0)
+        return (values.to(tl.float32) * scale[:, None]).to(TYPE)
+    return tl.load(codes + offsets, mask=inside, other=0.0)
