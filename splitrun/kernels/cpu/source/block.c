@@ -4,41 +4,17 @@
  * The layer is a list of phases, each a counter of tasks. Whoever is free takes the next task and goes on when all tasks
  * of the phase are done, so any number of threads, late ones too, gives the same result. A token's bits depend on that
  * token and its history alone. */
-#include <sched.h>
-#include <stdatomic.h>
-
+#include "block.h"
 #include "convert.h"
 #include "exponential.h"
 #include "kernels.h"
 #include "layout.h"
+#include "phases.h"
 
-#define SPINS 4000     /* looks at a counter before the processor is offered to others */
 #define TILES 4        /* of a task */
 #define SEGMENT 1024   /* columns that a task quantizes; a multiple of GROUP */
 
-struct block {
-    struct weight query, key, value, output, gate, up, down;
-    const void *query_bias, *key_bias, *value_bias, *output_bias; /* or null; of the dtype, as all vectors */
-    const void *first_norm, *second_norm, *query_norm, *key_norm; /* the last two may be null */
-    void *keys, *values; /* Shape: (blocks, KV heads, block tokens, width) */
-    int64_t block_tokens, window; /* window 0: none */
-    int32_t heads, kv_heads, width, dtype, kv_dtype;
-    float epsilon, scale;
-};
-
-/* Rows of equal new length: per row a table of blocks, its history's first slot in them, and the history's length. */
-struct rows {
-    const int64_t *tables, *table_starts, *skips, *lengths;
-    int64_t rows, count;
-};
-
 enum { NORM, PROJECT, ROTATE, ATTEND, ROUND_CONTEXT, OUTPUT, SECOND_NORM, GATE, ROUND_GATED, DOWN, PHASES };
-
-struct phase {
-    _Alignas(64) atomic_llong next;
-    _Alignas(64) atomic_llong done;
-    int64_t tasks;
-};
 
 struct run {
     const struct level *level;
@@ -227,23 +203,14 @@ static void perform(struct run *run, int phase, int64_t task) {
     }
 }
 
-static void wait_for(const struct phase *phase) {
-    for (int spins = 0; atomic_load_explicit(&phase->done, memory_order_acquire) < phase->tasks; spins++) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
-        if (spins >= SPINS) sched_yield();
-    }
-}
-
 static void work(void *argument) {
     struct run *run = argument;
     for (int index = 0; index < PHASES; index++) {
         struct phase *phase = &run->phases[index];
         int64_t task;
-        while ((task = atomic_fetch_add_explicit(&phase->next, 1, memory_order_relaxed)) < phase->tasks) {
+        while ((task = next_task(phase)) >= 0) {
             perform(run, index, task);
-            atomic_fetch_add_explicit(&phase->done, 1, memory_order_release);
+            task_done(phase);
         }
         wait_for(phase);
     }
