@@ -15,10 +15,18 @@ from setuptools.errors import CompileError
 
 SOURCE = "splitrun/kernels/cpu/source"
 COMMON = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fPIC"]
-FILES = ("activations.c", "block.c", "layout.c", "portable.c", "product.c", "quantize.c", "team.c")
+FILES = ("activations.c", "block.c", "layout.c", "panels.c", "portable.c", "product.c", "quantize.c", "team.c")
+DISPATCH = ("dispatch.c", "many.c")
+"""What asks which levels there are."""
 LEVELS = {
     "x86_64": {
         "avx512vnni.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
+        "avx512bf16.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"],
+        "avx512int8.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
+        "amx.c": [
+            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+            *("-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        ],
         "avx2vnni.c": ["-mavx2", "-mavxvnni"],
         "avx2.c": ["-mavx2"],
     },
@@ -47,7 +55,7 @@ class BuildKernels(build_ext):
                 self.warn(f"{name} is left out: {error}")
             else:
                 have.append((f"HAVE_{Path(name).stem.upper()}", None))
-        for name in (*FILES, "dispatch.c"):
+        for name in (*FILES, *DISPATCH):
             objects += self._compile(name, [], have)
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +77,7 @@ setup(
     ext_modules=[
         Extension(
             "splitrun.kernels.cpu._native",
-            [f"{SOURCE}/{name}" for name in (*FILES, "dispatch.c")],
+            [f"{SOURCE}/{name}" for name in (*FILES, *DISPATCH)],
             depends=sorted(str(path) for path in Path(SOURCE).glob("*.[ch]")),
             optional=True,
         )

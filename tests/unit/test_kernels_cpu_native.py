@@ -16,6 +16,10 @@ from splitrun.measure.health import find_compiler
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "splitrun/kernels/cpu/source"
 CHECK = ROOT / "tests/native/check.c"
+CHECK_MANY = ROOT / "tests/native/check_many.c"
+EMULATION = ['-DSPLITRUN_EMULATED_TILES="emulated_tiles.h"', f"-I{ROOT / 'tests/native'}"]
+UNAVAILABLE = 77
+"""Status of a check that this processor cannot run."""
 COMMON = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE}"]
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 
@@ -28,12 +32,12 @@ def flags_by_family() -> dict[str, dict[str, list[str]]]:
     raise AssertionError("setup.py has no LEVELS")
 
 
-def build(compiler: str, family: str, options: list[str], folder: Path) -> Path:
+def build(compiler: str, family: str, options: list[str], folder: Path, check: Path = CHECK) -> Path:
     levels = flags_by_family().get(family, {})
     others = {name for flags in flags_by_family().values() for name in flags} - set(levels)
     macros = [f"-DHAVE_{Path(name).stem.upper()}" for name in levels]
     objects = []
-    for path in (*sorted(SOURCE.glob("*.c")), CHECK):
+    for path in (*sorted(SOURCE.glob("*.c")), check):
         if path.name in others:
             continue
         objects.append(folder / f"{path.stem}.o")
@@ -44,6 +48,15 @@ def build(compiler: str, family: str, options: list[str], folder: Path) -> Path:
     return program
 
 
+def sanitizing(folder: Path) -> tuple[str, list[str]]:
+    """A compiler and its options for both sanitizers; skips the test where there is none."""
+    compiler = find_compiler()
+    options = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    if compiler is None or not compiles(compiler, options, folder):
+        pytest.skip("no C compiler with sanitizers")
+    return compiler, options
+
+
 def compiles(compiler: str, options: list[str], folder: Path) -> bool:
     source = folder / "empty.c"
     source.write_text("int main(void) { return 0; }")
@@ -52,15 +65,22 @@ def compiles(compiler: str, options: list[str], folder: Path) -> bool:
 
 
 def test_under_sanitizers(tmp_path: Path) -> None:
-    compiler = find_compiler()
-    options = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    if compiler is None or not compiles(compiler, options, tmp_path):
-        pytest.skip("no C compiler with sanitizers")
+    compiler, options = sanitizing(tmp_path)
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     program = build(compiler, machine, options, tmp_path)
     run = subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=250)
     assert run.returncode == 0, run.stdout + run.stderr
     assert set(compiled_levels()) <= set(run.stdout.split())
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="tile instructions are x86's")
+def test_products_of_many_rows_under_sanitizers_with_emulated_tiles(tmp_path: Path) -> None:
+    compiler, options = sanitizing(tmp_path)
+    program = build(compiler, "x86_64", [*options, *EMULATION], tmp_path, CHECK_MANY)
+    run = subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=250)
+    if run.returncode == UNAVAILABLE:
+        pytest.skip("no AVX-512 VNNI and BF16 here")
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.skipif(not (shutil.which(CROSS_COMPILER) and shutil.which(EMULATOR)), reason="no Arm compiler or emulator")

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from splitrun.kernels.cpu.arena import Arena
+
 LIBRARY = "_native"
 VARIABLE = "SPLITRUN_CPU_KERNELS"
 FORMATS = {"nf4": 0, "int8": 1}
@@ -45,11 +47,17 @@ class _Scratch(threading.local):
 
     def address(self, nbytes: int) -> int:
         if self.memory is None or self.memory.nbytes < nbytes:
-            self.memory = torch.empty(nbytes, dtype=torch.uint8)
+            self.memory = None
+            self.memory = Arena().empty(nbytes, torch.uint8)  # prompts need megabytes: on huge pages, where there are
         return self.memory.data_ptr()
 
 
 _scratch = _Scratch()
+
+
+def scratch_address(nbytes: int) -> int:
+    """Address of this thread's memory for a call, at least that large. Its contents are whatever the last call left."""
+    return _scratch.address(nbytes)
 
 
 class Kernel:
@@ -191,6 +199,11 @@ def kernel() -> Kernel | None:
     return None
 
 
+def native() -> ctypes.CDLL | None:
+    """The library with its signatures declared and joined to torch's threads; None: it was not built, or otherwise."""
+    return _load()
+
+
 @cache
 def _load() -> ctypes.CDLL | None:
     path = library_path()
@@ -214,6 +227,14 @@ def _load() -> ctypes.CDLL | None:
         "splitrun_block_scratch_bytes": (wide, (pointer, wide)),
         "splitrun_block": (None, (*[pointer] * 8, narrow)),
         "splitrun_read": (ctypes.c_uint64, (pointer, wide, narrow)),
+        "splitrun_many": (pointer, (narrow,)),
+        "splitrun_many_name": (ctypes.c_char_p, (pointer,)),
+        "splitrun_many_kind": (narrow, (pointer,)),
+        "splitrun_many_span": (narrow, (pointer,)),
+        "splitrun_has_tiles": (narrow, ()),
+        "splitrun_many_spin": (wide, (pointer, wide, narrow)),
+        "splitrun_many_scratch_bytes": (wide, (pointer, wide, wide, wide)),
+        "splitrun_many_product": (None, (*[pointer] * 3, narrow, wide, *[pointer] * 3, narrow)),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name, None)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from splitrun.kernels.cpu.library import Kernel
-from splitrun.kernels.cpu.reference import nf4_codes, product_reference
+from splitrun.kernels.cpu.many import ManyRows
+from splitrun.kernels.cpu.reference import many_bound, nf4_codes, product_reference
 from splitrun.kernels.int8 import Int8Weight, quantize_int8
 from splitrun.kernels.nf4 import Nf4Weight
 from splitrun.kernels.nf4_definition import NF4_TABLE, dequantize_reference, quantize_nf4
@@ -55,3 +56,37 @@ def _results(
             weight.apply(x[:rows]),
             product_reference(x[:rows], integers, scales, format),
         )
+
+
+MANY_ROWS = 37
+WIDE = (("nf4", 1088), ("int8", 1060))
+"""Two slabs and a short one."""
+
+
+def first_fault_of_many(kernel: ManyRows) -> str | None:
+    """What differs from the reference first in products of many rows, None when nothing does."""
+    from splitrun.kernels.cpu.library import kernel as few_rows
+    from splitrun.kernels.cpu.tiled import TiledWeight
+
+    few = few_rows()
+    if few is None:
+        return "there is no kernel for few rows"
+    generator = torch.Generator().manual_seed(8)
+    for format, columns in WIDE:
+        values = torch.randn(75, columns, generator=generator)
+        x, bias = (torch.randn(rows, columns, generator=generator).bfloat16() for rows in (MANY_ROWS, 1))
+        weight = TiledWeight.empty(format, values.shape, torch.bfloat16, few)
+        weight.store(0, values)
+        plain, bias = weight.plain(), bias[0, :75].contiguous()
+        found = torch.empty(MANY_ROWS, 75, dtype=torch.bfloat16)
+        kernel.product(weight.matrix, x, found, bias)
+        if kernel.kind == "int8":
+            codes = nf4_codes(plain.packed) if isinstance(plain, Nf4Weight) else plain.codes.long()
+            scales = plain.maxima if isinstance(plain, Nf4Weight) else plain.scales
+            right = torch.equal(found, product_reference(x, codes, scales, format, bias, kernel.span))
+        else:
+            exact = x.double() @ plain.dequantize().double().T + bias.double()
+            right = bool(((found.double() - exact).abs() <= many_bound(x, plain.dequantize(), exact)).all())
+        if not right:
+            return f"the product of {MANY_ROWS} rows of {format} weights differs from the reference"
+    return None

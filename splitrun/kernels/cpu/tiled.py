@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from splitrun.kernels.cpu.arena import ARENA
 from splitrun.kernels.cpu.library import DTYPES, FORMATS, MOST_ROWS, Kernel, Matrix
+from splitrun.kernels.cpu.many import many_rows
 from splitrun.kernels.int8 import Int8Weight
 from splitrun.kernels.nf4 import Nf4Weight
 from splitrun.kernels.nf4_definition import BLOCK
@@ -169,6 +170,9 @@ class TiledWeight(Weight):
         if count <= MOST_ROWS:
             same = None if bias is None else bias.to(x.dtype).contiguous()
             self._kernel.product(self.matrix, x.reshape(count, columns).contiguous(), product, same)
+        elif (many := many_rows()) is not None and many.takes(x.dtype):
+            same = None if bias is None else bias.to(x.dtype).contiguous()
+            many.product(self.matrix, x.reshape(count, columns).contiguous(), product, same)
         else:
             self._apply_in_tiles(x, product, bias)
         return product if out is None else out.copy_(product)

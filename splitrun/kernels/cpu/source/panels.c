@@ -1,0 +1,165 @@
+/* Products of many activation rows: packing, then tasks of one panel and some rows each. */
+#include "panels.h"
+
+#include "convert.h"
+#include "layout.h"
+#include "phases.h"
+
+#define LINE_OF_MEMORY 64
+#define FEWEST_ROWS 64 /* of a task: below it, expansion would cost as much as multiplication */
+
+struct product {
+    const struct many *many;
+    const struct weight *weight;
+    const void *x, *bias;
+    void *out;
+    int dtype;
+    int64_t rows, rows_at_once;
+    struct packed packed;
+    uint8_t *benches;
+    atomic_int workers;
+    struct phase pack, multiply;
+};
+
+static int64_t aligned(int64_t bytes) { return parts(bytes, LINE_OF_MEMORY) * LINE_OF_MEMORY; }
+
+static int64_t steps_of(const struct many *many, int64_t columns) { return parts(columns, step_columns(many)); }
+
+static int64_t spans_of(const struct many *many, int64_t columns) {
+    return many->kind == INT8_PRODUCTS ? parts(columns, (int64_t)many->span * GROUP) : 0;
+}
+
+int64_t packed_bytes(const struct many *many, int64_t rows, int64_t columns) {
+    int64_t tiles = parts(rows, TILE);
+    return tiles * (steps_of(many, columns) * STEP_TILE + spans_of(many, columns) * TILE * 8);
+}
+
+/* Memory is aligned to lines and holds packed_bytes. */
+struct packed packed_in(const struct many *many, int64_t rows, int64_t columns, uint8_t *memory) {
+    int64_t tiles = parts(rows, TILE), steps = steps_of(many, columns), spans = spans_of(many, columns);
+    float *scales = (float *)(memory + tiles * steps * STEP_TILE);
+    struct packed packed = {memory, scales, (int32_t *)(scales + tiles * spans * TILE), steps, spans};
+    return packed;
+}
+
+/* A slab's lines and scales, and sums of some rows in one panel. */
+int64_t workbench_bytes(int64_t rows) {
+    return SLAB_BYTES + MOST_SPAN * PANEL * 4 + parts(rows, TILE) * TILE * PANEL * 4;
+}
+
+struct workbench workbench_in(uint8_t *memory) {
+    float *scales = (float *)(memory + SLAB_BYTES);
+    struct workbench bench = {{memory, scales, 0, 0}, scales + MOST_SPAN * PANEL};
+    return bench;
+}
+
+/* What an int8 activation scale is multiplied with, so that scales of weights need no further factor. */
+float unit_of(const struct weight *weight) {
+    return weight->format == NF4 ? (1.0f / 127.0f) * (1.0f / 127.0f) : 1.0f / 127.0f;
+}
+
+/* sums = the products of some rows with a panel, without `panel_scales`; first_row is the first of a tile. */
+void multiply_panel(const struct many *many, const struct weight *weight, int64_t panel, const struct packed *packed,
+                    int64_t first_row, int64_t rows, const struct workbench *bench, float *sums) {
+    struct slab slab = bench->slab;
+    for (int64_t first = 0; first < weight->columns; first += SLAB) {
+        int64_t count = weight->columns - first < SLAB ? weight->columns - first : SLAB;
+        slab.first = first / step_columns(many);
+        slab.steps = steps_of(many, count);
+        many->expand(many, weight, panel, first, count, &slab);
+        many->multiply(many, packed, first_row / TILE, rows, &slab, sums, first > 0);
+    }
+}
+
+int64_t panel_outputs(const struct weight *weight, int64_t panel) {
+    int64_t left = weight->rows - panel * PANEL;
+    return left < PANEL ? left : PANEL;
+}
+
+/* What remains to multiply the sums of a panel with: scales of rows, in int8 with int8 weights; else null. */
+const float *panel_scales(const struct many *many, const struct weight *weight, int64_t panel, float *copy) {
+    if (many->kind == BF16_PRODUCTS || weight->format == NF4) return 0;
+    memset(copy, 0, PANEL * sizeof(float));
+    memcpy(copy, weight->scales + panel * PANEL, (size_t)panel_outputs(weight, panel) * sizeof(float));
+    return copy;
+}
+
+static void finish(const struct product *product, int64_t panel, int64_t first_row, int64_t rows, float *sums) {
+    const struct weight *weight = product->weight;
+    int64_t first = panel * PANEL, outputs = panel_outputs(weight, panel);
+    float bias[PANEL] = {0}, scales[PANEL];
+    if (product->bias) load_values(product->bias, product->dtype, first, (int)outputs, bias);
+    product->many->store(sums, rows, outputs, panel_scales(product->many, weight, panel, scales),
+                         product->bias ? bias : 0, product->dtype, product->out, first_row * weight->rows + first,
+                         weight->rows);
+}
+
+static void work(void *argument) {
+    struct product *product = argument;
+    const struct many *many = product->many;
+    int64_t task, panels = weight_panels(product->weight), columns = product->weight->columns;
+    int worker = atomic_fetch_add(&product->workers, 1);
+    struct workbench bench = workbench_in(product->benches + worker * workbench_bytes(product->rows_at_once));
+    if (many->enter) many->enter();
+    while ((task = next_task(&product->pack)) >= 0) {
+        int64_t row = task * TILE, rows = product->rows - row < TILE ? product->rows - row : TILE;
+        int64_t width = product->dtype == FP32 ? 4 : 2;
+        many->pack(many, (const uint8_t *)product->x + row * columns * width, product->dtype, columns, rows, columns,
+                   unit_of(product->weight), &product->packed, task);
+        task_done(&product->pack);
+    }
+    wait_for(&product->pack);
+    while ((task = next_task(&product->multiply)) >= 0) {
+        int64_t row = task / panels * product->rows_at_once, rows = product->rows - row;
+        rows = rows < product->rows_at_once ? rows : product->rows_at_once;
+        multiply_panel(many, product->weight, task % panels, &product->packed, row, rows, &bench, bench.sums);
+        finish(product, task % panels, row, rows, bench.sums);
+    }
+    if (many->leave) many->leave();
+}
+
+/* Rows of a task: many, so that a panel is expanded seldom, but few enough to give every thread several tasks. */
+int64_t rows_of_task(int64_t rows, int64_t panels, int64_t threads) {
+    int64_t at_once = ROWS_AT_ONCE;
+    while (at_once > FEWEST_ROWS && threads > 1 && parts(rows, at_once) * panels < 3 * threads) at_once /= 2;
+    return at_once;
+}
+
+/* Bytes of scratch memory that splitrun_many_product wants; its address is aligned here. */
+EXPORT int64_t splitrun_many_scratch_bytes(const struct many *many, int64_t rows, int64_t columns, int64_t threads) {
+    return packed_bytes(many, rows, columns) + threads * workbench_bytes(ROWS_AT_ONCE) + LINE_OF_MEMORY;
+}
+
+/* out = x . weight + bias in the dtype. Shape: (rows, columns) -> (rows, weight rows); bias may be null. */
+EXPORT void splitrun_many_product(const struct many *many, const struct weight *weight, const void *x, int32_t dtype,
+                                  int64_t rows, const void *bias, void *out, void *scratch, int32_t threads) {
+    uint8_t *memory = (uint8_t *)aligned((int64_t)(uintptr_t)scratch);
+    int64_t panels = weight_panels(weight);
+    struct product product = {.many = many, .weight = weight, .x = x, .bias = bias, .out = out, .dtype = dtype,
+                              .rows = rows, .rows_at_once = rows_of_task(rows, panels, threads)};
+    product.packed = packed_in(many, rows, weight->columns, memory);
+    product.benches = memory + packed_bytes(many, rows, weight->columns);
+    product.pack.tasks = parts(rows, TILE);
+    product.multiply.tasks = panels * parts(rows, product.rows_at_once);
+    run_team(threads, work, &product);
+}
+
+struct spinning {
+    const struct many *many;
+    int64_t rounds;
+    atomic_llong operations;
+};
+
+static void spin(void *argument) {
+    struct spinning *spinning = argument;
+    if (spinning->many->enter) spinning->many->enter();
+    atomic_fetch_add(&spinning->operations, spinning->rounds * spinning->many->spin(spinning->rounds));
+    if (spinning->many->leave) spinning->many->leave();
+}
+
+/* Operations (a multiplication and an addition are two) that all threads did in registers: benchmarks time it. */
+EXPORT int64_t splitrun_many_spin(const struct many *many, int64_t rounds, int32_t threads) {
+    struct spinning spinning = {.many = many, .rounds = rounds};
+    run_team(threads, spin, &spinning);
+    return atomic_load(&spinning.operations);
+}
