@@ -1,7 +1,8 @@
 """The engine: one loop that schedules steps, sends them through the pipeline and hands out the tokens.
 
 Token ids in, token events out; text is somebody else's business. Requests may come from any thread. A step that a
-stage cannot finish costs the requests in it; all others are computed again from their tokens.
+stage cannot finish costs the requests in it, or the newest of them when a device was full; all others are computed
+again from their tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from splitrun.engine.interface import BlockUse, EngineStatus
 from splitrun.engine.lineup import Line
 from splitrun.engine.pipeline import Failure, Interruption, Outcome, Resumed
 from splitrun.engine.record import Span
-from splitrun.errors import SplitrunError, StageError, StageLost
+from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageError, StageLost
 from splitrun.schedule.limits import check_request
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import Scheduler
@@ -238,7 +239,8 @@ class EngineCore:
             return []
         if isinstance(message, Failure):
             self._reason = str(message.error)
-            events = self._scheduler.fail_step(message.step, self._reason)
+            full = isinstance(message.error, DeviceOutOfMemory)
+            events = self._scheduler.fail_step(message.step, self._reason, newest_only=full)
             if all(event.request_id != _WARM_UP_ID for event in events):
                 self._scheduler.submit(_WARM_UP)  # its token shows whether the stages are well again
             return events

@@ -170,6 +170,8 @@ class Pipeline:
         link = self._links[index]
 
         def failed(error: Exception) -> None:
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()  # what is left in pieces may fit as a whole
             self._deliver(Failure(step.index, step.epoch, translated(error, link.name)))
 
         if isinstance(link, Link):

@@ -192,10 +192,16 @@ class Scheduler:
         self._forget_flights()
         return self.fail(list(self._roster.live), error)
 
-    def fail_step(self, index: int, error: str) -> list[TokenEvent]:
-        """End the requests of a step in flight that a stage could not finish; the others are computed again."""
+    def fail_step(self, index: int, error: str, *, newest_only: bool = False) -> list[TokenEvent]:
+        """End the requests of a step in flight that a stage could not finish; the others are computed again.
+
+        ``newest_only``: of the step's requests just the newest ends, as is right when there was no room for all.
+        """
         rows = next((rows for flight, rows in self._flights if flight == index), [])
-        events = self.fail([sequence.request.request_id for sequence, _ in rows], error)
+        ending = [sequence for sequence, _ in rows]
+        if newest_only and ending:
+            ending = [max(ending, key=lambda sequence: sequence.arrival)]
+        events = self.fail([sequence.request.request_id for sequence in ending], error)
         self.recompute_all()
         return events
 

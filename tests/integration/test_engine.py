@@ -255,6 +255,35 @@ def test_health_returns_by_itself_after_a_fault(monkeypatch: pytest.MonkeyPatch)
         assert calls == [True, False]
 
 
+def test_a_full_device_costs_the_newest_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests fit into a step, a third does not: it ends with what mends it, and the others give their answers."""
+    with splitrun.Engine(demo_placement(), depth=1) as engine:
+        stage = engine.core._pipeline._links[0].stage
+        run = stage.run
+
+        def run_two(step: Any, incoming: Any) -> Any:
+            if step.rows > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return run(step, incoming)
+
+        monkeypatch.setattr(stage, "run", run_two)
+        ends: dict[int, tuple[str, str]] = {}
+        done = threading.Semaphore(0)
+
+        def deliver(event: Any) -> None:
+            if event.finish_reason is not None:
+                ends[event.request_id] = (event.finish_reason, event.error or "")
+                done.release()
+
+        for number, question in zip((901, 902, 903), QUESTIONS, strict=False):
+            request = splitrun.schedule.request.Request(number, tuple(chat(engine, question)), greedy())
+            engine.core.submit(request, deliver)
+        for _ in range(3):
+            assert done.acquire(timeout=60)
+        assert [ends[number][0] for number in (901, 902, 903)] == ["length", "length", "error"]
+        assert "ran out of memory: plan with less context, fewer sessions" in ends[903][1]
+
+
 def copy_demo(folder: Path) -> Path:
     """The demo as a directory of its own, to be broken."""
     for name in (
