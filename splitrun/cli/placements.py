@@ -36,7 +36,9 @@ def plan_or_load(named: str, planning: Planning, default_sessions: int = 1) -> t
     import splitrun
     from splitrun import api
     from splitrun.measure.budget import parse_memory
+    from splitrun.model.lean_import import import_transformers
 
+    import_transformers()
     if is_placement(named):
         _refuse_options(named, planning)
         placement = splitrun.Placement.load(named)

@@ -19,6 +19,9 @@ def serve(parent: Parent, job: dict[str, Any]) -> None:
     connected = threading.Event()
     beat_s = float(job["beat_s"])
     beat_until(connected, beat_s, lambda: parent.say(alive=True))
+    from splitrun.model.lean_import import import_transformers
+
+    import_transformers()
     from splitrun.engine.record import log_json
     from splitrun.engine.stage_host import StageHost  # here, because this import alone takes seconds
     from splitrun.errors import SplitrunError

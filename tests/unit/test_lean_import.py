@@ -1,0 +1,47 @@
+"""transformers without torch's compiler: models run as ever, and the compiler still works for who wants it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+LEAN = """
+import sys
+from splitrun.model.lean_import import import_transformers
+assert import_transformers()
+assert not import_transformers()
+assert not {"sympy", "torch._dynamo", "torch.distributed.tensor"} & set(sys.modules)
+import torch, transformers
+assert torch.distributed.is_available()
+config = transformers.Gemma3TextConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                       num_key_value_heads=2, intermediate_size=64, head_dim=32, sliding_window=4)
+model = transformers.AutoModelForCausalLM.from_config(config).eval()
+with torch.inference_mode():
+    assert torch.isfinite(model(torch.arange(3, 11).view(1, 8)).logits).all()
+assert "torch._dynamo" not in sys.modules
+doubled = torch.compile(lambda x: x * 2, backend="eager")(torch.ones(3))
+assert torch.equal(doubled, torch.full((3,), 2.0)) and "torch._dynamo" in sys.modules
+print("done")
+"""
+
+REFUSED = """
+import sys
+from splitrun.model.lean_import import import_transformers
+assert not import_transformers(("transformers.modeling_utils", "transformers.no_such_module"))
+assert "transformers" not in sys.modules
+import transformers.modeling_utils, torch
+assert "torch._dynamo" in sys.modules
+print("done")
+"""
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_compiler_is_loaded_only_when_it_is_wanted() -> None:
+    assert run(LEAN) == "done\n"
+
+
+def test_a_transformers_that_cannot_be_imported_leanly_is_imported_as_usual() -> None:
+    assert run(REFUSED) == "done\n"
