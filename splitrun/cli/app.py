@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from splitrun import __version__
-from splitrun.cli import bench, check, doctor, node, plan, profile, run, serve, status, trace, what_if
+from splitrun.cli import bench, cache, check, doctor, node, plan, profile, run, serve, status, trace, what_if
 
 app = typer.Typer(
     name="splitrun",
@@ -33,6 +33,7 @@ app.command("trace")(trace.trace)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.add_typer(node.app)
+app.add_typer(cache.app, name="cache")
 
 
 def _show_version(wanted: bool) -> None:

@@ -11,24 +11,21 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from splitrun.cluster.process import machine_of
+from splitrun.engine.filling import Filling
+from splitrun.engine.filling import Load as Load
 from splitrun.engine.pipeline import Link, RemoteLink, translated
 from splitrun.errors import SplitrunError
-from splitrun.kernels.weight import Weight, install
 from splitrun.measure.host import read_processor
 from splitrun.measure.probe import probe
-from splitrun.model.cut import CutModel, CutRange
-from splitrun.model.dummy import DummySource
+from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
 from splitrun.model.skeleton import DTYPES
-from splitrun.model.source import WeightSource
 from splitrun.model.structure import ModelStructure
-from splitrun.model.weights import Loader
 from splitrun.planner.facts import VALUE_BYTES
 from splitrun.planner.kv import pool_blocks
 from splitrun.planner.placement import Placement, StageSpec
@@ -37,8 +34,6 @@ from splitrun.stage.batch import Traits
 from splitrun.stage.generic import RangeStage
 from splitrun.stage.load import StageSize, load_stage
 from splitrun.transport.local import FromHost, Hop, Worker, hop, torch_device
-
-Load = Literal["weights", "dummy"]
 
 
 def compute_dtype(device: str, weights: str) -> str:
@@ -52,7 +47,7 @@ def compute_dtype(device: str, weights: str) -> str:
 
 
 class StageLoading:
-    """Loads the stages of one placement, one after the other; remembers tied tensors per device and format."""
+    """Loads the stages of one placement, one after the other."""
 
     def __init__(
         self,
@@ -68,8 +63,7 @@ class StageLoading:
         self._structure = structure
         self._blocks = blocks
         self._traits = traits
-        self._source: WeightSource | None = files.source if load == "weights" else None
-        self._tied: dict[tuple[str, str, str], Weight | Tensor] = {}
+        self._filling = Filling(files, structure, load)
 
     def stage(self, index: int) -> RangeStage:
         """The stage of that index, loaded; runs on the stage's worker."""
@@ -91,7 +85,7 @@ class StageLoading:
                 self._structure,
                 cut,
                 size,
-                lambda model: self._fill(model, spec, name),
+                lambda model: self._filling.fill(model, spec.weights, name),
                 self._traits,
             )
         except SplitrunError:
@@ -99,39 +93,10 @@ class StageLoading:
         except (RuntimeError, MemoryError, OSError) as error:
             raise translated(error, name) from error
 
-    def _fill(self, model: CutModel, spec: StageSpec, name: str) -> int:
-        """Load a stage's own tensors; a tied one that this device already holds in this format is shared."""
-        skeleton = model.skeleton.model
-        source = self._source or DummySource.of(skeleton)
-        loader = Loader(skeleton, source, model.dtype)
-        device = torch_device(spec.device)
-        ties = {info.name: info.tied_to or info.name for info in self._structure.parameters}
-        keys = {own: (device, spec.weights, loader.map.ties.get(own, ties[own])) for own in model.own_names}
-        shared = {own: self._tied[key] for own, key in keys.items() if key in self._tied}
-        units = {info.name: info.unit for info in self._structure.parameters}
-        loaded = loader.load(
-            [own for own in model.own_names if own not in shared],
-            spec.weights,
-            device,
-            lambda own: f"{name}, {_unit_text(units.get(own, 0), self._structure.layers)}",
-        )
-        for own, value in shared.items():
-            install(skeleton, own, value)
-        sources = {info.tied_to for info in self._structure.parameters if info.tied_to} | set(loader.map.ties.values())
-        for own, key in keys.items():
-            if key[2] in sources and own not in shared:
-                module = skeleton.get_submodule(own.rpartition(".")[0])
-                self._tied[key] = getattr(module, own.rpartition(".")[2])
-        return loaded.nbytes
-
 
 def stage_name(spec: StageSpec) -> str:
     """ "stage layers 0–5 on cuda:0", for messages."""
     return f"stage {spec.units_text} on {spec.device}"
-
-
-def _unit_text(unit: int, layers: int) -> str:
-    return "embedding" if unit == 0 else "head" if unit > layers else f"layer {unit - 1}"
 
 
 def pool_sizes(placement: Placement, structure: ModelStructure) -> dict[str, int]:

@@ -80,6 +80,11 @@ class Int8Weight(Weight):
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
 
+    @property
+    def storage(self) -> tuple[Tensor, ...]:
+        """Codes and scales."""
+        return self.codes, self.scales
+
     def dequantize(self) -> Tensor:
         """All values in the compute dtype. Shape: ``shape``."""
         return self.codes.float().mul_(self.scales.unsqueeze(-1)).to(self.dtype)

@@ -93,6 +93,11 @@ class Nf4Weight(Weight):
         return super().apply(x, out, bias)
 
     @property
+    def storage(self) -> tuple[Tensor, ...]:
+        """Codes and maxima, of NF4's own table only."""
+        return (self.packed, self.maxima) if self.table is None else ()
+
+    @property
     def standard(self) -> bool:
         """Whether table and block are NF4's own."""
         return self.table is None and self.block == BLOCK

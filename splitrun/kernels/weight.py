@@ -42,6 +42,14 @@ class Weight(ABC):
     def nbytes(self) -> int:
         """Bytes that the storage occupies."""
 
+    @property
+    def storage(self) -> tuple[Tensor, ...]:
+        """All that the weight consists of, contiguous: with its class, format, dtype and shape it is the weight.
+
+        Empty where there is more to it; such weights are not kept on disk.
+        """
+        return ()
+
     @abstractmethod
     def dequantize(self) -> Tensor:
         """All values in the compute dtype. Shape: ``shape``. A fresh tensor: the storage is not modified."""

@@ -1,28 +1,20 @@
 """Measurements kept between runs, so that planning is quick and the same twice on the same machine.
 
-One JSON file in ``$SPLITRUN_CACHE``, else ``$XDG_CACHE_HOME/splitrun``, else ``~/.cache/splitrun``. A key names what
-was measured and every condition that it holds under (device, driver, torch, threads). Losing the file costs a
-measurement, never correctness: what cannot be read or written is measured again. Knows nothing of what is measured.
+One JSON file in the cache folder. A key names what was measured and every condition that it holds under (device,
+driver, torch, threads). Losing the file costs a measurement, never correctness: what cannot be read or written is
+measured again. Knows nothing of what is measured.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+from splitrun.folders import cache_folder as cache_folder
+
 Figures = Mapping[str, float]
-
-
-def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """The folder that splitrun keeps measurements in."""
-    if environment.get("SPLITRUN_CACHE"):
-        return Path(environment["SPLITRUN_CACHE"])
-    if environment.get("XDG_CACHE_HOME"):
-        return Path(environment["XDG_CACHE_HOME"], "splitrun")
-    return Path.home() / ".cache" / "splitrun"
 
 
 class Cache:

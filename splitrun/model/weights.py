@@ -51,12 +51,14 @@ class Loader:
         weight_format: str,
         device: torch.device | str,
         where: Callable[[str], str] = lambda name: "",
+        keep: Callable[[str, Weight | Tensor], None] = lambda name, value: None,
     ) -> LoadedBytes:
         """Fill exactly these names. Modifies the skeleton.
 
-        ``where`` describes a name's place in the plan for messages ("stage 1, layer 3"). Tied names that are both
-        wanted share one object. Raises MissingWeights for what is absent or of another shape, CorruptWeights for NaN
-        or infinite values or broken files.
+        ``where`` describes a name's place in the plan for messages ("stage 1, layer 3"). ``keep`` is given each value
+        under its own name, a tied one's being its source's. Tied names that are both wanted share one object. Raises
+        MissingWeights for what is absent or of another shape, CorruptWeights for NaN or infinite values or broken
+        files.
         """
         if weight_format not in QUANTIZED and DTYPES.get(weight_format) != self.rules.compute_dtype:
             raise ValueError(f"weights {weight_format} ask for a compute dtype of that name")
@@ -72,7 +74,9 @@ class Loader:
                 _release_free_memory()
                 untrimmed = total
             try:
-                total += self._fill(recipe, targets, weight_format, torch.device(device))
+                for name, value in self._fill(recipe, targets, weight_format, torch.device(device)).items():
+                    keep(name, value)
+                    total += value.nbytes
             except CorruptWeights as error:
                 place = where(targets[0])
                 raise CorruptWeights(f"{error} [{place}]" if place else str(error)) from error
@@ -102,22 +106,24 @@ class Loader:
     def _quantized_source(self) -> bool:
         return getattr(self.source, "quantized", False) is True
 
-    def _fill(self, recipe: Recipe, targets: list[str], weight_format: str, device: torch.device) -> int:
-        """Make the targets of one recipe and install them under all their wanted names."""
+    def _fill(
+        self, recipe: Recipe, targets: list[str], weight_format: str, device: torch.device
+    ) -> dict[str, Weight | Tensor]:
+        """Make the targets of one recipe and install them under all their wanted names; they by their own names."""
         self._refuse_integers(recipe, targets[0])
         stored = [self.source.stored_format(name) for name in recipe.names]
-        if recipe.converter is None and stored[0] is not None:
-            weight = self.source.stored(recipe.names[0], self.rules.compute_dtype)
-            if weight is not None:
-                return self._install(targets, placed(weight, device))
         made: dict[str, Weight | Tensor] = {}
         aliases: dict[str, list[str]] = {}
         for name in targets:
             aliases.setdefault(self.map.ties.get(name, name), []).append(name)
+        if recipe.converter is None and stored[0] is not None:
+            weight = self.source.stored(recipe.names[0], self.rules.compute_dtype)
+            if weight is not None:
+                return {next(iter(aliases)): self._install(targets, placed(weight, device))}
         if self._is_read_in_place(recipe, weight_format, device):
             values = self.source.read(recipe.names[0])
             self._check(recipe, values)
-            return self._install(targets, values)
+            return {next(iter(aliases)): self._install(targets, values)}
         for name, start, values in recipe.pieces(self.model, self.source):
             if name not in aliases:
                 continue
@@ -125,7 +131,7 @@ class Loader:
                 made[name] = self._allocate(name, self._format(name, stored, weight_format), device)
             self._check(recipe, values)
             _store(made[name], start, values.to(device))
-        return sum(self._install(aliases[name], value) for name, value in made.items())
+        return {name: self._install(aliases[name], value) for name, value in made.items()}
 
     def _is_read_in_place(self, recipe: Recipe, weight_format: str, device: torch.device) -> bool:
         """Whether the tensor on disk is the result: same type, not quantized, on the CPU."""
@@ -138,12 +144,12 @@ class Loader:
             return QUANTIZED[format].empty(shape, self.rules.compute_dtype, device)
         return torch.empty(shape, dtype=self.rules.dtype(name), device=device)
 
-    def _install(self, names: list[str], value: Weight | Tensor) -> int:
+    def _install(self, names: list[str], value: Weight | Tensor) -> Weight | Tensor:
         if isinstance(value, Tensor) and names[0] not in self.rules.buffers:
             value = torch.nn.Parameter(value, requires_grad=False)
         for name in names:
             install(self.model, name, value)
-        return value.nbytes
+        return value
 
     def _refuse_integers(self, recipe: Recipe, target: str) -> None:
         """Raise CorruptWeights for whole numbers in a floating parameter's place: codes, whose scales nobody knows."""

@@ -21,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from splitrun.errors import SplitrunError, UnsupportedModel
+from splitrun.folders import cache_folder
 from splitrun.kernels.weight import install
 from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.skeleton import quiet_transformers, require_decoder
@@ -41,10 +42,10 @@ TOLERANCE = 5e-4
 """Largest difference of logits, relative to the largest logit (at least 1)."""
 
 
-def prove(config: Any, cache_folder: Path | None = None) -> Traits:
+def prove(config: Any, folder: Path | None = None) -> Traits:
     """The traits of a model that can be cut; UnsupportedModel with the reason when it cannot.
 
-    ``cache_folder`` keeps outcomes; None is the user's cache.
+    ``folder`` keeps outcomes; None is the user's cache.
     """
     require_decoder(config)
     try:
@@ -52,7 +53,7 @@ def prove(config: Any, cache_folder: Path | None = None) -> Traits:
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         reason = str(error).split("\n")[0][:160]
         raise UnsupportedModel(f"{config.model_type}: no small twin can be made to prove the cut ({reason})") from error
-    file = (cache_folder or default_cache_folder()) / f"{_key(twin)}.json"
+    file = (folder or cache_folder() / "proofs") / f"{_key(twin)}.json"
     outcome = _read(file)
     if outcome is None:
         outcome = _outcome(twin)
@@ -60,12 +61,6 @@ def prove(config: Any, cache_folder: Path | None = None) -> Traits:
     if outcome.get("reason"):
         raise UnsupportedModel(f"{config.model_type} cannot be cut exactly: {outcome['reason']}")
     return Traits(one_by_one=outcome["one_by_one"] is True, equal_histories=outcome["equal_histories"] is True)
-
-
-def default_cache_folder() -> Path:
-    """Where outcomes are kept: $XDG_CACHE_HOME/splitrun/proofs or ~/.cache/splitrun/proofs."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "splitrun" / "proofs"
 
 
 def _outcome(twin: Any) -> dict[str, Any]:

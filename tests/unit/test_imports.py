@@ -12,7 +12,8 @@ import splitrun
 
 ROOT = Path(splitrun.__file__).parent
 RANKS = {
-    "errors": 0, "quantities": 0, "child": 0, "planner": 1, "schedule": 1, "kernels": 2, "model": 2, "stage": 3,
+    "errors": 0, "quantities": 0, "child": 0, "folders": 0, "planner": 1, "schedule": 1,
+    "kernels": 2, "model": 2, "stage": 3,
     "transport": 4, "measure": 5, "cluster": 6, "engine": 7, "api": 8, "what_if": 9, "serve": 8, "bench": 9, "cli": 10,
     "__main__": 11, "demo": 1,
 }  # fmt: skip

@@ -128,6 +128,11 @@ class TiledWeight(Weight):
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
 
+    @property
+    def storage(self) -> tuple[Tensor, ...]:
+        """Codes and scales."""
+        return self.codes, self.scales
+
     def dequantize(self) -> Tensor:
         """All values in the compute dtype. Shape: ``shape``."""
         values = torch.empty(self.shape, dtype=self.dtype)
