@@ -36,14 +36,15 @@ def plan_or_load(named: str, planning: Planning, default_sessions: int = 1) -> t
     import splitrun
     from splitrun import api
     from splitrun.measure.budget import parse_memory
-    from splitrun.model.lean_import import import_transformers
 
-    import_transformers()
     if is_placement(named):
         _refuse_options(named, planning)
         placement = splitrun.Placement.load(named)
+        on_cpu = {stage.weights for stage in placement.stages if stage.device.startswith("cpu")}
+        _prepare(placement.model.source, on_cpu, planning.load)
         api.check(placement, named, load=planning.load)
         return placement, False
+    _prepare(named, {"int8", "nf4"} if planning.weights == "auto" else {planning.weights}, planning.load)
     return (
         api.plan(
             named,
@@ -58,6 +59,19 @@ def plan_or_load(named: str, planning: Planning, default_sessions: int = 1) -> t
         ),
         True,
     )
+
+
+def _prepare(model: str, formats: set[str], load: str) -> None:
+    """Import what takes longest, and meanwhile fetch the memory that the packed weights took at the last start."""
+    from splitrun.kernels.cpu.regions import fetch_ahead
+    from splitrun.measure.host import read_host_memory
+    from splitrun.model.lean_import import import_transformers
+    from splitrun.model.packed_folder import expected_bytes
+
+    nbytes = expected_bytes(model, sorted(formats)) if load == "weights" else 0
+    if 0 < 2 * nbytes < read_host_memory().free_bytes:
+        fetch_ahead(nbytes)
+    import_transformers()
 
 
 def _refuse_options(file: str, planning: Planning) -> None:

@@ -69,7 +69,7 @@ def serve(
             if server.warning:
                 typer.echo(f"splitrun: {server.warning}", err=True)
             typer.echo(f"loading {name} ...")
-            with splitrun.Engine(placement, load=load, depth=depth, rebalance=rebalance) as engine:
+            with splitrun.Engine(placement, load=load, depth=depth, rebalance=rebalance, text=False) as engine:
                 server.attach(engine.core)
                 server.wait_ready()
                 typer.echo(f"serving {name} at {server.url}/v1 (Ctrl-C ends)")

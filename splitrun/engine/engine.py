@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 import os
 import queue
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Self
@@ -20,6 +22,7 @@ from splitrun.engine.remote import Patience
 from splitrun.engine.tokenizer import Tokenizer
 from splitrun.errors import InvalidRequest
 from splitrun.model.files import resolve
+from splitrun.model.weights import release_free_memory
 from splitrun.planner.placement import Placement
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent, TokenLogprob
 
@@ -57,6 +60,7 @@ class Engine:
     at most: the placement's). ``patience`` says when a silent stage process (``process/cpu``,
     ``NODE/cpu``) is given up. ``rebalance``: a node that was lost is used again as soon as it is back. ``trace``:
     stages in other processes tell what they do when, for ``core.take_spans``.
+    ``text`` False loads the tokenizer only when it is asked for.
     """
 
     def __init__(
@@ -69,11 +73,14 @@ class Engine:
         patience: Patience | None = None,
         rebalance: bool = False,
         trace: bool = False,
+        text: bool = True,
     ) -> None:
         self.placement = placement if isinstance(placement, Placement) else Placement.load(placement)
         reference = self.placement.model
         self.files = resolve(reference.source, reference.revision, weights=load == "weights")
-        self.tokenizer = Tokenizer.load(self.files.path)
+        self._tokenizer = _Beside(partial(Tokenizer.load, self.files.path))
+        if text:
+            self._tokenizer.start()
         planned = self.placement.workload.chunk_tokens
         chunk = min(chunk_tokens or planned, planned)  # the plan's blocks and workspace are for chunks of that size
         self.core: EngineCore = assemble(
@@ -81,6 +88,11 @@ class Engine:
             rebalance=rebalance, trace=trace,
         )  # fmt: skip
         self._ids = count(1)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back."""
+        return self._tokenizer.result()
 
     def __enter__(self) -> Self:
         return self
@@ -202,6 +214,31 @@ class _Job:
             event, text, reason = self._pieces.get()
             raise_for(event)
             yield event, text, reason
+
+
+class _Beside:
+    """The tokenizer, loaded on a thread of its own beside the weights, or when it is first asked for."""
+
+    def __init__(self, load: Callable[[], Tokenizer]) -> None:
+        self._load = load
+        self._lock = threading.Lock()
+        self._found: Tokenizer | None = None
+
+    def start(self) -> None:
+        """Begin to load it. What that raises, ``result`` raises."""
+        threading.Thread(target=self._attempt, name="splitrun tokenizer", daemon=True).start()
+
+    def result(self) -> Tokenizer:
+        """The tokenizer, once it is there."""
+        with self._lock:
+            if self._found is None:
+                self._found = self._load()
+                release_free_memory()
+            return self._found
+
+    def _attempt(self) -> None:
+        with suppress(OSError, ValueError):  # whoever asks for the tokenizer tries again, and is told
+            self.result()
 
 
 def _nth(sampling: SamplingParams, index: int) -> SamplingParams:

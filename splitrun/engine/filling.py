@@ -12,6 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from splitrun.kernels.cpu.arena import ARENA
+from splitrun.kernels.formats import QUANTIZED
 from splitrun.kernels.weight import Weight, install
 from splitrun.model.cut import CutModel
 from splitrun.model.dummy import DummySource
@@ -30,6 +32,7 @@ class Filling:
         self._files = files
         self._structure = structure
         self._dummy = load == "dummy"
+        self._taken = 0
         self._held: dict[tuple[str, str, str], Weight | Tensor] = {}
 
     def fill(self, model: CutModel, weights: str, stage: str) -> int:
@@ -47,7 +50,8 @@ class Filling:
         shared = {own: self._held[key] for own, key in keys.items() if key in self._held}
         nbytes = 0
         if packed is not None and ready:
-            found = packed.fill(model.skeleton.model, [own for own in ready if own not in shared])
+            found = packed.fill(model.skeleton.model, [own for own in ready if own not in shared], self._taken)
+            self._taken += found or 0
             missing = missing if found is not None else list(model.own_names)
             nbytes += found or 0
         wanted = [own for own in missing if own not in shared]
@@ -73,9 +77,12 @@ class Filling:
             unit = units.get(own, 0)
             return f"{stage}, {'embedding' if unit == 0 else 'head' if unit > layers else f'layer {unit - 1}'}"
 
-        writer = None if packed is None else packed.writer(loader.nbytes(names, weights))
+        nbytes = loader.nbytes(names, weights)
+        writer = None if packed is None else packed.writer(nbytes)
         keep: Callable[[str, Weight | Tensor], None] = lambda name, value: None  # noqa: E731
         with ExitStack() as writing:
+            if model.device.type == "cpu" and weights in QUANTIZED:
+                writing.enter_context(ARENA.reserved(nbytes))
             if writer is not None:
                 writing.enter_context(writer)
                 writer.tied(loader.map.ties, [own for own in model.own_names if own not in loader.map.recipes])

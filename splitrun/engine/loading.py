@@ -20,6 +20,7 @@ from splitrun.engine.filling import Filling
 from splitrun.engine.filling import Load as Load
 from splitrun.engine.pipeline import Link, RemoteLink, translated
 from splitrun.errors import SplitrunError
+from splitrun.kernels.cpu.regions import drop_ahead
 from splitrun.measure.host import read_processor
 from splitrun.measure.probe import probe
 from splitrun.model.cut import CutRange
@@ -181,6 +182,7 @@ def load_stages(
             if spec.device in workers and index not in skip
         }
         undo.pop_all()
+    drop_ahead()
     return LoadedStages(stages, workers)
 
 

@@ -84,6 +84,9 @@ class Tokenizer:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             return cls(None, directory, f"the tokenizer in {directory} cannot be loaded ({reason}): send token ids")
+        if getattr(backend, "backend_tokenizer", None) is not None:
+            for name in ("_vocab", "_merges"):  # of no use once the Rust tokenizer is made of them; 60 MB of strings
+                vars(backend).pop(name, None)
         return cls(backend, directory)
 
     @property

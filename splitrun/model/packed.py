@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from splitrun import __version__
 from splitrun.errors import MissingWeights
+from splitrun.kernels.cpu.arena import ARENA
 from splitrun.kernels.cpu.library import kernel, library_path
 from splitrun.kernels.formats import QUANTIZED
 from splitrun.kernels.weight import Weight, install
@@ -133,15 +135,21 @@ class PackedWeights:
                     tensor.view(-1).view(torch.uint8).copy_(target)
             return value
 
-    def fill(self, model: Any, names: Iterable[str]) -> int | None:
-        """Install these names, several read at a time; the bytes they take. Modifies the model.
+    def fill(self, model: Any, names: Iterable[str], taken: int = 0) -> int | None:
+        """Install these names, several read at a time; the bytes they take, ``taken`` being what others took before.
 
         None when one of them is not as it was written: then nothing is installed, and one line has been logged.
+        Modifies the model.
         """
         ties = self.ties
         wanted = [name for name in dict.fromkeys(ties.get(name, name) for name in names) if name not in self.initial]
+        cpu = self._device.type == "cpu"
         try:
-            with ThreadPoolExecutor(READERS if self._device.type == "cpu" else 1) as pool:
+            size = sum(self._file(name).path.stat().st_size for name in wanted)
+            with ExitStack() as reading:
+                if cpu:
+                    reading.enter_context(ARENA.reserved(size))
+                pool = reading.enter_context(ThreadPoolExecutor(READERS if cpu else 1))
                 values = dict(zip(wanted, pool.map(self.value, wanted), strict=True))
         except (BrokenPack, MissingWeights, OSError) as error:
             self._warn(f"packed weights are made again, because {error}")
@@ -153,7 +161,7 @@ class PackedWeights:
                 if isinstance(value, Tensor) and name not in buffers:
                     value = torch.nn.Parameter(value, requires_grad=False)
                 install(model, name, value)
-        touch(self._folder)
+        touch(self._folder, taken + size)
         return sum(value.nbytes for value in values.values())
 
     def writer(self, nbytes: int) -> PackWriter | None:

@@ -36,6 +36,8 @@ ALIGNMENT = 64
 PIECE_BYTES = 1 << 20
 """Read and summed at a time: what was just read is then still in the processor's cache."""
 INDEX = "index.json"
+USED = "used"
+"""The bytes that the last load took from the folder."""
 SUFFIX = ".packed"
 
 
@@ -152,12 +154,24 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     _replace(folder / INDEX, [text.encode()])
 
 
-def touch(folder: Path) -> None:
-    """Note that a folder was used just now."""
+def touch(folder: Path, nbytes: int) -> None:
+    """Note that a folder was used just now, for tensors of ``nbytes`` in one process."""
     try:
+        _replace(folder / USED, [str(nbytes).encode()])
         os.utime(folder / INDEX, (time.time(), time.time()))
     except OSError:
         return  # a folder of somebody else's: its age is not ours to keep
+
+
+def expected_bytes(model: str, formats: Sequence[str]) -> int:
+    """What the last load of a model's packed weights took in main memory, 0 where none is known."""
+    for entry in entries():
+        if entry.model == model and entry.device == "cpu" and entry.format in formats:
+            try:
+                return min(int((packed_root() / entry.key / USED).read_text()), entry.nbytes)
+            except (OSError, ValueError):
+                return 0
+    return 0
 
 
 class TensorFile:

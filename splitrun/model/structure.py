@@ -8,7 +8,8 @@ multiplication, so models of any size are inspected in about a second.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -91,6 +92,21 @@ class ModelStructure:
 
 def inspect(config: Any, dtype: str = "bf16") -> ModelStructure:
     """The structure of the model of ``config``. Raises UnsupportedModel with the reason when it cannot be cut."""
+    return _inspected(_Question(config, str(config.to_json_string(use_diff=False)), dtype))
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Planning and loading ask about the same model."""
+
+    config: Any = field(compare=False)
+    text: str
+    dtype: str
+
+
+@lru_cache(maxsize=4)
+def _inspected(question: _Question) -> ModelStructure:
+    config, dtype = question.config, question.dtype
     skeleton = build_skeleton(config, dtype)
     rules = TensorRules(skeleton.model, DTYPES[dtype])
     ties = _ties(skeleton.model)

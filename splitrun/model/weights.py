@@ -71,7 +71,7 @@ class Loader:
         total = untrimmed = 0
         for recipe, targets in groups.items():
             if total - untrimmed > TRIM_BYTES:
-                _release_free_memory()
+                release_free_memory()
                 untrimmed = total
             try:
                 for name, value in self._fill(recipe, targets, weight_format, torch.device(device)).items():
@@ -80,7 +80,7 @@ class Loader:
             except CorruptWeights as error:
                 place = where(targets[0])
                 raise CorruptWeights(f"{error} [{place}]" if place else str(error)) from error
-        _release_free_memory()
+        release_free_memory()
         return LoadedBytes(total, tuple(wanted))
 
     def nbytes(self, names: Iterable[str], weight_format: str) -> int:
@@ -175,7 +175,7 @@ class Loader:
         raise CorruptWeights(f"{at_fault} in {place} holds NaN or infinite values: download the model again")
 
 
-def _release_free_memory() -> None:
+def release_free_memory() -> None:
     """Give the pages of freed pieces back to the system; glibc would keep those that lie between results."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

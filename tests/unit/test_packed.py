@@ -326,3 +326,17 @@ def test_a_limit_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SPLITRUN_CACHE_LIMIT", "much")
     with pytest.raises(packed_folder.InvalidRequest, match="SPLITRUN_CACHE_LIMIT"):
         packed_folder.limit_bytes()
+
+
+def test_the_next_start_knows_what_the_last_one_took(load: Callable[[str], Load], folder: Path) -> None:
+    one = load("qwen2")
+    one()
+    assert packed_folder.expected_bytes(str(one.path), ["nf4"]) == 0  # written, never read
+    one()
+    expected = packed_folder.expected_bytes(str(one.path), ["int8", "nf4"])
+    assert one.nbytes <= expected <= entries()[0].nbytes
+    assert packed_folder.expected_bytes(str(one.path), ["int8"]) == 0
+    assert packed_folder.expected_bytes("another", ["nf4"]) == 0
+    (used,) = folder.glob("*/used")
+    used.write_text("much")
+    assert packed_folder.expected_bytes(str(one.path), ["nf4"]) == 0

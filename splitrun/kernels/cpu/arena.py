@@ -5,15 +5,17 @@ Scattered 4 KB pages cost a third of the reading speed. A region lives as long a
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-HUGE_PAGE_BYTES = 2 << 20
+from splitrun.kernels.cpu.regions import HUGE_PAGE_BYTES, address, give_back, open_region
+
 REGION_BYTES = 32 << 20
 SMALL_BYTES = 64 << 10
 """Smaller pieces come from torch's allocator: a huge page would be mostly empty."""
@@ -41,19 +43,23 @@ class Arena:
             start, self._next = self._next, self._next + -(-nbytes // ALIGNMENT) * ALIGNMENT
             return torch.frombuffer(region, dtype=dtype, count=count, offset=start)
 
+    @contextmanager
+    def reserved(self, nbytes: int) -> Iterator[None]:
+        """While inside, pieces of ``nbytes`` together lie in one region: less is lost at the ends of regions."""
+        with self._lock:
+            region = self._open(nbytes)
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._region is not None and self._region() is region:
+                    give_back(region, self._next)
+
     def _open(self, nbytes: int) -> mmap.mmap:
         """A new region. One that holds a single large piece is given up for the next piece."""
-        length = max(REGION_BYTES, nbytes + ALIGNMENT) + HUGE_PAGE_BYTES
-        if hasattr(mmap, "MAP_PRIVATE"):
-            region = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        else:
-            region = mmap.mmap(-1, length)
-        address = torch.frombuffer(region, dtype=torch.uint8, count=1).data_ptr()
-        self._next = -address % HUGE_PAGE_BYTES
-        self._end = length
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a system without huge pages: slower, not wrong
-                region.madvise(mmap.MADV_HUGEPAGE)
+        region = open_region(nbytes + ALIGNMENT, REGION_BYTES)
+        self._next = -address(region) % HUGE_PAGE_BYTES
+        self._end = len(region)
         self._region = weakref.ref(region)
         return region
 
