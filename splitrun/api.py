@@ -157,16 +157,34 @@ def predict(
     return estimate(known.profile, known.cluster, replace(placement, workload=workload))
 
 
-def check(placement: Placement, file: str = "FILE", *, load: Literal["weights", "dummy"] = "weights") -> None:
+def hashed(placement: Placement) -> Placement:
+    """The placement with a hash of every weight file in its fingerprint, for ``check``. Reads the files."""
+    from splitrun.model.files import resolve
+    from splitrun.model.payload import with_payload
+
+    files = resolve(placement.model.source, placement.model.revision)
+    return replace(placement, model=replace(placement.model, fingerprint=with_payload(files.fingerprint, files.path)))
+
+
+def check(
+    placement: Placement,
+    file: str = "FILE",
+    *,
+    load: Literal["weights", "dummy"] = "weights",
+    verify: bool = False,
+) -> None:
     """Raise InvalidPlacement when the placement no longer suits the model or this machine, naming what mends it.
 
     ``file`` is the placement's, for the message. With ``load`` "dummy" the model's fingerprint does not matter.
+    ``verify`` reads all weights and raises CorruptWeights when they are not those that ``hashed`` saw.
     """
     from splitrun.cluster.process import local_device, machine_of
     from splitrun.cluster.survey import node_devices
     from splitrun.measure.probe import cluster_of, survey, this_machine
     from splitrun.measure.profile import max_context
     from splitrun.model.files import resolve
+    from splitrun.model.payload import headers_of
+    from splitrun.model.payload import verify as verify_payload
     from splitrun.planner.check import stale_reasons
 
     files = resolve(placement.model.source, placement.model.revision, weights=load == "weights")
@@ -185,6 +203,10 @@ def check(placement: Placement, file: str = "FILE", *, load: Literal["weights", 
     cluster = replace(cluster, devices=(*cluster.devices, *in_processes, *on_nodes))
     layers = int(files.config.get_text_config(decoder=True).num_hidden_layers)
     fingerprint = files.fingerprint if load == "weights" else None
-    reasons = stale_reasons(placement, fingerprint, layers, cluster, file, max_context(files.config))
+    bare = replace(placement, model=replace(placement.model, fingerprint=headers_of(placement.model.fingerprint)))
+    reasons = stale_reasons(bare, fingerprint, layers, cluster, file, max_context(files.config))
     if reasons:
         raise InvalidPlacement(f"{file}: {reasons[0]}")
+    if verify:
+        command = f"splitrun plan {placement.model.source} --hash -o {file}"
+        verify_payload(placement.model.fingerprint, files.path, command)

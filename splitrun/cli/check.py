@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from splitrun.cli.options import LoadOption, is_placement
+from splitrun.cli.options import LoadOption, VerifyOption, is_placement
 from splitrun.errors import InvalidPlacement
 
 
 def check(
     placement: Annotated[str, typer.Argument(metavar="PLACEMENT", help="A placement file (.yaml).")],
     load: LoadOption = "weights",
+    verify: VerifyOption = False,
 ) -> None:
     """Compare PLACEMENT with the model and this machine as they are now. Status 2, and what mends it, when stale."""
     if not is_placement(placement):
@@ -20,6 +21,6 @@ def check(
     from splitrun import Placement, api
 
     found = Placement.load(placement)
-    api.check(found, placement, load=load)
+    api.check(found, placement, load=load, verify=verify)
     typer.echo(found.explain())
     typer.echo(f"\n{placement} suits the model and this machine")

@@ -62,6 +62,10 @@ LoadOption = Annotated[
     Literal["weights", "dummy"], typer.Option("--load", help="dummy: random weights, for measuring speed.")
 ]
 
+VerifyOption = Annotated[
+    bool, typer.Option("--verify", help="First compare every byte of the weights with the placement's hashes.")
+]
+
 
 def is_placement(text: str) -> bool:
     """Whether an argument names a placement file rather than a model."""

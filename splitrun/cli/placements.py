@@ -25,6 +25,7 @@ class Planning:
     revision: str | None
     load: Literal["weights", "dummy"] = "weights"
     nodes: bool = False
+    verify: bool = False
 
 
 def plan_or_load(named: str, planning: Planning, default_sessions: int = 1) -> tuple[Placement, bool]:
@@ -42,8 +43,12 @@ def plan_or_load(named: str, planning: Planning, default_sessions: int = 1) -> t
         placement = splitrun.Placement.load(named)
         on_cpu = {stage.weights for stage in placement.stages if stage.device.startswith("cpu")}
         _prepare(placement.model.source, on_cpu, planning.load)
-        api.check(placement, named, load=planning.load)
+        api.check(placement, named, load=planning.load, verify=planning.verify)
         return placement, False
+    if planning.verify:
+        raise InvalidPlacement(
+            f"--verify needs a placement with hashes: splitrun plan {named} --hash -o FILE, then name FILE"
+        )
     _prepare(named, {"int8", "nf4"} if planning.weights == "auto" else {planning.weights}, planning.load)
     return (
         api.plan(

@@ -40,6 +40,9 @@ def plan(
     nodes: NodesOption = False,
     svg: Annotated[Path | None, typer.Option("--svg", help="Draw the placement into this file.")] = None,
     derive: Annotated[bool, typer.Option("--explain", help="Also tell how the figures come about.")] = False,
+    hash_weights: Annotated[
+        bool, typer.Option("--hash", help="Read all weights and record their hashes, for --verify.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the placement to this file.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the placement as JSON.")] = False,
 ) -> None:
@@ -65,6 +68,10 @@ def plan(
         nodes=nodes,
         report=lambda text: typer.echo(text, err=True),
     )
+    if hash_weights:
+        from splitrun import api
+
+        placement = api.hashed(placement)
     if output is not None:
         placement.save(output)
     if svg is not None:

@@ -17,6 +17,7 @@ from splitrun.cli.options import (
     NodesOption,
     ObjectiveOption,
     RevisionOption,
+    VerifyOption,
     WeightsOption,
 )
 from splitrun.cli.placements import Planning, plan_or_load
@@ -49,13 +50,16 @@ def run(
     revision: RevisionOption = None,
     load: LoadOption = "weights",
     nodes: NodesOption = False,
+    verify: VerifyOption = False,
 ) -> None:
     """Answer one PROMPT. A model is planned first; a placement is run as it is."""
     import splitrun
 
     sampling = splitrun.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    placement, _ = plan_or_load(model, Planning(memory, context, None, objective, weights, revision, load, nodes))
+    placement, _ = plan_or_load(
+        model, Planning(memory, context, None, objective, weights, revision, load, nodes, verify)
+    )
     with splitrun.Engine(placement, load=load) as engine:
         chat = engine.tokenizer.has_chat_template and not raw
         ids = engine.tokenizer.encode_chat(_messages(text, system)) if chat else engine.tokenizer.encode(text)

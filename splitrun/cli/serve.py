@@ -16,6 +16,7 @@ from splitrun.cli.options import (
     ObjectiveOption,
     RevisionOption,
     SessionsOption,
+    VerifyOption,
     WeightsOption,
 )
 from splitrun.cli.placements import Planning, plan_or_load
@@ -45,6 +46,7 @@ def serve(
     revision: RevisionOption = None,
     load: LoadOption = "weights",
     nodes: NodesOption = False,
+    verify: VerifyOption = False,
     rebalance: Annotated[
         bool, typer.Option("--rebalance", help="Use a node that was lost again as soon as it is back.")
     ] = False,
@@ -58,7 +60,7 @@ def serve(
 
     # The port is taken before anything is planned or loads: a taken one is an error within the second.
     with listen(host, port) as listener:
-        planning = Planning(memory, context, sessions, objective, weights, revision, load, nodes)
+        planning = Planning(memory, context, sessions, objective, weights, revision, load, nodes, verify)
         placement, planned = plan_or_load(model, planning, default_sessions=DEFAULT_SESSIONS)
         if planned:
             typer.echo(f"{placement.explain()}\n")

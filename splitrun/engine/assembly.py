@@ -20,6 +20,7 @@ from splitrun.engine.succession import Succession
 from splitrun.errors import InvalidPlacement
 from splitrun.measure.profile import max_context
 from splitrun.model.files import ModelFiles
+from splitrun.model.payload import headers_of
 from splitrun.model.structure import ModelStructure, inspect
 from splitrun.planner.placement import Placement, StageSpec
 from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
@@ -72,7 +73,7 @@ def assemble(
 
 def _require_same_model(placement: Placement, files: ModelFiles) -> None:
     """Raise InvalidPlacement when the files are not those that were planned."""
-    if placement.model.fingerprint not in (None, files.fingerprint):
+    if headers_of(placement.model.fingerprint) not in (None, files.fingerprint):
         raise InvalidPlacement(
             f"{placement.model.source} changed since it was planned: plan again with "
             f"splitrun plan {placement.model.source} --context {placement.workload.context} -o FILE"
