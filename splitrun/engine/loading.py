@@ -6,6 +6,7 @@ requests.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
@@ -21,14 +22,17 @@ from splitrun.engine.filling import Load as Load
 from splitrun.engine.pipeline import Link, RemoteLink, translated
 from splitrun.errors import SplitrunError
 from splitrun.kernels.cpu.regions import drop_ahead
+from splitrun.measure.accelerators import half_type
 from splitrun.measure.host import read_processor
 from splitrun.measure.probe import probe
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
 from splitrun.model.skeleton import DTYPES
 from splitrun.model.structure import ModelStructure
+from splitrun.model.weights import release_free_memory
 from splitrun.planner.facts import VALUE_BYTES
 from splitrun.planner.kv import pool_blocks
+from splitrun.planner.memory import stage_dtype
 from splitrun.planner.placement import Placement, StageSpec
 from splitrun.schedule.step import Step
 from splitrun.stage.batch import Traits
@@ -38,13 +42,11 @@ from splitrun.transport.local import FromHost, Hop, Worker, hop, torch_device
 
 
 def compute_dtype(device: str, weights: str) -> str:
-    """The type a stage computes in: a dense format's own; for int8 and nf4 bf16, or fp16 where bf16 is emulated."""
-    if weights in VALUE_BYTES:
-        return weights
-    kind = device.split(":")[0]
-    if kind == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(torch.device(device)) < (8, 0):
-        return "fp16"
-    return "fp16" if kind == "mps" else "bf16"
+    """The type a stage computes in: what the planner's facts would say, asked of torch."""
+    kind, capability = device.split(":")[0], None
+    if weights not in VALUE_BYTES and kind == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(torch.device(device))
+    return stage_dtype(half_type(kind, capability), weights)
 
 
 class StageLoading:
@@ -171,6 +173,8 @@ def load_stages(
 
     Nothing stays behind when one of them fails. Raises ModelError or DeviceOutOfMemory.
     """
+    gc.collect()  # planning may have timed units: what it left goes before the weights come
+    release_free_memory()
     with ExitStack() as undo:
         workers = {name: Worker(name, count) for name, count in threads.items()}
         for worker in workers.values():

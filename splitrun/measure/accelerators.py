@@ -58,10 +58,17 @@ def _cuda(torch: Any) -> Iterable[Accelerator]:
             free_bytes=int(properties.total_memory),
             integrated=bool(getattr(properties, "is_integrated", 0)),
             compute_capability=capability,
-            half_type="fp16" if capability is not None and capability < (8, 0) else "bf16",
+            half_type=half_type("cuda", capability),
             identity=str(getattr(properties, "uuid", "")),
             fault=None if capability is None else build_fault(name, capability, architectures),
         )
+
+
+def half_type(kind: str, compute_capability: tuple[int, int] | None = None) -> Literal["bf16", "fp16"]:
+    """The 16-bit type that a kind of device computes fast in: bf16 but on Apple's and on NVIDIA's before 8.0."""
+    if kind == "cuda" and compute_capability is not None and compute_capability < (8, 0):
+        return "fp16"
+    return "fp16" if kind == "mps" else "bf16"
 
 
 def build_fault(name: str, capability: tuple[int, int], architectures: Iterable[str]) -> str | None:
@@ -122,5 +129,5 @@ def _mps(torch: Any) -> Iterable[Accelerator]:
         total_bytes=total,
         free_bytes=max(0, total - int(torch.mps.driver_allocated_memory())),
         integrated=True,
-        half_type="fp16",
+        half_type=half_type("mps"),
     )

@@ -40,7 +40,12 @@ class UnitMemory:
 
 def compute_dtype(device: Device, weights: str) -> ValueType:
     """The type a stage computes and passes activations in: a dense format's own, else the device's."""
-    return cast(ValueType, weights) if weights in VALUE_BYTES else device.compute_dtype
+    return stage_dtype(device.compute_dtype, weights)
+
+
+def stage_dtype(half_type: ValueType, weights: str) -> ValueType:
+    """``compute_dtype`` on a device of that 16-bit type."""
+    return cast(ValueType, weights) if weights in VALUE_BYTES else half_type
 
 
 def unit_memory(

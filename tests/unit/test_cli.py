@@ -202,7 +202,7 @@ def test_run_a_placement_as_it_is(
     file = tmp_path / "mine.yaml"
     placement(context=48).save(file)
     checked: list[str] = []
-    monkeypatch.setattr(api, "check", lambda plan, name, load: checked.append(name))
+    monkeypatch.setattr(api, "check", lambda plan, name, load, verify: checked.append(name))
     assert main(["run", str(file), "hello"]) == 0
     assert checked == [str(file)]
     assert engine.made[0].placement.workload.context == 48

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from planner_models import GIB, MIB, device, formats_of, model
 
+from splitrun.measure.accelerators import half_type
 from splitrun.planner.estimate import DeviceMemory
 from splitrun.planner.facts import Cluster, KVGroup, Workload
 from splitrun.planner.memory import (
@@ -16,6 +17,7 @@ from splitrun.planner.memory import (
     over_budget,
     placement_memory,
     pool_budgets,
+    stage_dtype,
     workspace_bytes,
 )
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
@@ -134,3 +136,21 @@ def test_over_budget(found: list[DeviceMemory], pools: dict[str, int] | None, ex
 def test_a_pool_s_budget_is_the_largest_of_its_devices() -> None:
     cluster = Cluster((device(budget=9, memory_pool="h"), device("cuda:0", budget=4, memory_pool="h"), device("mps")))
     assert pool_budgets(cluster) == {"h": 9, "mps": 8 * GIB}
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "expected"),
+    [
+        ("cuda", (7, 5), "fp16"),
+        ("cuda", (8, 0), "bf16"),
+        ("cuda", None, "bf16"),
+        ("mps", None, "fp16"),
+        ("cpu", None, "bf16"),
+    ],
+)
+def test_planner_and_engine_have_one_rule_for_types(
+    kind: str, capability: tuple[int, int] | None, expected: str
+) -> None:
+    own = half_type(kind, capability)
+    assert own == expected
+    assert [stage_dtype(own, weights) for weights in ("nf4", "int8", "fp32")] == [own, own, "fp32"]
