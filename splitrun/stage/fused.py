@@ -2,7 +2,8 @@
 
 A layer is taken when its forward, its attention's, MLP's and norm's, and the rotary function are word for word those
 of one of the families in REFERENCES, which is what `BlockKernel` computes; a model's name plays no part. Calls of up to
-16 tokens then go to the kernel, longer ones to the layer itself. Knows one layer at a time, no steps and no plans.
+16 tokens then go to the kernel, longer ones to its sister for chunks where there is one, else to the layer itself.
+Knows one layer at a time, no steps and no plans.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class _Forward:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache, positions = kwargs.get("past_key_values"), kwargs.get("position_embeddings")
         rows, count, hidden = hidden_states.shape
-        if count > MOST_ROWS or cache is None or positions is None:
+        if cache is None or positions is None or (count > MOST_ROWS and not self._block.takes_chunks()):
             return self._own(hidden_states, *args, **kwargs)
         layer = cache.layers[self._index]
         histories = self._histories.of(layer.batch.views[layer.group], count, layer.store.keys.shape[2])
@@ -104,7 +105,8 @@ class _Histories:
 def row_histories(view: BlockView, count: int, block_tokens: int) -> list[RowHistories]:
     """A view's rows, with the blocks of their new tokens behind those of their history.
 
-    In calls of whole rows and up to 16 tokens: whether a row goes to the kernel is a matter of its own new tokens.
+    In calls of whole rows and up to 16 tokens, a row of more alone: how a row is computed is a matter of its own new
+    tokens.
     """
     written = view.blocks.tolist()
     tables = []
@@ -115,8 +117,9 @@ def row_histories(view: BlockView, count: int, block_tokens: int) -> list[RowHis
                 blocks.append(written[row * count + index])
         tables.append(blocks)
     calls = []
-    for start in range(0, len(tables), MOST_ROWS // count):
-        rows = slice(start, start + MOST_ROWS // count)
+    at_once = max(1, MOST_ROWS // count)
+    for start in range(0, len(tables), at_once):
+        rows = slice(start, start + at_once)
         calls.append(RowHistories(tables[rows], view.skips[rows], view.lengths[rows], count))
     return calls
 

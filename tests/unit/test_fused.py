@@ -13,6 +13,7 @@ from native_library import compiled_levels
 from torch import Tensor
 from transformers import AutoConfig
 
+from splitrun.kernels.cpu import many
 from splitrun.kernels.formats import quantize
 from splitrun.kernels.weight import install
 from splitrun.model.cut import CutModel, CutRange
@@ -211,3 +212,36 @@ def test_float32_and_dense_weights_keep_their_own_code(monkeypatch: pytest.Monke
     assert not any(make("llama", {}, "nf4", "fp32")[1])
     monkeypatch.setattr("splitrun.kernels.formats.kernel", lambda: None)
     assert not any(make("llama", {})[1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "format", "most"), [("bf16", "nf4", 0.02), ("bf16", "int8", 0.02), ("int8", "nf4", 0.06)]
+)
+def test_chunks_of_prompts_as_the_layers_own_code(
+    name: str, kind: str, format: str, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks behind a history, across blocks and windows, beside each other: near the exact products, and the same for
+    any company and any threads."""
+    monkeypatch.setenv(many.VARIABLE, kind)
+    if many.many_rows() is None or many.attention_rows() is None:
+        pytest.skip("no kernel for chunks here")
+    called: list[int] = []
+    right = many.ManyRows.chunk
+
+    def counted(self: many.ManyRows, *arguments: Any) -> None:
+        called.append(arguments[3].shape[0])
+        right(self, *arguments)
+
+    monkeypatch.setattr(many.ManyRows, "chunk", counted)
+    run, exact = make(name, MODELS[name], format)[0], make(name, MODELS[name], format, "fp32")[0]
+    ids, other = tokens(58), tokens(17, seed=4)
+    found = [run.feed({0: ids[:19]})[0]]
+    together = run.feed({0: ids[19:36], 1: other})
+    torch.set_num_threads(3)
+    found += [together[0], run.feed({0: ids[36:]})[0]]
+    wanted = torch.cat([exact.feed({0: ids[:19]})[0], exact.feed({0: ids[19:]})[0]]).double()
+    assert called == [19, 19, 17, 17, 17, 17, 22, 22]
+    assert ((torch.cat(found).double() - wanted).norm() / wanted.norm()).item() < most
+    alone = make(name, MODELS[name], format)[0]
+    assert torch.equal(alone.feed({1: other})[1], together[1])

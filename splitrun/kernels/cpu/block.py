@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from splitrun.kernels.cpu.library import DTYPES, MOST_ROWS, Kernel, Matrix
+from splitrun.kernels.cpu.many import attention_rows, many_rows
 from splitrun.kernels.cpu.tiled import TiledWeight
 
 LANES = 16
@@ -145,13 +146,23 @@ class BlockKernel:
             parts.scale,
         )
 
+    def takes_chunks(self) -> bool:
+        """Whether more than 16 tokens can be computed in one call: in bf16, on processors with such a kernel."""
+        bf16 = self._parts.keys.dtype == self._parts.weights["query"].dtype == torch.bfloat16
+        return bf16 and many_rows() is not None and attention_rows() is not None
+
     def run(self, hidden: Tensor, cosines: Tensor, sines: Tensor, rows: RowHistories) -> Tensor:
         """The layer's output. Writes the new keys and values into the blocks.
 
-        Shape: (tokens, hidden), twice (tokens, width) -> (tokens, hidden); 1 to 16 tokens, contiguous, one dtype.
+        Shape: (tokens, hidden), twice (tokens, width) -> (tokens, hidden); contiguous, one dtype. More than 16 tokens,
+        a chunk of a prompt, only where `takes_chunks`.
         """
-        assert 1 <= rows.tokens <= MOST_ROWS
         out = torch.empty_like(hidden)
         structure, histories = ctypes.addressof(self._structure), ctypes.addressof(rows.structure)
+        if rows.tokens > MOST_ROWS:
+            many, attention = many_rows(), attention_rows()
+            assert many is not None and attention is not None
+            many.chunk(attention, structure, histories, hidden, cosines, sines, out)
+            return out
         self._kernel.block(structure, histories, rows.tokens, hidden, cosines, sines, out)
         return out

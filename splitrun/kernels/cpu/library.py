@@ -232,6 +232,8 @@ def _load() -> ctypes.CDLL | None:
         "splitrun_many_kind": (narrow, (pointer,)),
         "splitrun_many_span": (narrow, (pointer,)),
         "splitrun_has_tiles": (narrow, ()),
+        "splitrun_chunk_scratch_bytes": (wide, (pointer, pointer, wide, wide)),
+        "splitrun_chunk": (None, (*[pointer] * 9, narrow)),
         "splitrun_many_spin": (wide, (pointer, wide, narrow)),
         "splitrun_many_scratch_bytes": (wide, (pointer, wide, wide, wide)),
         "splitrun_many_product": (None, (*[pointer] * 3, narrow, wide, *[pointer] * 3, narrow)),

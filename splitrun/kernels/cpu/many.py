@@ -36,6 +36,7 @@ class ManyRows:
         self.kind = KINDS[library.splitrun_many_kind(address)]
         self.span: int = library.splitrun_many_span(address)
         self.address = address
+        self._library = library
         self._product = library.splitrun_many_product
         self._spin = library.splitrun_many_spin
         self._scratch_bytes = cache(library.splitrun_many_scratch_bytes)
@@ -59,6 +60,28 @@ class ManyRows:
             threads,
         )
 
+    def chunk(
+        self, attention: ManyRows, block: int, rows: int, hidden: Tensor, cosines: Tensor, sines: Tensor, out: Tensor
+    ) -> None:
+        """Run a decoder layer whose structures lie at these addresses, for any number of tokens, all in bf16.
+
+        ``attention`` is a kernel of kind bf16. Shape: (tokens, hidden) -> same.
+        """
+        threads, library = torch.get_num_threads(), self._library
+        nbytes = library.splitrun_chunk_scratch_bytes(self.address, block, hidden.shape[0], threads)
+        library.splitrun_chunk(
+            self.address,
+            attention.address,
+            block,
+            rows,
+            hidden.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            out.data_ptr(),
+            scratch_address(nbytes),
+            threads,
+        )
+
     def spin(self, rounds: int) -> int:
         """Multiply and add registers on all threads, nothing else; returns the operations (for benchmarks)."""
         return int(self._spin(self.address, rounds, torch.get_num_threads()))
@@ -76,6 +99,12 @@ def every() -> dict[str, ManyRows]:
 def many_rows() -> ManyRows | None:
     """The kernel for prompts in this process; None: torch multiplies the values. Follows ``SPLITRUN_CPU_PROMPTS``."""
     return _chosen(os.environ.get(VARIABLE) or KINDS[0])
+
+
+def attention_rows() -> ManyRows | None:
+    """The kernel that multiplies for attention inside a chunk: always bf16; None: chunks go another way."""
+    chosen = many_rows()
+    return chosen if chosen is None or chosen.kind == KINDS[0] else _chosen(KINDS[0])
 
 
 @cache

@@ -2,6 +2,7 @@
  *
  * Tile registers: 0 to 3 sums, 4 and 5 activations, 6 and 7 weights. Each row of sums is 16 outputs. */
 #include "panel_body.h"
+#include "chunk_rows.h"
 #ifdef SPLITRUN_EMULATED_TILES
 #include SPLITRUN_EMULATED_TILES /* for tests: the same instructions in plain C */
 #endif
@@ -174,6 +175,6 @@ static int64_t spin_int8(int64_t rounds) {
 }
 
 const struct many many_amx_bf16 = {"amx-bf16", BF16_PRODUCTS, 1, enter, leave, pack_bf16, expand_bf16, multiply_bf16,
-                                   store_panel, spin_bf16};
+                                   store_panel, spin_bf16, &chunk_rows};
 const struct many many_amx_int8 = {"amx-int8", INT8_PRODUCTS, MOST_SPAN, enter, leave, pack_int8, expand_int8,
-                                   multiply_int8, store_panel, spin_int8};
+                                   multiply_int8, store_panel, spin_int8, 0};

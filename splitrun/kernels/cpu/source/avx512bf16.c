@@ -1,5 +1,6 @@
 /* Products of many rows in bf16, x86 with AVX-512 BF16: four rows with four tiles of outputs at a time. */
 #include "panel_body.h"
+#include "chunk_rows.h"
 
 #define ROWS 4
 
@@ -55,4 +56,4 @@ static int64_t spin(int64_t rounds) {
 }
 
 const struct many many_avx512bf16 = {"avx512bf16", BF16_PRODUCTS, 1, 0, 0, pack_bf16, expand_bf16, multiply, store_panel,
-                                     spin};
+                                     spin, &chunk_rows};

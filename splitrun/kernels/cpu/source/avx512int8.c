@@ -84,6 +84,6 @@ static int64_t spin(int64_t rounds) {
 }
 
 const struct many many_avx512int8 = {"avx512int8", INT8_PRODUCTS, 1, 0, 0, pack_int8, expand, multiply, store_panel,
-                                     spin};
+                                     spin, 0};
 const struct many many_avx512int8_wide = {"avx512int8-wide", INT8_PRODUCTS, MOST_SPAN, 0, 0, pack_int8, expand, multiply,
-                                          store_panel, spin};
+                                          store_panel, spin, 0};

@@ -43,6 +43,24 @@ struct slab {
     int64_t first, steps; /* columns, as steps of the activations */
 };
 
+#define KEYS 64             /* of an attention step */
+#define MOST_CHUNK_WIDTH 512
+
+/* What a prompt needs beside products: see chunk_rows.h. All 16-bit values are bf16. */
+struct chunk_rows {
+    void (*norm)(const float *values, const uint16_t *weight, int64_t count, float epsilon, float *out);
+    void (*turn)(const float *head, const uint16_t *norm, const uint16_t *cosines, const uint16_t *sines, int width,
+                 float epsilon, float scale, float *out);
+    void (*add)(float *sums, int64_t rows, int64_t count, const float *scales, const float *bias, float *target,
+                int64_t stride);
+    void (*gate)(float *gates, float *ups, int64_t rows, int64_t count, const float *gate_scales, const float *up_scales,
+                 float *target, int64_t stride);
+    float (*weigh)(float *scores, int first, int last, float *largest, float *total, uint16_t *weights);
+    void (*lay_keys)(const uint16_t *const *keys, int count, int width, uint8_t *lines);
+    void (*lay_values)(const uint16_t *const *values, int count, int columns, uint8_t *lines);
+    void (*scale)(float *values, float factor);
+};
+
 struct many {
     const char *name;
     int kind;
@@ -65,6 +83,7 @@ struct many {
                   int64_t first, int64_t stride);
     /* Multiply and add registers, nothing else; returns the operations of one round. What benchmarks divide by. */
     int64_t (*spin)(int64_t rounds);
+    const struct chunk_rows *rows; /* of bf16 only */
 };
 
 extern const struct many many_amx_bf16, many_amx_int8, many_avx512bf16, many_avx512int8, many_avx512int8_wide;
