@@ -15,7 +15,17 @@ from setuptools.errors import CompileError
 
 SOURCE = "splitrun/kernels/cpu/source"
 COMMON = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fPIC"]
-FILES = ("activations.c", "block.c", "chunk.c", "layout.c", "panels.c", "portable.c", "product.c", "quantize.c", "team.c")
+FILES = (
+    "activations.c",
+    "block.c",
+    "chunk.c",
+    "layout.c",
+    "panels.c",
+    "portable.c",
+    "product.c",
+    "quantize.c",
+    "team.c",
+)
 DISPATCH = ("dispatch.c", "many.c")
 """What asks which levels there are."""
 LEVELS = {

@@ -1,8 +1,9 @@
-"""A whole decoder layer for 1 to 16 tokens in one call of the library: its weights, vectors, KV blocks and sizes.
+"""A whole decoder layer in one call of the library: its weights, vectors, KV blocks and sizes.
 
 Computes RMSNorm, grouped rotary attention over blocks with optional biases and query/key norms, and a gated SiLU MLP,
 both with their residuals; in fp32 between the products, so it differs from torch's layer by rounding only. A token's
-bits depend on that token and its history alone. Knows shapes and storage, neither models nor who made them.
+bits depend on that token and its history alone, for 1 to 16 tokens; more, a chunk of one prompt, have a kernel of their
+own, whose bits are the same for the same chunk. Knows shapes and storage, neither models nor who made them.
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ class BlockKernel:
         structure, histories = ctypes.addressof(self._structure), ctypes.addressof(rows.structure)
         if rows.tokens > MOST_ROWS:
             many, attention = many_rows(), attention_rows()
-            assert many is not None and attention is not None
+            assert many is not None, "asked for a chunk without `takes_chunks`"
+            assert attention is not None
             many.chunk(attention, structure, histories, hidden, cosines, sines, out)
             return out
         self._kernel.block(structure, histories, rows.tokens, hidden, cosines, sines, out)

@@ -1,8 +1,9 @@
 """A weight on the CPU in the kernels' layout: nf4 or int8, for computing in bf16 or fp16.
 
 Values and bytes are those of `Nf4Weight` and `Int8Weight`; only their order differs (see ``source/kernels.h``).
-Products of up to 16 rows are the kernel's; more rows are multiplied by torch with values that are written tile by tile
-into memory that is used again. float32 keeps the plain formats and torch's exact product. Knows no models.
+Products of up to 16 rows are the kernel's, those of more a prompt kernel's (`many`); without one, torch multiplies
+values that are written tile by tile into memory that is used again. float32 keeps the plain formats and torch's exact
+product. Knows no models.
 """
 
 from __future__ import annotations
