@@ -1,12 +1,13 @@
 /* Products of many rows in every arithmetic, tile instructions emulated, in memory that a sanitizer watches.
  *
  * int8 with a span of one group: the bits of portable C's product of few rows. int8 on tiles: the bits of int8 without
- * them. bf16: within its bound of the sums in double. Prints the kernels that ran; status 1 with a line on a fault. */
+ * them. bf16: within its bound of the sums in double. A chunk of a prompt: near the same layer token by token. Prints the kernels that ran; status 1 with a line on a fault. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "block.h"
 #include "panels.h"
 
 int64_t splitrun_scratch_bytes(int64_t rows, int64_t columns);
@@ -18,6 +19,13 @@ int32_t splitrun_values(const struct level *, const struct weight *, const int64
 int64_t splitrun_many_scratch_bytes(const struct many *, int64_t, int64_t, int64_t);
 void splitrun_many_product(const struct many *, const struct weight *, const void *, int32_t, int64_t, const void *, void *,
                            void *, int32_t);
+
+int64_t splitrun_block_scratch_bytes(const struct block *, int64_t);
+void splitrun_block(const struct level *, const struct block *, const struct rows *, const void *, const void *,
+                    const void *, void *, void *, int32_t);
+int64_t splitrun_chunk_scratch_bytes(const struct many *, const struct block *, int64_t, int64_t);
+void splitrun_chunk(const struct many *, const struct many *, const struct block *, const struct rows *, const void *,
+                    const void *, const void *, void *, void *, int32_t);
 
 static uint32_t state = 1;
 
@@ -126,6 +134,70 @@ static void check(int format, int64_t rows, int64_t columns, int64_t count) {
     free(sample.bias);
 }
 
+enum { HIDDEN = 128, WIDTH = 48, HEADS = 4, KV_HEADS = 2, INNER = 192, TOKENS = 21, SLOTS = 4, BLOCKS = 8, HISTORY = 5 };
+
+static struct weight random_weight(int64_t rows, int64_t columns) {
+    struct weight weight = {array(rows * columns / 2), array(rows * columns / GROUP * 4), rows, columns, NF4};
+    uint16_t *values = array(rows * columns * 2);
+    fill(values, rows * columns);
+    splitrun_quantize(&weight, 0, rows, values, BF16, 1);
+    for (int64_t i = 0; i < rows * columns / GROUP; i++) weight.scales[i] *= 0.1f;
+    free(values);
+    return weight;
+}
+
+static uint16_t *random_vector(int64_t count) {
+    uint16_t *values = array(count * 2);
+    fill(values, count);
+    return values;
+}
+
+/* A layer token by token in portable C, and as a chunk; window 0: none. */
+static void check_chunk(const struct many *many, const struct many *bf16, int64_t window) {
+    int64_t kv = BLOCKS * KV_HEADS * SLOTS * WIDTH, table[BLOCKS] = {3, 0, 6, 1, 7, 2, 5, 4}, start = 0, skip = 1;
+    int64_t length = HISTORY;
+    struct weight weights[] = {random_weight(HEADS * WIDTH, HIDDEN), random_weight(KV_HEADS * WIDTH, HIDDEN),
+                               random_weight(KV_HEADS * WIDTH, HIDDEN), random_weight(HIDDEN, HEADS * WIDTH),
+                               random_weight(INNER, HIDDEN), random_weight(INNER, HIDDEN), random_weight(HIDDEN, INNER)};
+    uint16_t *vectors[] = {random_vector(HEADS * WIDTH), random_vector(KV_HEADS * WIDTH), random_vector(KV_HEADS * WIDTH),
+                           random_vector(HIDDEN), random_vector(HIDDEN), random_vector(HIDDEN), random_vector(WIDTH),
+                           random_vector(WIDTH)};
+    uint16_t *in = random_vector(TOKENS * HIDDEN), *cosines = random_vector(TOKENS * WIDTH),
+             *sines = random_vector(TOKENS * WIDTH), *out = array(TOKENS * HIDDEN * 2), *one = array(TOKENS * HIDDEN * 2),
+             *keys[2] = {random_vector(kv), array(kv * 2)}, *values[2] = {random_vector(kv), array(kv * 2)};
+    memcpy(keys[1], keys[0], (size_t)kv * 2);
+    memcpy(values[1], values[0], (size_t)kv * 2);
+    for (int chunk = 0; chunk < 2; chunk++) {
+        struct block block = {weights[0], weights[1], weights[2], weights[3], weights[4], weights[5], weights[6],
+                              vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5], vectors[6],
+                              vectors[7], keys[chunk], values[chunk], SLOTS, window, HEADS, KV_HEADS, WIDTH, BF16, BF16,
+                              1e-6f, 0.144f};
+        struct rows rows = {table, &start, &skip, &length, 1, chunk ? TOKENS : 1};
+        void *scratch = array(chunk ? splitrun_chunk_scratch_bytes(many, &block, TOKENS, 1)
+                                    : splitrun_block_scratch_bytes(&block, 1));
+        length = HISTORY;
+        if (chunk) splitrun_chunk(many, bf16, &block, &rows, in, cosines, sines, out, scratch, 1);
+        for (int64_t token = 0; !chunk && token < TOKENS; token++, length++)
+            splitrun_block(&level_portable, &block, &rows, in + token * HIDDEN, cosines + token * WIDTH,
+                           sines + token * WIDTH, one + token * HIDDEN, scratch, 1);
+        free(scratch);
+    }
+    double error = 0, norm = 0;
+    for (int64_t i = 0; i < TOKENS * HIDDEN; i++) {
+        double difference = value_of(out[i]) - value_of(one[i]);
+        error += difference * difference;
+        norm += value_of(one[i]) * value_of(one[i]);
+    }
+    if (!(error < 0.03 * 0.03 * norm)) {
+        printf("%s: a chunk is off, %g of %g\n", many->name, error, norm);
+        exit(1);
+    }
+    for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) free(weights[i].codes), free(weights[i].scales);
+    for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) free(vectors[i]);
+    void *all[] = {in, cosines, sines, out, one, keys[0], keys[1], values[0], values[1]};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
 int main(void) {
     static const int64_t heights[] = {1, 75}, nf4_widths[] = {64, 1088},
                          int8_widths[] = {4, 132, 1100}, counts[] = {17, 48};
@@ -138,6 +210,12 @@ int main(void) {
             for (size_t w = 0; w < sizeof int8_widths / sizeof *int8_widths; w++)
                 check(INT8, heights[h], int8_widths[w], counts[c]);
         }
+    for (int64_t window = 0; window <= 7; window += 7) {
+        check_chunk(&many_avx512bf16, &many_avx512bf16, window);
+        check_chunk(&many_avx512int8, &many_avx512bf16, window);
+        check_chunk(&many_amx_bf16, &many_amx_bf16, window);
+        check_chunk(&many_amx_int8, &many_amx_bf16, window);
+    }
     printf("amx-bf16 avx512bf16 avx512int8 amx-int8\n");
     return 0;
 }
