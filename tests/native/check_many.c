@@ -188,7 +188,7 @@ static void check_chunk(const struct many *many, const struct many *bf16, int64_
         error += difference * difference;
         norm += value_of(one[i]) * value_of(one[i]);
     }
-    if (!(error < 0.03 * 0.03 * norm)) {
+    if (!(error < 0.01 * 0.01 * norm)) {
         printf("%s: a chunk is off, %g of %g\n", many->name, error, norm);
         exit(1);
     }
