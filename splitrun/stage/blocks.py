@@ -7,10 +7,13 @@ tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from splitrun.kernels.cpu.arena import ARENA
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class BlockStore:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.keys = torch.zeros((blocks, key[0], block_tokens, key[1]), dtype=dtype, device=device)
-        self.values = torch.zeros((blocks, value[0], block_tokens, value[1]), dtype=dtype, device=device)
+        self.keys = _zeros((blocks, key[0], block_tokens, key[1]), dtype, device)
+        self.values = _zeros((blocks, value[0], block_tokens, value[1]), dtype, device)
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +79,13 @@ class BlockStore:
                 target.copy_(pool[table].transpose(0, 1))
         whole[:, :, room + view.past : room + view.past + count] = new
         return whole[:, :, room : room + view.past + count]
+
+
+def _zeros(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; in main memory on huge pages, which reads of a long history need as much as weights do."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return ARENA.empty(math.prod(shape), dtype).zero_().view(shape)
 
 
 class StateStore:

@@ -14,6 +14,9 @@ void splitrun_unpack(const struct weight *, int64_t, int64_t, uint8_t *, float *
 void splitrun_quantize(const struct weight *, int64_t, int64_t, const void *, int32_t, int32_t);
 void splitrun_product(const struct level *, const struct weight *, const void *, int32_t, int32_t, const void *, void *,
                       void *, int32_t);
+void splitrun_choose(const struct level *, const struct weight *, const void *, int32_t, int32_t, float *, int64_t *,
+                     void *, int32_t);
+int64_t splitrun_choose_scratch_bytes(int64_t rows, int64_t columns, int32_t threads);
 int32_t splitrun_values(const struct level *, const struct weight *, const int64_t *, int64_t, int64_t, int32_t, void *,
                         int32_t);
 
@@ -50,6 +53,69 @@ static void fill(void *values, int64_t count, int dtype) {
     }
 }
 
+static float value_at(const void *values, int dtype, int64_t index) {
+    uint16_t half = ((const uint16_t *)values)[index];
+    float value;
+    uint32_t bits = (uint32_t)half << 16;
+    if (dtype == FP32) return ((const float *)values)[index];
+    if (dtype == FP16) { /* finite ones suffice: order is all that counts */
+        float magnitude = (float)(half & 0x7fff);
+        return half & 0x8000 ? -magnitude : magnitude;
+    }
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* The largest of each row of a product, found without it. */
+static void check_choice(const struct level *level, const struct weight *weight, const void *x, int dtype, int count,
+                         const void *product) {
+    float *values = array(count * 4);
+    int64_t *ids = array(count * 8);
+    void *scratch = array(splitrun_choose_scratch_bytes(count, weight->columns, 3));
+    splitrun_choose(level, weight, x, dtype, count, values, ids, scratch, 3);
+    for (int row = 0; row < count; row++) {
+        int64_t best = 0;
+        for (int64_t i = 1; i < weight->rows; i++)
+            if (value_at(product, dtype, row * weight->rows + i) > value_at(product, dtype, row * weight->rows + best))
+                best = i;
+        if (ids[row] != best) printf("%s: a choice differs\n", level->name), exit(1);
+    }
+    free(values);
+    free(ids);
+    free(scratch);
+}
+
+/* Products with 1 to 16 rows. */
+static void check_products(const struct level *level, const struct level *portable, const struct weight *weight,
+                           const void *x, const void *bias, int dtype) {
+    int64_t width = dtype == FP32 ? 4 : 2;
+    void *scratch = array(splitrun_scratch_bytes(MOST_ROWS, weight->columns));
+    for (int count = 1; count <= MOST_ROWS; count++) {
+        void *product = array(count * weight->rows * width), *wanted = array(count * weight->rows * width);
+        splitrun_product(level, weight, x, dtype, count, count % 2 ? bias : 0, product, scratch, 1);
+        splitrun_product(portable, weight, x, dtype, count, count % 2 ? bias : 0, wanted, scratch, 1);
+        same(product, wanted, count * weight->rows * width, level->name, "a product");
+        if (count % 2 == 0) check_choice(level, weight, x, dtype, count, product);
+        free(product);
+        free(wanted);
+    }
+    free(scratch);
+}
+
+/* A plain matrix in 16-bit floats, at an address that only 2 divides. */
+static void check_dense(const struct level *level, const struct level *portable, int64_t rows, int64_t columns, int dtype) {
+    uint16_t *storage = array(rows * columns * 2 + 2);
+    struct weight weight = {(uint8_t *)(storage + 1), 0, rows, columns, dtype == BF16 ? BF16_ROWS : FP16_ROWS};
+    void *x = array(MOST_ROWS * columns * 2), *bias = array(rows * 2);
+    fill(storage + 1, rows * columns, dtype);
+    fill(x, MOST_ROWS * columns, dtype);
+    fill(bias, rows, dtype);
+    check_products(level, portable, &weight, x, bias, dtype);
+    free(storage);
+    free(x);
+    free(bias);
+}
+
 static void check(const struct level *level, const struct level *portable, int format, int64_t rows, int64_t columns,
                   int dtype) {
     int64_t code_bytes = rows * (format == NF4 ? columns / 2 : columns);
@@ -59,7 +125,6 @@ static void check(const struct level *level, const struct level *portable, int f
     struct weight weight = {storage + 1, scales, rows, columns, format}; /* codes at an odd address */
     void *values = array(rows * columns * width), *x = array(MOST_ROWS * columns * width), *bias = array(rows * width);
     void *found = array(rows * columns * width), *expected = array(rows * columns * width);
-    void *scratch = array(splitrun_scratch_bytes(MOST_ROWS, columns));
     int64_t ids[2] = {rows - 1, 0}, beyond = rows;
     fill(values, rows * columns, dtype);
     fill(x, MOST_ROWS * columns, dtype);
@@ -78,15 +143,8 @@ static void check(const struct level *level, const struct level *portable, int f
     splitrun_values(level, &weight, ids, 0, 2 < rows ? 2 : rows, dtype, found, 1);
     same(found, (uint8_t *)expected + (rows - 1) * columns * width, columns * width, level->name, "a gathered row");
     if (splitrun_values(level, &weight, &beyond, 0, 1, dtype, found, 1) != -1) exit(1);
-    for (int count = 1; count <= MOST_ROWS; count++) {
-        void *product = array(count * rows * width), *wanted = array(count * rows * width);
-        splitrun_product(level, &weight, x, dtype, count, count % 2 ? bias : 0, product, scratch, 1);
-        splitrun_product(portable, &weight, x, dtype, count, count % 2 ? bias : 0, wanted, scratch, 1);
-        same(product, wanted, count * rows * width, level->name, "a product");
-        free(product);
-        free(wanted);
-    }
-    void *all[] = {storage, codes, again, scales, plain_scales, scales_again, values, x, bias, found, expected, scratch};
+    check_products(level, portable, &weight, x, bias, dtype);
+    void *all[] = {storage, codes, again, scales, plain_scales, scales_again, values, x, bias, found, expected};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -100,8 +158,10 @@ int main(void) {
             for (size_t h = 0; h < sizeof heights / sizeof *heights; h++) {
                 for (size_t w = 0; w < sizeof nf4_widths / sizeof *nf4_widths; w++)
                     check(level, portable, NF4, heights[h], nf4_widths[w], dtype);
-                for (size_t w = 0; w < sizeof int8_widths / sizeof *int8_widths; w++)
+                for (size_t w = 0; w < sizeof int8_widths / sizeof *int8_widths; w++) {
                     check(level, portable, INT8, heights[h], int8_widths[w], dtype);
+                    if (dtype != FP32) check_dense(level, portable, heights[h], int8_widths[w] + 1, dtype);
+                }
             }
         printf("%s\n", level->name);
     }

@@ -20,7 +20,16 @@ CHECK_MANY = ROOT / "tests/native/check_many.c"
 EMULATION = ['-DSPLITRUN_EMULATED_TILES="emulated_tiles.h"', f"-I{ROOT / 'tests/native'}"]
 UNAVAILABLE = 77
 """Status of a check that this processor cannot run."""
-COMMON = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE}"]
+COMMON = [
+    "-std=c11",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    f"-I{SOURCE}",
+]
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 
 

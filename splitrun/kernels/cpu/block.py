@@ -1,4 +1,4 @@
-"""A whole decoder layer in one call of the library: its weights, vectors, KV blocks and sizes.
+"""Whole decoder layers in one call of the library: their weights, vectors, KV blocks and sizes.
 
 Computes RMSNorm, grouped rotary attention over blocks with optional biases and query/key norms, and a gated SiLU MLP,
 both with their residuals; in fp32 between the products, so it differs from torch's layer by rounding only. A token's
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,12 +33,11 @@ VECTORS = (
 class _Block(ctypes.Structure):
     _fields_ = (
         *((name, Matrix) for name in MATRICES),
-        *((name, ctypes.c_void_p) for name in (*VECTORS, "keys", "values")),
+        *((name, ctypes.c_void_p) for name in (*VECTORS, "keys", "values", "key_scales", "value_scales")),
         ("block_tokens", ctypes.c_int64),
         ("window", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "width", "dtype", "kv_dtype")),
-        ("epsilon", ctypes.c_float),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "width", "rotary", "dtype", "kv_dtype")),
+        *((name, ctypes.c_float) for name in ("epsilon", "scale", "residual")),
     )
 
 
@@ -58,6 +58,8 @@ class LayerParts:
     keys, values  Shape: (blocks, KV heads, block tokens, width)
     window   tokens that a token sees, itself included; None: all
     scale    what scores are multiplied with
+    rotary   how many of a head's values are rotated; None: all
+    residual what attention and MLP are multiplied with before they are added
     """
 
     weights: dict[str, TiledWeight]
@@ -67,6 +69,13 @@ class LayerParts:
     window: int | None
     epsilon: float
     scale: float
+    rotary: int | None = None
+    residual: float = 1.0
+
+    @property
+    def rotated(self) -> int:
+        """How many of a head's values are rotated: the width of cosines and sines."""
+        return self.keys.shape[-1] if self.rotary is None else self.rotary
 
     def fault(self) -> str | None:
         """Why the kernel cannot run the layer, None when it can."""
@@ -79,8 +88,8 @@ class LayerParts:
         rows = {"output": hidden, "down": hidden, "gate": inner, "up": inner}
         if self.keys.shape != self.values.shape or key != value or key != self.keys.shape[1] * width:
             return "keys and values differ in shape"
-        if query % width or width % LANES or width > MOST_WIDTH:
-            return f"heads are {width} wide"
+        if query % width or width % LANES or width > MOST_WIDTH or self.rotated % 2 or not 0 < self.rotated <= width:
+            return f"heads are {width} wide, of which {self.rotated} are rotated"
         if heads % self.keys.shape[1] or heads // self.keys.shape[1] > MOST_GROUP_HEADS:
             return f"{heads} query heads do not share {self.keys.shape[1]} KV heads"
         if any(weight.shape[1] != columns.get(name, hidden) for name, weight in weights.items()):
@@ -127,44 +136,79 @@ class BlockKernel:
         fault = parts.fault()
         if fault is not None:
             raise ValueError(fault)
-        self._parts = parts
-        self._kernel = kernel
+        self.parts = parts
+        self.kernel = kernel
         width = parts.keys.shape[-1]
         query = parts.weights["query"]
-        self._structure = _Block(
+        self.structure = _Block(
             *(parts.weights[name].matrix for name in MATRICES),
             *(parts.vectors[name].data_ptr() if name in parts.vectors else None for name in VECTORS),
             parts.keys.data_ptr(),
             parts.values.data_ptr(),
+            None,
+            None,
             parts.keys.shape[2],
             parts.window or 0,
             query.shape[0] // width,
             parts.keys.shape[1],
             width,
+            parts.rotated,
             DTYPES[query.dtype],
             DTYPES[parts.keys.dtype],
             parts.epsilon,
             parts.scale,
+            parts.residual,
         )
 
     def takes_chunks(self) -> bool:
         """Whether more than 16 tokens can be computed in one call: in bf16, on processors with such a kernel."""
-        bf16 = self._parts.keys.dtype == self._parts.weights["query"].dtype == torch.bfloat16
-        return bf16 and many_rows() is not None and attention_rows() is not None
+        parts = self.parts
+        plain = parts.rotated == parts.keys.shape[-1] and parts.residual == 1.0
+        quantized = all(isinstance(weight, TiledWeight) for weight in parts.weights.values())
+        bf16 = parts.keys.dtype == parts.weights["query"].dtype == torch.bfloat16
+        return plain and quantized and bf16 and many_rows() is not None and attention_rows() is not None
 
-    def run(self, hidden: Tensor, cosines: Tensor, sines: Tensor, rows: RowHistories) -> Tensor:
-        """The layer's output. Writes the new keys and values into the blocks.
+    def run_chunk(self, hidden: Tensor, cosines: Tensor, sines: Tensor, rows: RowHistories) -> Tensor:
+        """The layer's output for a chunk of a prompt; only where `takes_chunks`. Writes the new keys and values.
 
-        Shape: (tokens, hidden), twice (tokens, width) -> (tokens, hidden); contiguous, one dtype. More than 16 tokens,
-        a chunk of a prompt, only where `takes_chunks`.
+        Shape: (tokens, hidden), twice (tokens, width) -> (tokens, hidden); contiguous, one dtype.
         """
+        many, attention = many_rows(), attention_rows()
+        assert many is not None, "asked for a chunk without `takes_chunks`"
+        assert attention is not None
         out = torch.empty_like(hidden)
-        structure, histories = ctypes.addressof(self._structure), ctypes.addressof(rows.structure)
-        if rows.tokens > MOST_ROWS:
-            many, attention = many_rows(), attention_rows()
-            assert many is not None, "asked for a chunk without `takes_chunks`"
-            assert attention is not None
-            many.chunk(attention, structure, histories, hidden, cosines, sines, out)
-            return out
-        self._kernel.block(structure, histories, rows.tokens, hidden, cosines, sines, out)
+        structure, histories = ctypes.addressof(self.structure), ctypes.addressof(rows.structure)
+        many.chunk(attention, structure, histories, hidden, cosines, sines, out)
         return out
+
+    def joins(self, other: BlockKernel) -> bool:
+        """Whether ``other`` can follow in the same call: same width, type and angles."""
+        mine, theirs = self.parts.weights["query"], other.parts.weights["query"]
+        same = mine.shape[1] == theirs.shape[1] and mine.dtype == theirs.dtype
+        return same and self.parts.rotated == other.parts.rotated and self.kernel is other.kernel
+
+
+class LayerChain:
+    """Layers that run one after the other in one call; each `BlockKernel.joins` the one before it."""
+
+    def __init__(self, blocks: Sequence[BlockKernel]) -> None:
+        assert all(first.joins(second) for first, second in pairwise(blocks))
+        self._blocks = tuple(blocks)
+        self._addresses = _addresses([block.structure for block in blocks])
+
+    def run(self, hidden: Tensor, cosines: Tensor, sines: Tensor, rows: Sequence[RowHistories]) -> Tensor:
+        """The last layer's output. Writes the new keys and values into every layer's blocks.
+
+        ``rows`` has one entry per layer, all for the same tokens. Shape: (tokens, hidden), twice (tokens, rotated
+        width) -> (tokens, hidden); 1 to 16 tokens, contiguous, one dtype.
+        """
+        assert 1 <= rows[0].tokens <= MOST_ROWS
+        assert len(rows) == len(self._blocks)
+        out = torch.empty_like(hidden)
+        histories = _addresses([histories.structure for histories in rows])
+        self._blocks[0].kernel.layers(self._addresses, histories, hidden, cosines, sines, out)
+        return out
+
+
+def _addresses(structures: Sequence[ctypes.Structure]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(structures))(*map(ctypes.addressof, structures))

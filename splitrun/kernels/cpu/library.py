@@ -22,7 +22,7 @@ from splitrun.kernels.cpu.arena import Arena
 
 LIBRARY = "_native"
 VARIABLE = "SPLITRUN_CPU_KERNELS"
-FORMATS = {"nf4": 0, "int8": 1}
+FORMATS = {"nf4": 0, "int8": 1, "bf16": 2, "fp16": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_ROWS = 16
 """Rows of activations that a product takes."""
@@ -68,7 +68,9 @@ class Kernel:
         self._library = library
         self._level = level
         self._product = library.splitrun_product
+        self._layers = library.splitrun_layers
         self._scratch_bytes = cache(library.splitrun_scratch_bytes)
+        self._layers_scratch_bytes = library.splitrun_layers_scratch_bytes
 
     def product(self, weight: Matrix, x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
         """Write ``x @ weight.T + bias`` to out. Shape: (1 to 16, columns) -> (same, weight rows), one dtype."""
@@ -84,6 +86,26 @@ class Kernel:
             _scratch.address(self._scratch_bytes(rows, weight.columns)),
             torch.get_num_threads(),
         )
+
+    def choose(self, weight: Matrix, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Per row of what `product` gives, the largest value and the lowest index that has it.
+
+        NaN counts as largest. Shape: (1 to 16, columns) -> fp32 (same,), int64 (same,).
+        """
+        rows, threads = x.shape[0], torch.get_num_threads()
+        values, ids = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        self._library.splitrun_choose(
+            self._level,
+            ctypes.addressof(weight),
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            rows,
+            values.data_ptr(),
+            ids.data_ptr(),
+            _scratch.address(self._library.splitrun_choose_scratch_bytes(rows, weight.columns, threads)),
+            threads,
+        )
+        return values, ids
 
     def values(self, weight: Matrix, first: int, out: Tensor) -> None:
         """Write the values of rows from first on, as many as out has. Shape: (count, columns)."""
@@ -138,20 +160,28 @@ class Kernel:
         if first < 0 or first + rows.shape[0] > weight.rows:
             raise IndexError(f"rows {first} to {first + rows.shape[0]} are out of range for {weight.rows} rows")
 
-    def block(
-        self, block: int, rows: int, tokens: int, hidden: Tensor, cosines: Tensor, sines: Tensor, out: Tensor
+    def layers(
+        self,
+        blocks: ctypes.Array[ctypes.c_void_p],
+        rows: ctypes.Array[ctypes.c_void_p],
+        hidden: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        out: Tensor,
     ) -> None:
-        """Run a decoder layer whose structures lie at these addresses. Shape: (tokens, hidden) -> same."""
-        self._library.splitrun_block(
+        """Run decoder layers, and rows, whose structures lie at these addresses. Shape: (tokens, hidden) -> same."""
+        threads = torch.get_num_threads()
+        self._layers(
             self._level,
-            block,
+            blocks,
             rows,
+            len(blocks),
             hidden.data_ptr(),
             cosines.data_ptr(),
             sines.data_ptr(),
             out.data_ptr(),
-            _scratch.address(self._library.splitrun_block_scratch_bytes(block, tokens)),
-            torch.get_num_threads(),
+            _scratch.address(self._layers_scratch_bytes(blocks, rows, len(blocks), threads)),
+            threads,
         )
 
     def read(self, memory: Tensor) -> None:
@@ -223,9 +253,11 @@ def _load() -> ctypes.CDLL | None:
         "splitrun_unpack": (None, (pointer, wide, wide, pointer, pointer)),
         "splitrun_quantize": (None, (pointer, wide, wide, pointer, narrow, narrow)),
         "splitrun_product": (None, (pointer, pointer, pointer, narrow, narrow, pointer, pointer, pointer, narrow)),
+        "splitrun_choose_scratch_bytes": (wide, (wide, wide, narrow)),
+        "splitrun_choose": (None, (pointer, pointer, pointer, narrow, narrow, *[pointer] * 3, narrow)),
         "splitrun_values": (narrow, (pointer, pointer, pointer, wide, wide, narrow, pointer, narrow)),
-        "splitrun_block_scratch_bytes": (wide, (pointer, wide)),
-        "splitrun_block": (None, (*[pointer] * 8, narrow)),
+        "splitrun_layers_scratch_bytes": (wide, (pointer, pointer, narrow, narrow)),
+        "splitrun_layers": (None, (pointer, pointer, pointer, narrow, *[pointer] * 5, narrow)),
         "splitrun_read": (ctypes.c_uint64, (pointer, wide, narrow)),
         "splitrun_many": (pointer, (narrow,)),
         "splitrun_many_name": (ctypes.c_char_p, (pointer,)),

@@ -183,6 +183,15 @@ class TiledWeight(Weight):
             self._apply_in_tiles(x, product, bias)
         return product if out is None else out.copy_(product)
 
+    def largest(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Per row the largest entry of `apply`'s result, as fp32, and the lowest index that has it; NaN is largest.
+
+        None where `apply` would not use the kernel for each row. Shape: (rows, in) -> (rows,), int64 (rows,).
+        """
+        if x.dtype != self.dtype or not 0 < x.shape[0] <= MOST_ROWS or x.shape[1:] != self.shape[1:]:
+            return None
+        return self._kernel.choose(self.matrix, x.contiguous())
+
     def _apply_in_tiles(self, x: Tensor, product: Tensor, bias: Tensor | None) -> None:
         rows, columns = self.shape
         step = max(TILE, SCRATCH_VALUES // columns // TILE * TILE)

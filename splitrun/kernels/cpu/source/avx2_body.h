@@ -34,7 +34,9 @@ ALWAYS_INLINE void int8_expand(const uint8_t *codes, int64_t stride, float scale
     _mm256_storeu_ps(values + 8, _mm256_mul_ps(second, factor));
 }
 #include "attend.h"
+#include "dense.h"
 #include "values.h"
+#include "vectors.h"
 
 ALWAYS_INLINE __m256i four_columns(const int8_t *codes) {
     return _mm256_set1_epi32(word_at(codes));

@@ -7,4 +7,4 @@ static inline __attribute__((always_inline)) __m256i add_dots(__m256i sums, __m2
 }
 #include "avx2_body.h"
 
-const struct level level_avx2vnni = {"avx2vnni", nf4_tile, int8_tile, nf4_row, int8_row, attend};
+LEVEL(avx2vnni);

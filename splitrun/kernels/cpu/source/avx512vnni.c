@@ -4,6 +4,13 @@
 
 #include "x86_words.h"
 
+#define HEAD_STRIP 6
+#define DENSE_ROWS 4
+#define OWN_WIDEN
+#define widen(from) ((word_lanes)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from))))
+#define widen_bytes(from) \
+    ((lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from)))))
+
 #define OWN_EXPAND
 ALWAYS_INLINE void nf4_expand(const uint8_t *codes, int64_t stride, float scale, float *values) {
     const __m512 table = _mm512_loadu_ps(nf4_table), factor = _mm512_set1_ps(scale);
@@ -23,7 +30,9 @@ ALWAYS_INLINE void int8_expand(const uint8_t *codes, int64_t stride, float scale
     _mm512_storeu_ps(values, _mm512_mul_ps(four, _mm512_set1_ps(scale)));
 }
 #include "attend.h"
+#include "dense.h"
 #include "values.h"
+#include "vectors.h"
 
 ALWAYS_INLINE __m512i four_columns(const int8_t *codes) {
     return _mm512_set1_epi32(word_at(codes));
@@ -92,4 +101,4 @@ ALWAYS_INLINE void int8_rows(const int rows, const uint8_t *lines, int64_t colum
 #define MOST_AT_ONCE 8
 #include "rows.h"
 
-const struct level level_avx512vnni = {"avx512vnni", nf4_tile, int8_tile, nf4_row, int8_row, attend};
+LEVEL(avx512vnni);

@@ -1,84 +1,45 @@
-/* One decoder layer for 1 to 16 tokens in one call: norm, queries keys values, rotary, KV into the blocks, attention,
- * output, norm, gated SiLU, down; both residuals. Between the products everything stays in fp32.
- *
- * The layer is a list of phases, each a counter of tasks. Whoever is free takes the next task and goes on when all tasks
- * of the phase are done, so any number of threads, late ones too, gives the same result. A token's bits depend on that
- * token and its history alone. */
-#include "block.h"
-#include "convert.h"
+/* The phases of a decoder layer for 1 to 16 tokens: norm, queries keys values, rotary, KV into the blocks, attention,
+ * output, norm, gated SiLU, down; both residuals. Between the products everything stays in fp32; between layers it is
+ * rounded to the dtype, wherever the layers are run. A token's bits depend on that token and its history alone. */
+#include "chain.h"
+
 #include "exponential.h"
-#include "kernels.h"
-#include "layout.h"
-#include "phases.h"
 
-#define TILES 4        /* of a task */
-#define SEGMENT 1024   /* columns that a task quantizes; a multiple of GROUP */
+#define MERGED 256       /* columns that a task merges; a multiple of GROUP */
+#define SEGMENT_KEYS 512 /* keys of a task: a long history is divided among threads, at places that never move */
 
-enum { NORM, PROJECT, ROTATE, ATTEND, ROUND_CONTEXT, OUTPUT, SECOND_NORM, GATE, ROUND_GATED, DOWN, PHASES };
-
-struct run {
-    const struct level *level;
-    const struct block *block;
-    const struct rows *rows;
-    const void *in, *cosines, *sines;
-    void *out;
-    float *hidden, *projected, *context, *gated; /* Shape: (tokens, their width) */
-    int8_t *codes;
-    float *scales;
-    int32_t *offsets;
-    int tokens;
-    float unit;
-    struct phase phases[PHASES];
-};
-
-static int64_t tiles_of(const struct weight *weight) { return (weight->rows + TILE - 1) / TILE; }
-static int64_t groups_of(int64_t columns) { return (columns + GROUP - 1) / GROUP; }
-static int64_t tasks_of(int64_t tiles) { return (tiles + TILES - 1) / TILES; }
-
-static struct activations activations_of(const struct run *run, int64_t columns) {
-    int64_t groups = groups_of(columns);
-    struct activations x = {run->codes, run->scales, run->offsets, groups * GROUP, groups};
+static struct activations narrow(const struct run *run, int64_t columns) {
+    struct activations x = run->narrow;
+    x.group_stride = groups_of(columns);
+    x.code_stride = x.value_stride = x.group_stride * GROUP;
     return x;
 }
 
-/* Quantize columns [start, stop) of a token; start is a multiple of the group. */
-static void round_columns(struct run *run, int64_t token, const float *values, int64_t columns, int64_t start,
-                          int64_t stop) {
-    int64_t groups = groups_of(columns), first = token * groups + start / GROUP;
-    quantize_row(values + start, FP32, stop - start, run->unit, run->codes + first * GROUP, run->scales + first,
-                 run->offsets + first);
+static void norm_token(const struct run *run, const struct block *block, int64_t token, const void *weight) {
+    int64_t columns = block->query.columns;
+    struct activations x = narrow(run, columns);
+    float *normed = run->normed + token * columns;
+    run->level->norm(run->hidden + token * columns, weight, block->dtype, columns, block->epsilon, normed);
+    set_activations(run->level, block->query.format, &x, token, 0, normed, FP32, columns);
 }
 
-static float inverse_root_mean_square(const float *values, int64_t count, float epsilon) {
-    float sums[16] = {0};
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16)
-        for (int lane = 0; lane < 16; lane++) sums[lane] += values[i + lane] * values[i + lane];
-    for (; i < count; i++) sums[0] += values[i] * values[i];
-    for (int half = 8; half; half /= 2)
-        for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half];
-    return 1.0f / __builtin_sqrtf(sums[0] / (float)count + epsilon);
-}
-
-static void norm_and_round(struct run *run, int64_t token, const void *weight) {
-    int64_t columns = run->block->query.columns;
-    const float *hidden = run->hidden + token * columns;
-    float factor = inverse_root_mean_square(hidden, columns, run->block->epsilon);
-    for (int64_t start = 0; start < columns; start += GROUP) {
-        int count = columns - start < GROUP ? (int)(columns - start) : GROUP;
-        float values[GROUP], weights[GROUP];
-        int64_t first = token * groups_of(columns) + start / GROUP;
-        load_values(weight, run->block->dtype, start, count, weights);
-        for (int i = 0; i < count; i++) values[i] = hidden[start + i] * factor * weights[i];
-        quantize_row(values, FP32, count, run->unit, run->codes + first * GROUP, run->scales + first,
-                     run->offsets + first);
+static void enter_layer(const struct run *run, const struct block *block, int layer, int64_t token) {
+    int64_t columns = block->query.columns, start = token * columns, angles = token * block->rotary;
+    if (layer == 0) {
+        load_values(run->in, block->dtype, start, (int)columns, run->hidden + start);
+        load_values(run->cosines, block->dtype, angles, block->rotary, run->cosine_values + angles);
+        load_values(run->sines, block->dtype, angles, block->rotary, run->sine_values + angles);
+    } else {
+        store_values(run->hidden + start, block->dtype, 0, (int)columns, run->normed + start);
+        load_values(run->normed + start, block->dtype, 0, (int)columns, run->hidden + start);
     }
+    norm_token(run, block, token, block->first_norm);
 }
 
-/* Some tiles of a product into rows of a buffer, added to what is there or not. */
-static void product_tiles(struct run *run, const struct weight *weight, const void *bias, int64_t task, float *target,
-                          int64_t stride, int add) {
-    struct activations x = activations_of(run, weight->columns);
+/* Some tiles of a product into rows of a buffer. */
+static void project_tiles(const struct run *run, const struct block *block, const struct weight *weight, const void *bias,
+                          int64_t task, float *target) {
+    struct activations x = narrow(run, weight->columns);
     float sums[MOST_ROWS * TILE];
     for (int64_t tile = task * TILES; tile < (task + 1) * TILES && tile < tiles_of(weight); tile++) {
         multiply_tile(run->level, weight, &x, run->tokens, tile, sums);
@@ -86,25 +47,36 @@ static void product_tiles(struct run *run, const struct weight *weight, const vo
             for (int64_t lane = 0; lane < lanes_of(weight, tile); lane++) {
                 int64_t row = tile * TILE + lane;
                 float value = sums[token * TILE + lane];
-                if (bias) value = value + load_value(bias, run->block->dtype, row);
-                target[token * stride + row] = add ? target[token * stride + row] + value : value;
+                if (bias) value = value + load_value(bias, block->dtype, row);
+                target[token * projected_width(block) + row] = value;
             }
     }
 }
 
-static int64_t projected_width(const struct block *block) {
-    return block->query.rows + block->key.rows + block->value.rows;
+/* Some tiles of a product, added to the hidden rows. */
+static void add_tiles(const struct run *run, const struct block *block, const struct weight *weight, const void *bias,
+                      const struct activations *x, int64_t task) {
+    float sums[MOST_ROWS * TILE];
+    for (int64_t tile = task * TILES; tile < (task + 1) * TILES && tile < tiles_of(weight); tile++) {
+        multiply_tile(run->level, weight, x, run->tokens, tile, sums);
+        for (int token = 0; token < run->tokens; token++)
+            for (int64_t lane = 0; lane < lanes_of(weight, tile); lane++) {
+                int64_t row = tile * TILE + lane;
+                float value = sums[token * TILE + lane];
+                if (bias) value = value + load_value(bias, block->dtype, row);
+                run->hidden[token * weight->rows + row] += value * block->residual;
+            }
+    }
 }
 
-static void project(struct run *run, int64_t task) {
-    const struct block *block = run->block;
+static void project(const struct run *run, const struct block *block, int64_t task) {
     const struct weight *weights[] = {&block->query, &block->key, &block->value};
     const void *biases[] = {block->query_bias, block->key_bias, block->value_bias};
     float *target = run->projected;
     for (int i = 0; i < 3; i++) {
         int64_t tasks = tasks_of(tiles_of(weights[i]));
         if (task < tasks) {
-            product_tiles(run, weights[i], biases[i], task, target, projected_width(block), 0);
+            project_tiles(run, block, weights[i], biases[i], task, target);
             return;
         }
         task -= tasks;
@@ -112,149 +84,196 @@ static void project(struct run *run, int64_t task) {
     }
 }
 
-static void rotate_head(const struct run *run, int64_t token, float *head, const void *norm, float scale) {
-    const struct block *block = run->block;
-    int width = block->width, half = width / 2;
-    float factor = norm ? inverse_root_mean_square(head, width, block->epsilon) : 1.0f;
-    for (int i = 0; norm && i < width; i++) head[i] = head[i] * factor * load_value(norm, block->dtype, i);
-    for (int i = 0; i < half; i++) {
-        int64_t at = token * width + i;
-        float low = head[i], high = head[i + half];
-        head[i] = (low * load_value(run->cosines, block->dtype, at) - high * load_value(run->sines, block->dtype, at)) *
-                  scale;
-        head[i + half] = (high * load_value(run->cosines, block->dtype, at + half) +
-                          low * load_value(run->sines, block->dtype, at + half)) *
-                         scale;
+static void rotate_head(const struct run *run, const struct block *block, int64_t token, float *head, const void *norm,
+                        float scale) {
+    if (norm) run->level->norm(head, norm, block->dtype, block->width, block->epsilon, head);
+    run->level->rotate(head, run->cosine_values + token * block->rotary, run->sine_values + token * block->rotary,
+                       block->rotary, scale);
+    for (int i = block->rotary; i < block->width; i++) head[i] *= scale;
+}
+
+/* A head's new key or value into its slot. */
+static void keep(const struct block *block, const float *values, int64_t slot, void *pool, float *scales) {
+    if (block->kv_dtype != INT8_KV) {
+        store_values(values, block->kv_dtype, slot * block->width, block->width, pool);
+        return;
+    }
+    float largest = 0.0f, sum = 0.0f;
+    int8_t *codes = (int8_t *)pool + slot * block->width;
+    for (int i = 0; i < block->width; i++) {
+        float magnitude = float_of(bits_of(values[i]) & 0x7fffffff);
+        largest = magnitude > largest ? magnitude : largest;
+        sum += magnitude * 0.0f; /* NaN when a value is not finite */
+    }
+    float inverse = largest > 1e-30f && sum == 0.0f ? 127.0f / largest : 0.0f;
+    scales[slot] = largest * (1.0f / 127.0f) + sum;
+    for (int i = 0; i < block->width; i++) {
+        float value = inverse == 0.0f ? 0.0f : values[i] * inverse;
+        codes[i] = (int8_t)((value + ROUNDING) - ROUNDING);
     }
 }
 
-static void rotate(struct run *run, int64_t token) {
-    const struct block *block = run->block;
-    const struct rows *rows = run->rows;
+static void rotate(const struct run *run, const struct block *block, const struct rows *rows, int64_t token) {
     int64_t row = token / rows->count, slot = rows->skips[row] + rows->lengths[row] + token % rows->count;
     int64_t id = rows->tables[rows->table_starts[row] + slot / block->block_tokens];
     float *query = run->projected + token * projected_width(block), *key = query + block->query.rows;
     for (int head = 0; head < block->heads; head++)
-        rotate_head(run, token, query + head * block->width, block->query_norm, block->scale);
+        rotate_head(run, block, token, query + head * block->width, block->query_norm, block->scale);
     for (int head = 0; head < block->kv_heads; head++) {
         float *own = key + head * block->width;
-        int64_t place = ((id * block->kv_heads + head) * block->block_tokens + slot % block->block_tokens) * block->width;
-        rotate_head(run, token, own, block->key_norm, 1.0f);
-        store_values(own, block->kv_dtype, place, block->width, block->keys);
-        store_values(own + block->key.rows, block->kv_dtype, place, block->width, block->values);
+        int64_t place = (id * block->kv_heads + head) * block->block_tokens + slot % block->block_tokens;
+        rotate_head(run, block, token, own, block->key_norm, 1.0f);
+        keep(block, own, place, block->keys, block->key_scales);
+        keep(block, own + block->key.rows, place, block->values, block->value_scales);
     }
 }
 
-static void attend(struct run *run, int64_t task) {
-    const struct block *block = run->block;
-    const struct rows *rows = run->rows;
-    int64_t token = task / block->kv_heads, head = task % block->kv_heads, row = token / rows->count;
-    int64_t last = rows->skips[row] + rows->lengths[row] + token % rows->count + 1, first = rows->skips[row];
-    int64_t per_head = block->block_tokens * block->width;
-    int width = block->kv_dtype == FP32 ? 4 : 2, group = block->heads / block->kv_heads;
-    if (block->window && last - block->window > first) first = last - block->window;
-    struct view view = {(const uint8_t *)block->keys + head * per_head * width,
-                        (const uint8_t *)block->values + head * per_head * width,
-                        per_head * block->kv_heads, rows->tables + rows->table_starts[row], first, last,
+/* Which slots a token looks at: [*first, *last). */
+static void seen_slots(const struct block *block, const struct rows *rows, int64_t token, int64_t *first, int64_t *last) {
+    int64_t row = token / rows->count;
+    *last = rows->skips[row] + rows->lengths[row] + token % rows->count + 1;
+    *first = rows->skips[row];
+    if (block->window && *last - block->window > *first) *first = *last - block->window;
+}
+
+/* Segments that the longest row has; a window is one. */
+static int64_t segments_of(const struct block *block, const struct rows *rows) {
+    int64_t most = 0;
+    for (int64_t row = 0; row < rows->rows; row++) {
+        int64_t slots = rows->skips[row] + rows->lengths[row] + rows->count;
+        most = slots > most ? slots : most;
+    }
+    return block->window ? 1 : (most + SEGMENT_KEYS - 1) / SEGMENT_KEYS;
+}
+
+/* Floats of the parts of the attention's result. */
+int64_t partial_values(const struct block *block, const struct rows *rows) {
+    return rows->rows * rows->count * segments_of(block, rows) * block->heads * (block->width + 2);
+}
+
+/* A KV head's part of the result for one segment: its heads' values, largest scores, and totals. */
+static float *partial_of(const struct run *run, const struct block *block, int64_t place) {
+    return run->partial + place * (block->heads / block->kv_heads) * (block->width + 2);
+}
+
+static void attend(const struct run *run, const struct block *block, const struct rows *rows, int64_t task) {
+    int64_t segments = segments_of(block, rows), segment = task % segments, pair = task / segments, first, last;
+    int64_t token = pair / block->kv_heads, head = pair % block->kv_heads, row = token / rows->count;
+    int64_t slots = head * block->block_tokens, bytes[] = {4, 2, 2, 1};
+    int group = block->heads / block->kv_heads;
+    seen_slots(block, rows, token, &first, &last);
+    if (segments > 1) {
+        first = first > segment * SEGMENT_KEYS ? first : segment * SEGMENT_KEYS;
+        last = last < (segment + 1) * SEGMENT_KEYS ? last : (segment + 1) * SEGMENT_KEYS;
+        if (first >= last) return;
+    }
+    struct view view = {(const uint8_t *)block->keys + slots * block->width * bytes[block->kv_dtype],
+                        (const uint8_t *)block->values + slots * block->width * bytes[block->kv_dtype],
+                        block->key_scales ? block->key_scales + slots : 0,
+                        block->value_scales ? block->value_scales + slots : 0,
+                        block->block_tokens * block->kv_heads, rows->tables + rows->table_starts[row], first, last,
                         block->block_tokens, block->kv_dtype, block->width, group};
-    run->level->attend(&view, run->projected + token * projected_width(block) + head * group * block->width,
-                       run->context + token * block->query.rows + head * group * block->width);
+    float *out = partial_of(run, block, task), *largest = out + group * block->width;
+    run->level->attend(&view, run->projected + token * projected_width(block) + head * group * block->width, out, largest,
+                       largest + group);
 }
 
-static void gate(struct run *run, int64_t task) {
-    const struct block *block = run->block;
-    struct activations x = activations_of(run, block->gate.columns);
-    float gates[MOST_ROWS * TILE], ups[MOST_ROWS * TILE];
-    for (int64_t tile = task * TILES; tile < (task + 1) * TILES && tile < tiles_of(&block->gate); tile++) {
-        multiply_tile(run->level, &block->gate, &x, run->tokens, tile, gates);
-        multiply_tile(run->level, &block->up, &x, run->tokens, tile, ups);
-        for (int token = 0; token < run->tokens; token++)
-            for (int64_t lane = 0; lane < lanes_of(&block->gate, tile); lane++) {
-                float value = gates[token * TILE + lane];
-                float active = value / (1.0f + exponential(-value));
-                run->gated[token * block->gate.rows + tile * TILE + lane] = active * ups[token * TILE + lane];
-            }
+/* Columns [start, stop) of one head's result from its segments. */
+static void merge_head(const struct run *run, const struct block *block, const struct rows *rows, int64_t token,
+                       int64_t head, int start, int stop, float *out) {
+    int64_t segments = segments_of(block, rows), group = block->heads / block->kv_heads, first, last;
+    int64_t place = (token * block->kv_heads + head / group) * segments, own = head % group;
+    seen_slots(block, rows, token, &first, &last);
+    int64_t from = segments > 1 ? first / SEGMENT_KEYS : 0, to = segments > 1 ? (last - 1) / SEGMENT_KEYS : 0;
+    float largest = -3.0e38f, total = 0.0f;
+    for (int64_t segment = from; segment <= to; segment++) {
+        float other = partial_of(run, block, place + segment)[group * block->width + own];
+        largest = other > largest ? other : largest;
     }
-}
-
-static void perform(struct run *run, int phase, int64_t task) {
-    const struct block *block = run->block;
-    int64_t columns = block->query.columns, wide = block->gate.rows, segments = (wide + SEGMENT - 1) / SEGMENT;
-    int64_t start = task % segments * SEGMENT, stop = start + SEGMENT < wide ? start + SEGMENT : wide;
-    switch (phase) {
-        case NORM:
-            for (int64_t i = 0; i < columns; i++)
-                run->hidden[task * columns + i] = load_value(run->in, block->dtype, task * columns + i);
-            norm_and_round(run, task, block->first_norm);
-            break;
-        case PROJECT: project(run, task); break;
-        case ROTATE: rotate(run, task); break;
-        case ATTEND: attend(run, task); break;
-        case ROUND_CONTEXT:
-            round_columns(run, task, run->context + task * block->query.rows, block->query.rows, 0, block->query.rows);
-            break;
-        case OUTPUT: product_tiles(run, &block->output, block->output_bias, task, run->hidden, columns, 1); break;
-        case SECOND_NORM: norm_and_round(run, task, block->second_norm); break;
-        case GATE: gate(run, task); break;
-        case ROUND_GATED:
-            round_columns(run, task / segments, run->gated + task / segments * wide, wide, start, stop);
-            break;
-        default: product_tiles(run, &block->down, 0, task, run->hidden, columns, 1);
+    for (int i = start; i < stop; i++) out[i - start] = 0.0f;
+    for (int64_t segment = from; segment <= to; segment++) {
+        const float *part = partial_of(run, block, place + segment), *numbers = part + group * block->width + own;
+        float weight = exponential(numbers[0] - largest);
+        total += numbers[group] * weight;
+        for (int i = start; i < stop; i++) out[i - start] += part[own * block->width + i] * weight;
     }
+    for (int i = start; i < stop; i++) out[i - start] /= total;
 }
 
-static void work(void *argument) {
-    struct run *run = argument;
-    for (int index = 0; index < PHASES; index++) {
-        struct phase *phase = &run->phases[index];
-        int64_t task;
-        while ((task = next_task(phase)) >= 0) {
-            perform(run, index, task);
-            task_done(phase);
+static int64_t merges_of(const struct block *block) { return (block->query.rows + MERGED - 1) / MERGED; }
+
+static void merge(const struct run *run, const struct block *block, const struct rows *rows, int64_t task) {
+    int64_t token = task / merges_of(block), start = task % merges_of(block) * MERGED, columns = block->query.rows;
+    int64_t stop = start + MERGED < columns ? start + MERGED : columns;
+    struct activations x = narrow(run, columns);
+    float *context = run->context + token * columns;
+    for (int64_t column = start; column < stop;) {
+        int64_t head = column / block->width, end = (head + 1) * block->width;
+        int64_t until = end < stop ? end : stop, first = head * block->width;
+        merge_head(run, block, rows, token, head, (int)(column - first), (int)(until - first), context + column);
+        column = until;
+    }
+    set_activations(run->level, block->output.format, &x, token, start, context + start, FP32, stop - start);
+}
+
+/* A group of the MLP's columns: gates and ups of as many rows, and what comes of them as activations. */
+static void gate(const struct run *run, const struct block *block, int64_t task) {
+    struct activations x = narrow(run, block->gate.columns);
+    const struct weight *weights[] = {&block->gate, &block->up};
+    int64_t first = task * GROUP, count = block->gate.rows - first < GROUP ? block->gate.rows - first : GROUP;
+    float values[2][MOST_ROWS][GROUP], sums[MOST_ROWS * TILE];
+    for (int i = 0; i < 2; i++)
+        for (int64_t tile = task * TILES; tile < (task + 1) * TILES && tile < tiles_of(weights[i]); tile++) {
+            multiply_tile(run->level, weights[i], &x, run->tokens, tile, sums);
+            for (int token = 0; token < run->tokens; token++)
+                memcpy(values[i][token] + tile * TILE - first, sums + token * TILE,
+                       sizeof(float) * (size_t)lanes_of(weights[i], tile));
         }
-        wait_for(phase);
+    for (int token = 0; token < run->tokens; token++) {
+        run->level->gate(values[0][token], values[1][token], (int)count);
+        set_activations(run->level, block->down.format, &run->wide, token, first, values[0][token], FP32, count);
     }
 }
 
-static int64_t widest(const struct block *block) {
-    int64_t most = block->query.columns > block->query.rows ? block->query.columns : block->query.rows;
-    return most > block->gate.rows ? most : block->gate.rows;
+int64_t phase_tasks(const struct run *run, int layer, int phase) {
+    const struct block *block = run->blocks[layer];
+    int64_t tokens = run->tokens;
+    switch (phase) {
+        case PROJECT:
+            return tasks_of(tiles_of(&block->query)) + tasks_of(tiles_of(&block->key)) + tasks_of(tiles_of(&block->value));
+        case ATTEND: return tokens * block->kv_heads * segments_of(block, run->rows[layer]);
+        case MERGE: return tokens * merges_of(block);
+        case OUTPUT: return tasks_of(tiles_of(&block->output));
+        case GATE: return tasks_of(tiles_of(&block->gate));
+        case DOWN: return tasks_of(tiles_of(&block->down));
+        default: return tokens;
+    }
 }
 
-/* Bytes of scratch memory that splitrun_block wants. */
-EXPORT int64_t splitrun_block_scratch_bytes(const struct block *block, int64_t tokens) {
-    int64_t floats = block->query.columns + projected_width(block) + block->query.rows + block->gate.rows;
-    return tokens * (floats * 4 + groups_of(widest(block)) * (GROUP + 8));
+/* Where a task of a product starts to read, null for other phases. */
+const uint8_t *task_weights(const struct block *block, int phase, int64_t task) {
+    const struct weight *weight = phase == PROJECT  ? &block->query
+                                  : phase == OUTPUT ? &block->output
+                                  : phase == GATE   ? &block->gate
+                                  : phase == DOWN   ? &block->down
+                                                    : 0;
+    if (!weight || task >= tasks_of(tiles_of(weight))) return 0;
+    return weight->codes + task * TILES * TILE * row_bytes(weight);
 }
 
-/* Shape of in and out: (rows * count, hidden); of cosines and sines: (rows * count, width); all of the block's dtype. The
- * new keys and values are written to the blocks. */
-EXPORT void splitrun_block(const struct level *level, const struct block *block, const struct rows *rows, const void *in,
-                           const void *cosines, const void *sines, void *out, void *scratch, int32_t threads) {
-    int64_t tokens = rows->rows * rows->count, groups = groups_of(widest(block));
-    struct run run = {.level = level, .block = block, .rows = rows, .in = in, .cosines = cosines, .sines = sines};
-    const int64_t tasks[PHASES] = {
-        tokens,
-        tasks_of(tiles_of(&block->query)) + tasks_of(tiles_of(&block->key)) + tasks_of(tiles_of(&block->value)),
-        tokens,
-        tokens * block->kv_heads,
-        tokens,
-        tasks_of(tiles_of(&block->output)),
-        tokens,
-        tasks_of(tiles_of(&block->gate)),
-        tokens * ((block->gate.rows + SEGMENT - 1) / SEGMENT),
-        tasks_of(tiles_of(&block->down)),
-    };
-    for (int phase = 0; phase < PHASES; phase++) run.phases[phase].tasks = tasks[phase];
-    run.tokens = (int)tokens;
-    run.unit = block->query.format == NF4 ? (1.0f / 127.0f) * (1.0f / 127.0f) : 1.0f / 127.0f;
-    run.hidden = scratch;
-    run.projected = run.hidden + tokens * block->query.columns;
-    run.context = run.projected + tokens * projected_width(block);
-    run.gated = run.context + tokens * block->query.rows;
-    run.scales = run.gated + tokens * block->gate.rows;
-    run.offsets = (int32_t *)(run.scales + tokens * groups);
-    run.codes = (int8_t *)(run.offsets + tokens * groups);
-    run_team(threads, work, &run);
-    store_values(run.hidden, block->dtype, 0, (int)(tokens * block->query.columns), out);
+void perform(const struct run *run, int layer, int phase, int64_t task) {
+    const struct block *block = run->blocks[layer];
+    const struct rows *rows = run->rows[layer];
+    struct activations x = narrow(run, block->output.columns);
+    switch (phase) {
+        case NORM: enter_layer(run, block, layer, task); break;
+        case PROJECT: project(run, block, task); break;
+        case ROTATE: rotate(run, block, rows, task); break;
+        case ATTEND: attend(run, block, rows, task); break;
+        case MERGE: merge(run, block, rows, task); break;
+        case OUTPUT: add_tiles(run, block, &block->output, block->output_bias, &x, task); break;
+        case SECOND_NORM: norm_token(run, block, task, block->second_norm); break;
+        case GATE: gate(run, block, task); break;
+        default: add_tiles(run, block, &block->down, 0, &run->wide, task);
+    }
 }

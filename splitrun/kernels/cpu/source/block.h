@@ -8,10 +8,11 @@ struct block {
     struct weight query, key, value, output, gate, up, down;
     const void *query_bias, *key_bias, *value_bias, *output_bias; /* or null; of the dtype, as all vectors */
     const void *first_norm, *second_norm, *query_norm, *key_norm; /* the last two may be null */
-    void *keys, *values; /* Shape: (blocks, KV heads, block tokens, width) */
-    int64_t block_tokens, window; /* window 0: none */
-    int32_t heads, kv_heads, width, dtype, kv_dtype;
-    float epsilon, scale;
+    void *keys, *values;               /* Shape: (blocks, KV heads, block tokens, width) */
+    float *key_scales, *value_scales;  /* of INT8_KV. Shape: (blocks, KV heads, block tokens) */
+    int64_t block_tokens, window;      /* window 0: none */
+    int32_t heads, kv_heads, width, rotary, dtype, kv_dtype;
+    float epsilon, scale, residual;    /* what a branch is multiplied with before it is added */
 };
 
 /* Rows of equal new length: per row a table of blocks, its history's first slot in them, and the history's length. */

@@ -4,6 +4,8 @@
 
 #include "kernels.h"
 
+#define TILES 4 /* of a task: as many rows as the columns of a group */
+
 struct place {
     uint8_t *codes; /* of the row's first line */
     float *scales;
@@ -16,7 +18,7 @@ ALWAYS_INLINE int64_t lanes_of(const struct weight *weight, int64_t tile) {
 }
 
 ALWAYS_INLINE int64_t row_bytes(const struct weight *weight) {
-    return weight->format == NF4 ? weight->columns / 2 : weight->columns;
+    return weight->format == NF4 ? weight->columns / 2 : weight->columns * (weight->format == INT8 ? 1 : 2);
 }
 
 ALWAYS_INLINE int64_t row_scales(const struct weight *weight) {
@@ -29,5 +31,8 @@ ALWAYS_INLINE struct place place_of(const struct weight *weight, int64_t row) {
                           weight->scales + tile * TILE * row_scales(weight) + lane, lanes * 4, lanes};
     return place;
 }
+
+ALWAYS_INLINE int64_t tiles_of(const struct weight *weight) { return (weight->rows + TILE - 1) / TILE; }
+ALWAYS_INLINE int64_t tasks_of(int64_t tiles) { return (tiles + TILES - 1) / TILES; }
 
 #endif

@@ -3,7 +3,9 @@
 
 #include "kernels.h"
 #include "attend.h"
+#include "dense.h"
 #include "values.h"
+#include "vectors.h"
 
 ALWAYS_INLINE int8x16_t four_columns(const int8_t *codes) {
     int32_t word;
@@ -78,4 +80,4 @@ ALWAYS_INLINE void int8_rows(const int rows, const uint8_t *lines, int64_t colum
 #define MOST_AT_ONCE 4
 #include "rows.h"
 
-const struct level level_neon = {"neon", nf4_tile, int8_tile, nf4_row, int8_row, attend};
+LEVEL(neon);

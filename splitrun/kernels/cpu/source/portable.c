@@ -1,7 +1,9 @@
 /* Any processor: plain C, and the definition that the other levels are compared with. */
 #include "kernels.h"
 #include "attend.h"
+#include "dense.h"
 #include "values.h"
+#include "vectors.h"
 
 static void add_group(const int32_t *sums, const float *scales, float activation_scale, float *out) {
     for (int lane = 0; lane < TILE; lane++) {
@@ -43,4 +45,4 @@ static void int8_tile(const uint8_t *lines, const float *scales, int64_t columns
         }
 }
 
-const struct level level_portable = {"portable", nf4_tile, int8_tile, nf4_row, int8_row, attend};
+LEVEL(portable);

@@ -12,6 +12,7 @@ struct quantization {
     int64_t first, count;
     int dtype;
     struct shares shares;
+    struct team team;
 };
 
 static float largest_magnitude(const float *values, int count) {
@@ -70,10 +71,11 @@ static void int8_values(const void *values, int dtype, int64_t columns, struct p
 static void quantize_rows(void *argument) {
     struct quantization *work = argument;
     const struct weight *weight = work->weight;
-    int64_t start, stop, width = work->dtype == FP32 ? 4 : 2;
-    while (take(&work->shares, &start, &stop)) {
-        int64_t last = stop * TILE < work->count ? stop * TILE : work->count;
-        for (int64_t row = start * TILE; row < last; row++) {
+    int member = join_team(&work->team.arrived, work->shares.members);
+    int64_t width = work->dtype == FP32 ? 4 : 2;
+    for (int64_t task; (task = take(&work->shares, member)) >= 0;) {
+        int64_t last = (task + 1) * TILE < work->count ? (task + 1) * TILE : work->count;
+        for (int64_t row = task * TILE; row < last; row++) {
             const uint8_t *values = work->values + row * weight->columns * width;
             (weight->format == NF4 ? nf4_values : int8_values)(values, work->dtype, weight->columns,
                                                                place_of(weight, work->first + row));
@@ -84,7 +86,8 @@ static void quantize_rows(void *argument) {
 /* Set rows from first on to finite values. Shape of values: (count, columns), contiguous. */
 EXPORT void splitrun_quantize(const struct weight *weight, int64_t first, int64_t count, const void *values,
                               int32_t dtype, int32_t threads) {
-    struct quantization work = {weight, values, first, count, dtype,
-                                share((count + TILE - 1) / TILE, TILE * row_bytes(weight), threads)};
-    run_team(count * row_bytes(weight) < ALONE_BYTES ? 1 : threads, quantize_rows, &work);
+    struct quantization work = {.weight = weight, .values = values, .first = first, .count = count, .dtype = dtype};
+    threads = count * row_bytes(weight) < ALONE_BYTES ? 1 : threads;
+    work.shares = share((count + TILE - 1) / TILE, members_of(threads), work.team.runs);
+    run_team(threads, quantize_rows, &work);
 }

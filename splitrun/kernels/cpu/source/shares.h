@@ -1,5 +1,6 @@
-/* Work handed out in runs of tiles from a counter, so that a thread that another process holds up leaves its work to the
- * others. Which thread does what changes no bit. */
+/* Work handed out in tasks: each member of a team has a run of its own, side by side in memory, and takes from the others'
+ * runs when it is done, so that a thread that another process holds up leaves its work to the rest. Which thread does
+ * what changes no bit. */
 #ifndef SPLITRUN_SHARES_H
 #define SPLITRUN_SHARES_H
 
@@ -7,25 +8,50 @@
 
 #include "kernels.h"
 
-#define RUN_BYTES 65536   /* about what a thread takes at a time */
+#define MOST_MEMBERS 64   /* further threads share a run with one of these */
 #define ALONE_BYTES 32768 /* below this a second thread costs more than it saves */
 
-struct shares {
-    atomic_llong next;
-    int64_t total, each;
+struct run_of_tasks {
+    _Alignas(64) atomic_llong next;
 };
 
-ALWAYS_INLINE struct shares share(int64_t tiles, int64_t tile_bytes, int threads) {
-    int64_t each = RUN_BYTES / (tile_bytes + 1) + 1, most = tiles / ((int64_t)threads * 2) + 1;
-    struct shares shares = {0, tiles, each < most ? each : most};
+struct shares {
+    int64_t total;
+    int members;
+    struct run_of_tasks *runs;
+};
+
+/* A team's members as they come. */
+struct team {
+    atomic_int arrived;
+    int members;
+    struct run_of_tasks runs[MOST_MEMBERS];
+};
+
+ALWAYS_INLINE int members_of(int threads) { return threads < 1 ? 1 : threads < MOST_MEMBERS ? threads : MOST_MEMBERS; }
+
+/* Which member the calling thread is. */
+ALWAYS_INLINE int join_team(atomic_int *arrived, int members) {
+    return atomic_fetch_add_explicit(arrived, 1, memory_order_relaxed) % members;
+}
+
+/* Divide tasks among members; runs has room for as many. */
+ALWAYS_INLINE struct shares share(int64_t tasks, int members, struct run_of_tasks *runs) {
+    struct shares shares = {tasks, members, runs};
+    for (int member = 0; member < members; member++) atomic_init(&runs[member].next, tasks * member / members);
     return shares;
 }
 
-/* The next run of tiles, [*start, *stop); 0 when nothing is left. */
-ALWAYS_INLINE int take(struct shares *shares, int64_t *start, int64_t *stop) {
-    *start = (int64_t)atomic_fetch_add_explicit(&shares->next, shares->each, memory_order_relaxed);
-    *stop = *start + shares->each < shares->total ? *start + shares->each : shares->total;
-    return *start < shares->total;
+/* The next task for a member, -1 when nothing is left. */
+ALWAYS_INLINE int64_t take(const struct shares *shares, int member) {
+    for (int i = 0, other = member; i < shares->members; i++, other = other + 1 < shares->members ? other + 1 : 0) {
+        atomic_llong *next = &shares->runs[other].next;
+        int64_t end = shares->total * (other + 1) / shares->members;
+        if (atomic_load_explicit(next, memory_order_relaxed) >= end) continue;
+        int64_t task = (int64_t)atomic_fetch_add_explicit(next, 1, memory_order_relaxed);
+        if (task < end) return task;
+    }
+    return -1;
 }
 
 #endif

@@ -1,0 +1,84 @@
+/* Products with 16-bit floating-point matrices as torch stores them, row by row: fp32 products and sums in 16 partial
+ * sums along a row, without fused multiply-add, so the bits are the same at every level. */
+#ifndef SPLITRUN_DENSE_H
+#define SPLITRUN_DENSE_H
+
+#include "lanes.h"
+
+#define PAIR 2 /* matrix rows at a time: two chains of additions hide their latency */
+#ifndef DENSE_ROWS /* activation rows at a time, as the level has registers */
+#define DENSE_ROWS 2
+#endif
+
+ALWAYS_INLINE lanes some_lanes(const void *values, const int dtype, int64_t index, int count) {
+    float padded[LANES] = {0};
+    load_values(values, dtype, index, count, padded);
+    return load_lanes(padded);
+}
+
+/* sums[row][..] = partial sums of `matrix_rows` matrix rows with `rows` activation rows; sums of a row are TILE apart. */
+ALWAYS_INLINE void dense_strip(const int matrix_rows, const int rows, const uint16_t *weights, const int dtype,
+                               int64_t columns, const float *x, int64_t stride, lanes *sums) {
+    lanes strip[PAIR][DENSE_ROWS] = {{{0}}};
+    int64_t ahead = matrix_rows * columns * 2 < 16384 ? matrix_rows * columns : LOOK_AHEAD / 2, column = 0;
+    for (; column + LANES <= columns; column += LANES) {
+        lanes values[PAIR];
+#pragma GCC unroll 2
+        for (int i = 0; i < matrix_rows; i++) {
+            if (column % (2 * LANES) == 0) __builtin_prefetch(weights + i * columns + column + ahead);
+            values[i] = load_as_lanes(weights, dtype, i * columns + column);
+        }
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; row++)
+#pragma GCC unroll 2
+            for (int i = 0; i < matrix_rows; i++) strip[i][row] += values[i] * load_lanes(x + row * stride + column);
+    }
+    for (int row = 0; column < columns && row < rows; row++)
+        for (int i = 0; i < matrix_rows; i++)
+            strip[i][row] += some_lanes(weights, dtype, i * columns + column, (int)(columns - column)) *
+                             some_lanes(x, FP32, row * stride + column, (int)(columns - column));
+    for (int row = 0; row < rows; row++)
+        for (int i = 0; i < matrix_rows; i++) sums[row * TILE + i] = strip[i][row];
+}
+
+/* The same for as many activation rows as the level takes at a time, or fewer. */
+ALWAYS_INLINE void dense_rows(const int matrix_rows, int rows, const uint16_t *weights, const int dtype, int64_t columns,
+                              const float *x, int64_t stride, lanes *sums) {
+    switch (rows) {
+        case 1: dense_strip(matrix_rows, 1, weights, dtype, columns, x, stride, sums); break;
+        case 2: dense_strip(matrix_rows, 2, weights, dtype, columns, x, stride, sums); break;
+#if DENSE_ROWS == 4
+        case 3: dense_strip(matrix_rows, 3, weights, dtype, columns, x, stride, sums); break;
+        default: dense_strip(matrix_rows, 4, weights, dtype, columns, x, stride, sums);
+#endif
+    }
+}
+
+ALWAYS_INLINE void dense_as(const uint16_t *weights, const int dtype, int64_t columns, int matrix_rows, const float *x,
+                            int64_t stride, int rows, float *sums) {
+    lanes partial[MOST_ROWS * TILE];
+    for (int i = 0; i < rows * TILE; i++) partial[i] = (lanes){0};
+    for (int first = 0; first < matrix_rows; first += PAIR)
+        for (int row = 0; row < rows; row += DENSE_ROWS) {
+            int at_once = rows - row < DENSE_ROWS ? rows - row : DENSE_ROWS;
+            const uint16_t *strip = weights + first * columns;
+            const float *from = x + row * stride;
+            lanes *to = partial + row * TILE + first;
+            if (first + PAIR <= matrix_rows)
+                dense_rows(PAIR, at_once, strip, dtype, columns, from, stride, to);
+            else
+                dense_rows(1, at_once, strip, dtype, columns, from, stride, to);
+        }
+    for (int row = 0; row < rows; row++) store_lanes(sums + row * TILE, sixteen_sums(partial + row * TILE));
+}
+
+/* sums[row * TILE + lane] = the products of up to 16 matrix rows with each activation row. */
+static void dense_tile(const void *weights, int dtype, int64_t columns, int matrix_rows, const float *x, int64_t stride,
+                       int rows, float *sums) {
+    if (dtype == BF16)
+        dense_as(weights, BF16, columns, matrix_rows, x, stride, rows, sums);
+    else
+        dense_as(weights, FP16, columns, matrix_rows, x, stride, rows, sums);
+}
+
+#endif
