@@ -12,14 +12,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from splitrun.errors import UnsupportedModel
 from splitrun.model.skeleton import DTYPES, Skeleton, build_skeleton
 from splitrun.model.structure import ModelStructure, fill_with_zeros
+
+Chooser = Callable[[Tensor], tuple[Tensor, Tensor] | None]
+"""Per row of the normed hidden states the largest logit and its lowest id; None: not for these rows."""
+
+
+class Layers(Protocol):
+    """All layers of a range at once, for the steps that they can do."""
+
+    def takes(self, rows: int, count: int) -> bool:
+        """Whether they run for so many rows of so many new tokens."""
+
+    def run(self, hidden: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+        """What comes out of the last layer. Updates the cache.
+
+        Shape: (rows, count, hidden), twice (rows, count, width) -> (rows, count, hidden).
+        """
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,7 @@ class CutModel:
         self._incoming: Tensor | None = None
         self._captured: Tensor | None = None
         self._inner: dict[int, _Inner] = {}
+        self.chooser: Chooser | None = None
         self._wire_layers()
         outputs = self.skeleton.model.get_output_embeddings() if cut.head else None
         if outputs is not None:
@@ -90,14 +108,7 @@ class CutModel:
         Returns the activation behind the last layer, Shape: (rows, count, hidden), or the logits, Shape: (rows,
         kept, vocabulary). Updates the cache.
         """
-        arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True, self.skeleton.cache_argument: cache}
-        accepted = self.skeleton.arguments
-        if mask is not None:
-            arguments["attention_mask"] = mask
-        if "position_ids" in accepted:
-            arguments["position_ids"] = positions
-        if "cache_position" in accepted:
-            arguments["cache_position"] = torch.arange(past, past + ids.shape[1], device=ids.device)
+        arguments = self._arguments(ids, positions, mask, past, cache)
         self._incoming = incoming
         try:
             if self.cut.head and logits_to_keep is not None:
@@ -110,6 +121,57 @@ class CutModel:
             return self._captured
         finally:
             self._incoming = self._captured = None
+
+    def choose(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, past: int, cache: Any, incoming: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward` with a head that has a `chooser`: per row the largest logit behind its last token and its lowest
+        id, without logits where the chooser can. Shape: (rows,), int64 (rows,). Updates the cache."""
+        assert self.chooser is not None
+        self._incoming = incoming
+        try:
+            hidden = self.skeleton.base(**self._arguments(ids, positions, mask, past, cache)).last_hidden_state[:, -1]
+            found = self.chooser(hidden)
+            if found is not None:
+                return found
+            logits = self.skeleton.model.get_output_embeddings()(hidden)
+            return logits.max(dim=-1)  # type: ignore[no-any-return]
+        finally:
+            self._incoming = self._captured = None
+
+    def _arguments(self, ids: Tensor, positions: Tensor, mask: Tensor | None, past: int, cache: Any) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True, self.skeleton.cache_argument: cache}
+        accepted = self.skeleton.arguments
+        if mask is not None:
+            arguments["attention_mask"] = mask
+        if "position_ids" in accepted:
+            arguments["position_ids"] = positions
+        if "cache_position" in accepted:
+            arguments["cache_position"] = torch.arange(past, past + ids.shape[1], device=ids.device)
+        return arguments
+
+    def shorten(self, layers: Layers) -> None:
+        """Let the base model run ``layers`` in place of its own loop over them, for the steps that they take.
+
+        Only for a base that embeds, maybe multiplies, makes angles, runs its layers and norms. Modifies the model.
+        """
+        base: Any = self.skeleton.base
+        own = base.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            ids, cache, positions = (kwargs.get(name) for name in ("input_ids", "past_key_values", "position_ids"))
+            if args or ids is None or cache is None or positions is None or not layers.takes(*ids.shape):
+                return own(*args, **kwargs)
+            if self.cut.embed:
+                hidden = base.get_input_embeddings()(ids)
+                multiplier = getattr(base, "embedding_multiplier", None)
+                hidden = hidden if multiplier is None else hidden * multiplier
+            else:
+                hidden = self._received()
+            hidden = self._captured = layers.run(hidden, base.rotary_emb(hidden, positions), cache)
+            return BaseModelOutputWithPast(base.norm(hidden) if self.cut.head else hidden, past_key_values=cache)
+
+        base.forward = forward
 
     def exchange(self, index: int, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Let layer ``index`` run ``make(its own forward)``; the cut around it stays. Modifies the model."""

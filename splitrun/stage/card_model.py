@@ -1,7 +1,7 @@
 """A range of a common model as the GPU kernels compute it: found by the code of the model's classes, else None.
 
 The kernels take the place of layers, final norm and products only where transformers' own code for all of them is word
-for word that of a family in `fused.REFERENCES`. The model's rotary module still makes the angles. Knows no steps.
+for word that of a family in `known.REFERENCES`. The model's rotary module still makes the angles. Knows no steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from splitrun.kernels.gpu.matrix import GpuMatrix, matrix_of
 from splitrun.kernels.gpu.shapes import Heads
 from splitrun.model.cut import CutModel
 from splitrun.stage.blocks import BlockStore
-from splitrun.stage.fused import NORMS, OTHERS, PROJECTIONS, REFERENCES, code_of, is_known
+from splitrun.stage.known import NORMS, OTHERS, PROJECTIONS, REFERENCES, code_of, is_known
 
 CHANGING_ROTARY = ("dynamic", "longrope")
 """Kinds of rotary tables that depend on the longest sequence so far."""

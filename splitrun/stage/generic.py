@@ -20,7 +20,7 @@ from splitrun.schedule.step import RowTokens, Step, Tokens
 from splitrun.stage.batch import Batch, BatchRules, split
 from splitrun.stage.blocks import BlockStore, StateStore
 from splitrun.stage.cache import BlockCache
-from splitrun.stage.sampling import prompt_logprobs, sample
+from splitrun.stage.sampling import is_plain, prompt_logprobs, sample
 
 
 @dataclass
@@ -29,11 +29,13 @@ class Computed:
 
     activation       Shape: (tokens, hidden); None when the stage has the head
     logits           row -> logits behind its last token, for the rows that want one. Shape: (vocabulary,)
+    chosen           row -> its most likely token (-1 when its logits are not finite), instead of logits
     prompt_logprobs  row -> log-probabilities of the prompt tokens that follow its slice
     """
 
     activation: Tensor | None = None
     logits: dict[int, Tensor] = field(default_factory=dict)
+    chosen: dict[int, int] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = field(default_factory=dict)
 
 
@@ -57,12 +59,15 @@ class RangeStage(ABC):
         incoming: activation of the stage before, on this device, Shape: (tokens, hidden); None with an embedding.
         Returns the activation, same shape, or the sampled tokens when the stage has the head. Updates the KV blocks.
         """
-        computed = self.compute(step, incoming)
+        return self._result(step, self.compute(step, incoming))
+
+    def _result(self, step: Step, computed: Computed) -> Tensor | Tokens:
         if not self.model.cut.head:
             assert computed.activation is not None
             return computed.activation
-        chosen = choose(step, computed.logits)
         empty = RowTokens()
+        chosen = {row: RowTokens((token,)) if token >= 0 else empty for row, token in computed.chosen.items()}
+        chosen |= choose(step, computed.logits)
         return Tokens(
             step.index,
             step.epoch,
@@ -107,15 +112,27 @@ class GenericStage(RangeStage):
         """Bytes of KV blocks and state slots that the stage holds."""
         return super().kv_bytes + sum(store.nbytes for store in self._states.values())
 
-    @torch.inference_mode()
+    def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
+        """As `RangeStage.run`, without logits where nobody needs them."""
+        return self._result(step, self._compute(step, incoming, may_choose=self.model.chooser is not None))
+
     def compute(self, step: Step, incoming: Tensor | None) -> Computed:
         """As ``run``, up to the logits."""
+        return self._compute(step, incoming, may_choose=False)
+
+    @torch.inference_mode()
+    def _compute(self, step: Step, incoming: Tensor | None, may_choose: bool) -> Computed:
         computed = Computed()
         for batch in split(step, self.rules, self.model.device):
             hidden = None if incoming is None else _rows_of(incoming, batch).to(self.model.dtype)
             cache = self._cache.bind(batch)
-            forward = partial(self.model.forward, batch.ids, batch.positions, batch.mask, batch.past, cache, hidden)
-            if self.model.cut.head:
+            inputs = (batch.ids, batch.positions, batch.mask, batch.past, cache, hidden)
+            forward = partial(self.model.forward, *inputs)
+            if may_choose and _is_greedy(step, batch):
+                values, ids = self.model.choose(*inputs)
+                best = torch.where(values.isfinite(), ids, -1).tolist()
+                computed.chosen |= zip(batch.rows, best, strict=True)
+            elif self.model.cut.head:
                 _add_logits(computed, step, batch, forward)
             else:
                 _add_activation(computed, step, batch, forward(None))
@@ -160,6 +177,13 @@ def _add_activation(computed: Computed, step: Step, batch: Batch, hidden: Tensor
     if computed.activation is None:
         computed.activation = flat.new_empty((total, flat.shape[-1]))
     computed.activation[batch.tokens] = flat
+
+
+def _is_greedy(step: Step, batch: Batch) -> bool:
+    """Whether all that anybody wants of a batch is the most likely token of each row."""
+    scored = any(step.prompt_logprobs and step.prompt_logprobs[row] is not None for row in batch.rows)
+    wanted = [step.sampling[row] for row in batch.rows]
+    return batch.last and not scored and all(row is not None and is_plain(row) for row in wanted)
 
 
 def _add_logits(computed: Computed, step: Step, batch: Batch, forward: Callable[[int | Tensor | None], Tensor]) -> None:

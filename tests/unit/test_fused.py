@@ -35,13 +35,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "mistral": {"sliding_window": 7},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 2.0, "attention_multiplier": 0.2},
+    "phi3": {
+        "pad_token_id": 0,
+        "intermediate_size": 192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
 }
 OTHERS: dict[str, dict[str, Any]] = {
-    "granite": {"residual_multiplier": 0.3},
     "gemma2": {},
     "cohere": {},
     "olmo2": {},
-    "phi3": {"pad_token_id": 0},
 }
 
 
@@ -60,12 +64,15 @@ class Run:
     stage: RangeStage
     structure: ModelStructure
     lengths: dict[int, int]
+    blocks: int = BLOCKS
     index: int = 0
 
     def feed(self, rows: dict[int, Sequence[int]]) -> dict[int, Tensor]:
         """Run tokens of some sequences as one step. Shape of each result: (tokens, hidden)."""
         counts = [len(ids) for ids in rows.values()]
-        tables = numpy.array([[row * BLOCKS + block for block in range(BLOCKS)] for row in rows], dtype=numpy.int32)
+        tables = numpy.array(
+            [[row * self.blocks + block for block in range(self.blocks)] for row in rows], dtype=numpy.int32
+        )
         step = Step(
             index=self.index,
             epoch=0,
@@ -84,10 +91,12 @@ class Run:
         return dict(zip(rows, activation.split(counts), strict=True))
 
 
-def make(name: str, overrides: dict[str, Any], format: str = "nf4", dtype: str = "bf16") -> tuple[Run, list[bool]]:
+def make(
+    name: str, overrides: dict[str, Any], format: str = "nf4", dtype: str = "bf16", blocks: int = BLOCKS
+) -> tuple[Run, list[bool]]:
     """A stage of embedding and layers with random weights, and which layers have the kernel."""
     inner = {"intermediate_size": 192 if format == "nf4" else 212}
-    config = AutoConfig.for_model(name, **SIZES, **inner, **overrides)
+    config = AutoConfig.for_model(name, **(SIZES | inner | overrides))
     structure = inspect(config)
     generator = torch.Generator().manual_seed(11)
 
@@ -103,11 +112,11 @@ def make(name: str, overrides: dict[str, Any], format: str = "nf4", dtype: str =
                 install(model.skeleton.model, own, quantize(noise * 1.5 / shape[-1] ** 0.5, format, model.dtype))
         return 0
 
-    pools = {group.name: BLOCKS * 3 for group in structure.groups}
+    pools = {group.name: blocks * 3 for group in structure.groups}
     size = StageSize("cpu", dtype, dtype, pools, BLOCK_TOKENS, 3)
     stage = load_stage(config, structure, CutRange(True, 0, LAYERS, False), size, fill)
     taken = [isinstance(stage.model._inner[index].forward, fused._Forward) for index in range(LAYERS)]
-    return Run(stage, structure, {}), taken
+    return Run(stage, structure, {}, blocks), taken
 
 
 def generic(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Run:
@@ -167,6 +176,35 @@ def test_a_token_depends_on_its_history_alone(name: str) -> None:
         rows = {2: third[part], 0: ids[part], 1: other[part]} if start < 25 else {0: ids[part]}
         found.append(run.feed(rows)[0])
     assert torch.equal(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "granite", "mistral"])
+def test_all_layers_in_one_call_are_the_layers_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a range is cut, or a layer of it is run alone, changes no bit."""
+    ids, other = tokens(12), tokens(12, 4)
+    run, _ = make(name, MODELS[name])
+    with monkeypatch.context() as patch:
+        patch.setattr(CutModel, "shorten", lambda self, layers: None)
+        apart, taken = make(name, MODELS[name])
+    assert all(taken)
+    for start, stop in ((0, 5), (5, 6), (6, 12)):
+        rows = {0: ids[start:stop], 1: other[start:stop]}
+        together, alone = run.feed(rows), apart.feed(rows)
+        assert all(torch.equal(together[row], alone[row]) for row in rows)
+
+
+def test_a_history_of_several_segments() -> None:
+    """Longer than what one task of the attention reads: alone and beside a short row, one thread and three."""
+    config = {"max_position_embeddings": 4096}
+    found = []
+    for threads, beside in ((1, False), (3, True)):
+        torch.set_num_threads(threads)
+        run, _ = make("qwen2", config, blocks=300)
+        for index in range(72):
+            run.feed({0: tokens(16, seed=index)})
+        rows = {1: tokens(2), 0: tokens(3)} if beside else {0: tokens(3)}
+        found.append(run.feed(rows)[0])
+    assert torch.equal(*found)
 
 
 def test_more_tokens_than_a_call_takes(monkeypatch: pytest.MonkeyPatch) -> None:

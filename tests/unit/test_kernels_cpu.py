@@ -97,6 +97,30 @@ def test_a_row_depends_on_no_other_row(format: str, kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("format", SHAPES)
+def test_the_largest_is_what_a_search_finds(format: str, kernel: Kernel) -> None:
+    """Ties go to the lowest index, NaN beats everything, threads change nothing."""
+    plain, weight = pair(format, 203, 128, kernel)
+    for row in (17, 90, 140):  # equal matrix rows: equal logits
+        values = plain.dequantize()[150:151].float()
+        weight.store(row, values)
+        weight.store(150, values)
+    x = activations(16, 128)
+    x[3] = 5 * weight.dequantize()[150]
+    x[4], x[5, 0] = 0, torch.nan
+    for threads, rows in ((1, 16), (3, 16), (2, 7), (7, 6)):
+        torch.set_num_threads(threads)
+        expected = weight.apply(x[:rows]).float().max(dim=-1)
+        found = weight.largest(x[:rows])
+        assert found is not None
+        assert torch.equal(found[0].nan_to_num(7), expected.values.nan_to_num(7))
+        assert torch.equal(found[1][:5], expected.indices[:5])
+        assert found[1][3] == 17
+        assert found[1][4] == 0
+    assert weight.largest(x.float()) is None
+    assert weight.largest(torch.cat([x, x])) is None
+
+
+@pytest.mark.parametrize("format", SHAPES)
 def test_threads_change_no_bit(format: str, kernel: Kernel) -> None:
     _, weight = pair(format, 1003, 512, kernel)
     x, found = activations(5, 512), []
