@@ -14,11 +14,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from splitrun.kernels.cpu.block import BlockKernel, LayerChain, RowHistories
-from splitrun.kernels.cpu.library import MOST_ROWS, kernel
+from splitrun.kernels.cpu.dense import DenseWeight
+from splitrun.kernels.cpu.library import MOST_ROWS, Kernel, kernel
 from splitrun.kernels.cpu.tiled import TiledWeight
+from splitrun.kernels.weight import install
 from splitrun.model.cut import CutModel
 from splitrun.stage.blocks import BlockStore, BlockView
 from splitrun.stage.known import is_known, is_known_base, is_plain_head
@@ -39,6 +41,7 @@ def fuse(model: CutModel, stores: Mapping[int, BlockStore]) -> int:
         layer, kept = model.skeleton.layers[index], model.structure.caches[index]
         if kept.group is None or model.structure.returns[index] or not is_known(layer, variants=True):
             continue
+        _take_dense(layer, fast)
         parts = layer_parts(layer, store, kept.group.window)
         if parts is not None and parts.fault() is None:
             blocks[index] = BlockKernel(parts, fast)
@@ -50,9 +53,23 @@ def fuse(model: CutModel, stores: Mapping[int, BlockStore]) -> int:
         model.shorten(_Range(blocks, histories))
     if model.cut.head and is_plain_head(model.skeleton.model):
         outputs: Any = model.skeleton.model.get_output_embeddings()
-        if isinstance(outputs.weight, TiledWeight) and outputs.bias is None:
+        _take_dense(outputs, fast, model.skeleton.model.get_input_embeddings().weight)
+        if isinstance(outputs.weight, TiledWeight | DenseWeight) and outputs.bias is None:
             model.chooser = outputs.weight.largest
     return len(blocks)
+
+
+def _take_dense(module: nn.Module, fast: Kernel, shared: Any = None) -> None:
+    """Let the kernels multiply with the 16-bit matrices of linear layers. Modifies the module.
+
+    One that is ``shared`` with an embedding stays where it is, others move to huge pages.
+    """
+    for linear in module.modules():
+        values: Any = linear._parameters.get("weight") if isinstance(linear, nn.Linear) else None
+        if values is None or not DenseWeight.takes(values):
+            continue
+        make = DenseWeight if values is shared else DenseWeight.on_huge_pages
+        install(linear, "weight", make(values.detach(), fast))
 
 
 class _Range:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from splitrun.kernels.cpu.block import LayerParts
+from splitrun.kernels.cpu.dense import DenseWeight
 from splitrun.kernels.cpu.tiled import TiledWeight
 from splitrun.stage.blocks import BlockStore
 from splitrun.stage.known import NORMS, OTHERS, PROJECTIONS
@@ -43,20 +44,22 @@ def layer_parts(layer: nn.Module, store: BlockStore, window: int | None) -> Laye
     )
 
 
-def _projections(modules: dict[str, Any], store: BlockStore) -> tuple[dict[str, TiledWeight], dict[str, Tensor]] | None:
-    weights: dict[str, TiledWeight] = {}
+def _projections(
+    modules: dict[str, Any], store: BlockStore
+) -> tuple[dict[str, TiledWeight | DenseWeight], dict[str, Tensor]] | None:
+    weights: dict[str, TiledWeight | DenseWeight] = {}
     biases: dict[str, Tensor] = {}
     for path, names in [(path, (name,)) for name, path in PROJECTIONS.items()] + list(JOINED.items()):
         module = modules.get(path)
         if module is None:
             continue
         weight, bias = module.weight, getattr(module, "bias", None)
-        if not isinstance(module, nn.Linear) or not isinstance(weight, TiledWeight):
+        if not isinstance(module, nn.Linear) or not isinstance(weight, TiledWeight | DenseWeight):
             return None
         start = 0
         for name, rows in zip(names, _heights(names, weight.shape[0], store), strict=True):
             part = weight if len(names) == 1 else weight.part(start, start + rows)
-            if not isinstance(part, TiledWeight):
+            if not isinstance(part, TiledWeight | DenseWeight):
                 return None  # a tile would be cut
             weights[name] = part
             if bias is not None:

@@ -132,7 +132,7 @@ def tokens(count: int, seed: int = 3) -> list[int]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("format", "dtype"), [("nf4", "bf16"), ("int8", "bf16"), ("nf4", "fp16")])
+@pytest.mark.parametrize(("format", "dtype"), [("nf4", "bf16"), ("int8", "bf16"), ("nf4", "fp16"), ("bf16", "bf16")])
 def test_as_the_layers_own_code(name: str, format: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As close to the exact products as the layers' own code over the same kernels: a prompt by that code, then single
     tokens and groups across block borders and windows."""

@@ -18,8 +18,9 @@ from torch.nn import functional
 from splitrun.__main__ import main
 from splitrun.child import child_environment
 from splitrun.kernels.cpu import library
+from splitrun.kernels.cpu.dense import DenseWeight
 from splitrun.kernels.cpu.library import Kernel
-from splitrun.kernels.cpu.reference import nf4_codes, product_reference, quantize_activations
+from splitrun.kernels.cpu.reference import dense_reference, nf4_codes, product_reference, quantize_activations
 from splitrun.kernels.cpu.selftest import first_fault
 from splitrun.kernels.cpu.tiled import TiledWeight
 from splitrun.kernels.formats import QUANTIZED, quantize
@@ -214,6 +215,33 @@ def test_the_stated_error_bound_holds(format: str, kernel: Kernel) -> None:
     error = (weight.apply(x).double() - exact).abs()
     assert (error <= bound + exact.abs() * 2**-8 + 1e-3).all()
     assert (error[1:].norm() / exact[1:].norm()).item() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("outputs", "columns"), [(1, 1), (16, 64), (37, 100), (17, 259)])
+def test_products_with_plain_matrices_are_the_references_bits(
+    outputs: int, columns: int, dtype: torch.dtype, kernel: Kernel
+) -> None:
+    values, x, bias = (
+        activations(outputs, columns, dtype, 8),
+        activations(16, columns, dtype),
+        activations(1, outputs)[0],
+    )
+    x[3, 0], x[5, columns - 1], values[-1, 0] = torch.nan, torch.inf, 1e-7
+    weight = DenseWeight(values, kernel)
+    expected = dense_reference(x, values, bias)
+    for rows in range(1, 17):
+        assert torch.equal(weight.apply(x[:rows], bias=bias).nan_to_num(7), expected[:rows].nan_to_num(7)), rows
+    assert torch.equal(weight.apply(x.repeat(2, 1)).isnan(), functional.linear(x.repeat(2, 1), values).isnan())
+    assert torch.equal(
+        weight.part(0, outputs // 2 + 1).apply(x[:1]), dense_reference(x[:1], values[: outputs // 2 + 1])
+    )
+    found = weight.largest(x[:3])
+    assert found is not None
+    assert torch.equal(found[1], dense_reference(x[:3], values).float().max(-1).indices)
+    assert weight.rows(torch.tensor([0])).equal(values[:1])
+    with pytest.raises(ValueError, match="stays on the CPU"):
+        weight.moved("meta")
 
 
 def test_activation_codes_use_the_whole_range() -> None:

@@ -9,13 +9,14 @@ own, whose bits are the same for the same chunk. Knows shapes and storage, neith
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from splitrun.kernels.cpu.dense import DenseWeight
 from splitrun.kernels.cpu.library import DTYPES, MOST_ROWS, Kernel, Matrix
 from splitrun.kernels.cpu.many import attention_rows, many_rows
 from splitrun.kernels.cpu.tiled import TiledWeight
@@ -62,7 +63,7 @@ class LayerParts:
     residual what attention and MLP are multiplied with before they are added
     """
 
-    weights: dict[str, TiledWeight]
+    weights: Mapping[str, TiledWeight | DenseWeight]
     vectors: dict[str, Tensor]
     keys: Tensor
     values: Tensor

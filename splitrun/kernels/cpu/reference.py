@@ -25,6 +25,8 @@ from torch import Tensor
 from splitrun.kernels.nf4_definition import BLOCK, NF4_TABLE
 
 GROUP = 64
+LANES = 16
+"""Partial sums along a row of a 16-bit matrix."""
 SMALLEST = 1e-30
 """A group without a larger magnitude counts as zeros."""
 INVERSE_127 = float(torch.tensor(1.0) / torch.tensor(127.0))
@@ -100,6 +102,24 @@ def many_bound(x: Tensor, values: Tensor, exact: Tensor) -> Tensor:
     """
     magnitudes = x.double().abs() @ values.double().abs().T
     return magnitudes * x.shape[-1] * 2.0**-23 + exact.abs() * 2.0**-8 + 1e-30
+
+
+def dense_reference(x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ values.T + bias`` in x's dtype: sums over every 16th column, one after the other, then added pairwise.
+
+    Shape: (rows, n), (out, n) of a 16-bit type -> (rows, out).
+    """
+    padding = (0, -x.shape[-1] % LANES)
+    left = torch.nn.functional.pad(x.float(), padding).view(x.shape[0], 1, -1, LANES)
+    right = torch.nn.functional.pad(values.float(), padding).view(1, values.shape[0], -1, LANES)
+    sums = torch.zeros(x.shape[0], values.shape[0], LANES)
+    for place in range(left.shape[2]):
+        sums = sums + left[:, :, place] * right[:, :, place]
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    total = sums[..., 0]
+    return (total if bias is None else total + bias.float()).to(x.dtype)
 
 
 def nf4_codes(packed: Tensor) -> Tensor:
