@@ -114,7 +114,9 @@ class GenericStage(RangeStage):
 
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """As `RangeStage.run`, without logits where nobody needs them."""
-        return self._result(step, self._compute(step, incoming, may_choose=self.model.chooser is not None))
+        if self.model.chooser is None:
+            return super().run(step, incoming)
+        return self._result(step, self._compute(step, incoming, may_choose=True))
 
     def compute(self, step: Step, incoming: Tensor | None) -> Computed:
         """As ``run``, up to the logits."""
