@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -336,6 +337,17 @@ def test_the_self_test_finds_a_wrong_kernel(kernel: Kernel, monkeypatch: pytest.
 
     monkeypatch.setattr(Kernel, "product", wrong)
     assert "the product of 1 rows of nf4" in (first_fault(kernel) or "")
+
+
+def test_the_self_test_finds_a_wrong_layer(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Kernel.layers
+
+    def wrong(self: Kernel, *arguments: Any) -> None:
+        right(self, *arguments)
+        arguments[-1].mul_(1.02)
+
+    monkeypatch.setattr(Kernel, "layers", wrong)
+    assert "a decoder layer is off by" in (first_fault(kernel) or "")
 
 
 def test_a_failing_level_is_left_out_with_one_warning(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:

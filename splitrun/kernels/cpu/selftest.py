@@ -8,7 +8,7 @@ import torch
 
 from splitrun.kernels.cpu.library import Kernel
 from splitrun.kernels.cpu.many import ManyRows
-from splitrun.kernels.cpu.reference import many_bound, nf4_codes, product_reference
+from splitrun.kernels.cpu.reference import dense_reference, many_bound, nf4_codes, product_reference
 from splitrun.kernels.int8 import Int8Weight, quantize_int8
 from splitrun.kernels.nf4 import Nf4Weight
 from splitrun.kernels.nf4_definition import NF4_TABLE, dequantize_reference, quantize_nf4
@@ -27,12 +27,15 @@ def first_fault(kernel: Kernel) -> str | None:
         for what, found, expected in _results(kernel, format, values, x):
             if not torch.equal(found, expected):
                 return f"{what} of {format} weights differs from the reference"
-    return None
+    from splitrun.kernels.cpu.selftest_layer import layer_fault
+
+    return layer_fault(kernel)
 
 
 def _results(
     kernel: Kernel, format: str, values: torch.Tensor, x: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    from splitrun.kernels.cpu.dense import DenseWeight
     from splitrun.kernels.cpu.tiled import TiledWeight
 
     if format == "nf4":
@@ -60,6 +63,16 @@ def _results(
             f"the product of {rows} rows",
             weight.apply(x[:rows]),
             product_reference(x[:rows], integers, scales, format),
+        )
+    found = weight.largest(x)
+    assert found is not None
+    yield "the largest product", found[1], product_reference(x, integers, scales, format).float().max(-1).indices
+    for dtype in (torch.bfloat16, torch.float16):
+        dense, narrow = values.to(dtype), x.to(dtype)
+        yield (
+            f"the {dtype} product beside that",
+            DenseWeight(dense, kernel).apply(narrow),
+            dense_reference(narrow, dense),
         )
 
 
