@@ -20,9 +20,9 @@ int64_t splitrun_many_scratch_bytes(const struct many *, int64_t, int64_t, int64
 void splitrun_many_product(const struct many *, const struct weight *, const void *, int32_t, int64_t, const void *, void *,
                            void *, int32_t);
 
-int64_t splitrun_block_scratch_bytes(const struct block *, int64_t);
-void splitrun_block(const struct level *, const struct block *, const struct rows *, const void *, const void *,
-                    const void *, void *, void *, int32_t);
+int64_t splitrun_layers_scratch_bytes(const struct block *const *, const struct rows *const *, int32_t, int32_t);
+void splitrun_layers(const struct level *, const struct block *const *, const struct rows *const *, int32_t,
+                     const void *, const void *, const void *, void *, void *, int32_t);
 int64_t splitrun_chunk_scratch_bytes(const struct many *, const struct block *, int64_t, int64_t);
 void splitrun_chunk(const struct many *, const struct many *, const struct block *, const struct rows *, const void *,
                     const void *, const void *, void *, void *, int32_t);
@@ -170,16 +170,18 @@ static void check_chunk(const struct many *many, const struct many *bf16, int64_
     for (int chunk = 0; chunk < 2; chunk++) {
         struct block block = {weights[0], weights[1], weights[2], weights[3], weights[4], weights[5], weights[6],
                               vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5], vectors[6],
-                              vectors[7], keys[chunk], values[chunk], SLOTS, window, HEADS, KV_HEADS, WIDTH, BF16, BF16,
-                              1e-6f, 0.144f};
+                              vectors[7], keys[chunk], values[chunk], 0, 0, SLOTS, window, HEADS, KV_HEADS, WIDTH, WIDTH, BF16,
+                              BF16, 1e-6f, 0.144f, 1.0f};
+        const struct block *blocks = &block;
         struct rows rows = {table, &start, &skip, &length, 1, chunk ? TOKENS : 1};
+        const struct rows *all = &rows;
         void *scratch = array(chunk ? splitrun_chunk_scratch_bytes(many, &block, TOKENS, 1)
-                                    : splitrun_block_scratch_bytes(&block, 1));
+                                    : splitrun_layers_scratch_bytes(&blocks, &all, 1, 1));
         length = HISTORY;
         if (chunk) splitrun_chunk(many, bf16, &block, &rows, in, cosines, sines, out, scratch, 1);
         for (int64_t token = 0; !chunk && token < TOKENS; token++, length++)
-            splitrun_block(&level_portable, &block, &rows, in + token * HIDDEN, cosines + token * WIDTH,
-                           sines + token * WIDTH, one + token * HIDDEN, scratch, 1);
+            splitrun_layers(&level_portable, &blocks, &all, 1, in + token * HIDDEN, cosines + token * WIDTH,
+                            sines + token * WIDTH, one + token * HIDDEN, scratch, 1);
         free(scratch);
     }
     double error = 0, norm = 0;
