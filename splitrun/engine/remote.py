@@ -102,6 +102,7 @@ class RemoteStages:
         self._clocks: tuple[StageClock, ...] = ()
         self._losses = 0
         self.memory_bytes: dict[int, int] = {}
+        self.loading_s = 0.0
 
     def start(self) -> None:
         """Start and load all processes at once. Raises what the first of them could not do, after ending all."""
@@ -152,6 +153,7 @@ class RemoteStages:
     def _bring_up(self, devices: set[str]) -> dict[str, SplitrunError]:
         """Start these processes, and tell all of them who the peers are. Returns what failed; empty: all run."""
         patience = self._patience.start_s
+        began = time.monotonic()
         failures = self._each(devices, self._start)
         failures |= self._each(devices - failures.keys(), lambda device: self._learn_address(device, patience))
         failures |= self._each(devices - failures.keys(), lambda device: self._await_loading(device, patience))
@@ -163,6 +165,7 @@ class RemoteStages:
         failures = self._each(self._jobs, lambda device: self._processes[device].expect("connected", patience))
         self._silence_s = dict.fromkeys(self._jobs, 0.0)
         self._stalled_s = 0.0
+        self.loading_s = time.monotonic() - began
         return failures
 
     def _each(self, devices: Iterable[str], action: Callable[[str], object]) -> dict[str, SplitrunError]:

@@ -1,6 +1,9 @@
 """What a hop between processes costs on loopback: CURVE, framing and threads included.
 
-    python tests/bench/hops.py [--quick]
+    python tests/bench/hops.py [--quick] [--shaped]
+
+With --shaped (root only) also over a line of 1 Gbit/s to another network namespace: what share of the line a prompt
+chunk uses, chunks sent one behind the other, as prompts are.
 
 Two processes exchange steps and activations of the 1.5B shape (hidden 1536, bf16): one row, as in decode, and a
 prompt chunk of 512. A hop is half a round trip: encode, send, receive, decode, check. One line of JSON at the end.
@@ -13,15 +16,23 @@ import json
 import multiprocessing
 import queue
 import statistics
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy
 import torch
 
+sys.path.append(str(Path(__file__).parent.parent))
+from networks import enter, shaped
+
 from splitrun.schedule.request import SamplingParams
 from splitrun.schedule.step import RowSampling, Step
-from splitrun.transport.frames import Frame
+from splitrun.transport.frames import Frame, Kind
 from splitrun.transport.mailbox import Address
 from splitrun.transport.messages import step_frame, step_of
 from splitrun.transport.socket import SocketMailbox
@@ -45,13 +56,19 @@ def make_step(index: int, tokens: int) -> Step:
     )
 
 
-def echo(pipe: Connection) -> None:
-    """Send every step back, decoded and encoded again."""
+def echo(pipe: Connection, namespace: str | None, host: str) -> None:
+    """Send every step of epoch 0 back, decoded and encoded again; of others only word that they came."""
+    if namespace is not None:
+        enter(namespace)
 
     def receive(frame: Frame) -> None:
-        mailbox.send("first", step_frame(SESSION, 0, 0, step_of(frame), frame.body))
+        step = step_of(frame)
+        if frame.epoch == 0:
+            mailbox.send("first", step_frame(SESSION, 0, 0, step, frame.body))
+        else:
+            mailbox.send("first", Frame(Kind.TOKENS, SESSION, step=frame.step))
 
-    mailbox = SocketMailbox(SESSION, receive)
+    mailbox = SocketMailbox(SESSION, receive, host)
     pipe.send((mailbox.address.endpoint, mailbox.address.public_key))
     mailbox.connect("first", Address(*pipe.recv()))
     pipe.send(True)
@@ -71,32 +88,73 @@ def round_trips(mailbox: SocketMailbox, arrived: queue.SimpleQueue[Frame], token
     return seconds
 
 
-def main() -> None:
-    """Measure both sizes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it works")
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
+def stream_s(mailbox: SocketMailbox, arrived: queue.SimpleQueue[Frame], tokens: int, count: int) -> float:
+    """Seconds of sending that many chunks one behind the other, until the last one is known to have arrived."""
+    activation = torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16)
+    step = make_step(0, tokens)
+    started = time.perf_counter()
+    for index in range(count):
+        mailbox.send("second", replace(step_frame(SESSION, 0, 0, step, activation), epoch=1, step=index))
+    for _ in range(count):
+        arrived.get(timeout=60)
+    return time.perf_counter() - started
+
+
+@contextmanager
+def connected(namespace: str | None, here: str, there: str) -> Iterator[tuple[SocketMailbox, queue.SimpleQueue[Frame]]]:
+    """A mailbox of this process whose peer "second" is another process."""
     spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=echo, args=(there,), daemon=True)
+    near, far = spawn.Pipe()
+    process = spawn.Process(target=echo, args=(far, namespace, there), daemon=True)
     process.start()
     arrived: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-    mailbox = SocketMailbox(SESSION, arrived.put)
-    mailbox.connect("second", Address(*here.recv()))
-    here.send((mailbox.address.endpoint, mailbox.address.public_key))
-    here.recv()
-    figures = {}
-    for name, tokens, count in (("decode", 1, 2000), ("prefill_512", 512, 100)):
-        seconds = round_trips(mailbox, arrived, tokens, 5 if quick else count)
-        hop_s = statistics.median(seconds) / 2
-        worst_s = sorted(seconds)[int(len(seconds) * 0.95)] / 2
-        gigabits = tokens * HIDDEN * 2 * 8 / hop_s / 1e9
-        print(f"{name:12} {hop_s * 1e3:.3f} ms a hop (95 %: {worst_s * 1e3:.3f} ms), {gigabits:.2f} Gbit/s")
-        figures[name] = {"hop_ms": round(hop_s * 1e3, 4), "hop_p95_ms": round(worst_s * 1e3, 4)}
-    here.send(True)
+    mailbox = SocketMailbox(SESSION, arrived.put, here)
+    mailbox.connect("second", Address(*near.recv()))
+    near.send((mailbox.address.endpoint, mailbox.address.public_key))
+    near.recv()
+    yield mailbox, arrived
+    near.send(True)
     process.join()
     mailbox.close()
+
+
+def loopback(quick: bool) -> dict[str, dict[str, float]]:
+    """Both sizes on the loopback."""
+    figures = {}
+    with connected(None, "127.0.0.1", "127.0.0.1") as (mailbox, arrived):
+        for name, tokens, count in (("decode", 1, 2000), ("prefill_512", 512, 100)):
+            seconds = round_trips(mailbox, arrived, tokens, 5 if quick else count)
+            hop_s = statistics.median(seconds) / 2
+            worst_s = sorted(seconds)[int(len(seconds) * 0.95)] / 2
+            gigabits = tokens * HIDDEN * 2 * 8 / hop_s / 1e9
+            print(f"{name:12} {hop_s * 1e3:.3f} ms a hop (95 %: {worst_s * 1e3:.3f} ms), {gigabits:.2f} Gbit/s")
+            figures[name] = {"hop_ms": round(hop_s * 1e3, 4), "hop_p95_ms": round(worst_s * 1e3, 4)}
+    return figures
+
+
+def one_gigabit(quick: bool) -> dict[str, float]:
+    """Prompt chunks over a line of 1 Gbit/s."""
+    with shaped(11) as line, connected(line.namespace, line.here, line.there) as (mailbox, arrived):
+        round_trips(mailbox, arrived, 512, 3)
+        count = 5 if quick else 100
+        one_s = statistics.median(round_trips(mailbox, arrived, 512, 3 if quick else 30)) / 2
+        all_s = stream_s(mailbox, arrived, 512, count)
+    bits = 512 * HIDDEN * 2 * 8
+    alone, behind = bits / one_s / 1e9, bits * count / all_s / 1e9
+    print(f"1 Gbit/s     one chunk of 512 alone {alone:.0%} of the line, {count} one behind the other {behind:.0%}")
+    return {"alone": round(alone, 4), "stream": round(behind, 4)}
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it works")
+    parser.add_argument("--shaped", action="store_true", help="also over a line of 1 Gbit/s; needs root")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    figures: dict[str, object] = dict(loopback(options.quick))
+    if options.shaped:
+        figures["share_of_1_gbit"] = one_gigabit(options.quick)
     print(json.dumps(figures))
 
 

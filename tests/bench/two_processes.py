@@ -1,0 +1,64 @@
+"""What it costs to have two stages in two processes: the same split in one process beside it, in one run.
+
+    python tests/bench/two_processes.py MODEL [--weights nf4] [--tokens 64] [--rounds 3]
+
+MODEL is a directory (a config suffices: weights are random). Both engines decode one stream in turn, with the same
+threads; the rest is the hop. Prints ms per token of both, their difference, and one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import splitrun
+from splitrun.measure.host import read_processor
+from splitrun.model.files import resolve
+from splitrun.planner.facts import Workload
+from splitrun.planner.placement import ModelRef, Placement, StageSpec
+
+
+def placement(model: str, weights: str, second: str) -> Placement:
+    """Half of the layers on the processor here, half on ``second``, each stage with all cores in its turn."""
+    layers = int(resolve(model, weights=False).config.get_text_config(decoder=True).num_hidden_layers)
+    cores = read_processor().cores
+    stages = (
+        StageSpec("cpu", True, (0, layers // 2), False, weights, threads=cores),
+        StageSpec(second, False, (layers // 2, layers), True, weights, threads=cores),
+    )
+    return Placement(1, ModelRef(model, layers=layers), Workload(1024), stages)
+
+
+def ms_per_token(model: str, weights: str, second: str, tokens: int, rounds: int) -> float:
+    """The median over rounds of the time between tokens."""
+    sampling = splitrun.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    with splitrun.Engine(placement(model, weights, second), load="dummy") as engine:
+        found = []
+        for _ in range(rounds + 1):
+            times = [time.perf_counter() for event in engine.stream([5] * 100, sampling) if event.token_id is not None]
+            found.append((times[-1] - times[0]) / (len(times) - 1))
+        return statistics.median(found[1:]) * 1e3
+
+
+def main() -> None:
+    """Measure both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--weights", default="nf4")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    arguments = (options.tokens, options.rounds)
+    one = ms_per_token(options.model, options.weights, "cpu:1", *arguments)
+    two = ms_per_token(options.model, options.weights, "process/cpu", *arguments)
+    print(f"one process {one:.2f} ms a token, two {two:.2f} ms: {two - one:+.2f} ms, {two / one - 1:+.1%}")
+    print(json.dumps({"one_ms": round(one, 3), "two_ms": round(two, 3), "ratio": round(two / one, 4)}))
+
+
+if __name__ == "__main__":
+    main()
