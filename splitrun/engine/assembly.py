@@ -65,7 +65,7 @@ def assemble(
         core = EngineCore(scheduler, line)
         undo.pop_all()
         undo.callback(core.close)
-        succession.core = core
+        succession.attach(core)
         core.warm_up()
         undo.pop_all()
     return core

@@ -26,10 +26,12 @@ _LOG = logging.getLogger(__name__)
 
 
 class Succession:
-    """Replaces stages of ``core`` (set once it is there). ``rebalance``: move back when lost nodes are back."""
+    """Replaces the stages of an engine core. ``rebalance``: move back when lost nodes are back."""
 
     def __init__(self, lineup: LineUp, placement: Placement, rebalance: bool) -> None:
-        self.core: EngineCore | None = None
+        self._core: EngineCore | None = None
+        self._attached = threading.Event()
+        self._turn = threading.Lock()
         self._lineup = lineup
         self._first = placement
         self._placement = placement
@@ -37,15 +39,22 @@ class Succession:
         self._lost: set[str] = set()
         self._waiting: threading.Thread | None = None
 
+    def attach(self, core: EngineCore) -> None:
+        """The core whose stages these are."""
+        self._core = core
+        self._attached.set()
+
     def replace(self, reason: str, devices: Collection[str]) -> None:
         """Plan again without the machines of these devices, on a thread of its own."""
         self._lost |= {machine_of(device) or device for device in devices}
         threading.Thread(target=self._succeed, args=(reason,), name="splitrun succession", daemon=True).start()
 
     def _succeed(self, reason: str) -> None:
-        assert self.core is not None, "stages are watched over once the core is there"
-        without = ", ".join(sorted(self._lost))
-        self.core.replace(f"lost: {reason}: planning again without {without}", self._without_lost)
+        self._attached.wait()
+        assert self._core is not None
+        with self._turn:
+            without = ", ".join(sorted(self._lost))
+            self._core.replace(f"lost: {reason}: planning again without {without}", self._without_lost)
         if self._rebalance and self._waiting is None:
             self._waiting = threading.Thread(target=self._await_return, name="splitrun return", daemon=True)
             self._waiting.start()
@@ -80,11 +89,12 @@ class Succession:
 
     def _await_return(self) -> None:
         """Move back when every lost node is back."""
-        assert self.core is not None
-        while not self.core.closed.wait(RETURN_S):
+        assert self._core is not None
+        while not self._core.closed.wait(RETURN_S):
             if self._lost and self._lost <= living():
-                back = ", ".join(sorted(self._lost))
-                self.core.replace(f"{back} is back: stages are moving there", self._as_first)
+                with self._turn:
+                    back = ", ".join(sorted(self._lost))
+                    self._core.replace(f"{back} is back: stages are moving there", self._as_first)
 
     def _as_first(self) -> Line:
         lost, self._lost = self._lost, set()

@@ -1,7 +1,7 @@
 """How processes exchange frames: a mailbox per process, addressed by name. Also the fake one, for tests.
 
 A mailbox never blocks and never raises for the other side's fault: what cannot be sent or must not be read is dropped
-and counted. Order between two mailboxes is kept. Knows neither steps nor stages.
+and counted. Order between two mailboxes is kept, heartbeats aside. Knows neither steps nor stages.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ Knows the fields of a step, not what a stage does with them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy
@@ -21,7 +23,7 @@ from splitrun.schedule.flat import (
     size,
     whole,
 )
-from splitrun.schedule.request import TokenLogprob
+from splitrun.schedule.request import SamplingParams, TokenLogprob
 from splitrun.schedule.step import IntArray, RowSampling, RowTokens, Step, Tokens
 from splitrun.transport.frames import Frame, Kind
 
@@ -59,15 +61,18 @@ def _step_of(frame: Frame) -> Step:
     control = frame.control
     rows, tokens = size(whole(control["rows"])), size(whole(control["tokens"]))
     widths = {str(name): size(whole(width)) for name, width in control["tables"].items()}
-    take = _Reader(numpy.asarray(frame.integers, numpy.int32))
+    integers = numpy.asarray(frame.integers, numpy.int32)
+    take = _Reader(integers)
     token_ids, starts = take.next(tokens), take.next(rows + 1)
     contexts, slots = take.next(rows), take.next(rows)
     tables = {name: take.next(rows * width).reshape(rows, width) for name, width in widths.items()}
     take.end()
     _require(rows >= 1 and starts[0] == 0 and starts[-1] == tokens, "the rows do not tile the tokens")
-    _require(bool((numpy.diff(starts) > 0).all()), "a row is empty")
-    _require(min(int(part.min()) for part in (token_ids, contexts, slots)) >= 0, "an id or a length is negative")
-    _require(all(int(table.min(initial=0)) >= -1 for table in tables.values()), "a block id is below -1")
+    counts = starts[1:] - starts[:-1]
+    _require(int(counts.min()) > 0, "a row is empty")
+    behind = tokens + 3 * rows + 1  # everything before the tables lies together
+    _require(int(integers[:behind].min()) >= 0, "an id or a length is negative")
+    _require(int(integers[behind:].min(initial=0)) >= -1, "a block id is below -1")
     _require(frame.body is None or frame.body.shape[0] == tokens, "the activation has other tokens than the step")
     sampling = tuple(None if row is None else _sampling_of(row) for row in control["sampling"])
     scores = tuple(None if count is None else whole(count) for count in control.get("scores", (None,) * rows))
@@ -76,7 +81,7 @@ def _step_of(frame: Frame) -> Step:
     _require(len(sampling) == len(scores) == len(replay) == rows, "a list has not one entry per row")
     return Step(
         frame.step, frame.epoch, token_ids, starts, contexts, slots, tables, sampling, scores,
-        _targets_of(control.get("targets"), numpy.diff(starts)), replay, requests,
+        _targets_of(control.get("targets"), counts), replay, requests,
     )  # fmt: skip
 
 
@@ -142,7 +147,15 @@ def _sampling_fields(row: RowSampling) -> dict[str, Any]:
 
 def _sampling_of(fields: Mapping[str, Any]) -> RowSampling:
     prompt, output = (tuple([whole(token) for token in fields[name]]) for name in ("prompt", "output"))
-    return RowSampling(sampling_of(fields["params"]), whole(fields["seed"]), whole(fields["position"]), prompt, output)
+    return RowSampling(
+        _params_of(json.dumps(fields["params"])), whole(fields["seed"]), whole(fields["position"]), prompt, output
+    )
+
+
+@lru_cache(maxsize=1024)
+def _params_of(text: str) -> SamplingParams:
+    """Sampling parameters from JSON. They are the same in every step of a request: checking them once is enough."""
+    return sampling_of(json.loads(text))
 
 
 def _targets_of(entries: Any, counts: IntArray) -> dict[int, tuple[int, ...]] | None:

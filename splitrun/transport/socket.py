@@ -15,7 +15,7 @@ from zmq.utils import z85
 
 from splitrun.errors import ClusterError
 from splitrun.schedule.flat import MalformedMessage
-from splitrun.transport.frames import MAX_BODY_BYTES, Frame, encode
+from splitrun.transport.frames import MAX_BODY_BYTES, Frame, Kind, encode
 from splitrun.transport.gate import Dropped
 from splitrun.transport.mailbox import Address, opened
 
@@ -24,8 +24,9 @@ WAITING_FRAMES = 256
 
 
 class _Peer:
-    """The sending socket to one peer, made by the first frame: by then the peer lets this process in.
+    """The sending sockets to one peer, made by the first frames: by then the peer lets this process in.
 
+    Heartbeats have a connection of their own: behind a prompt's activations on a slow line they would come too late.
     A lock makes it usable from any thread.
     """
 
@@ -34,7 +35,7 @@ class _Peer:
         self._context = context
         self._keys = keys
         self._lock = threading.Lock()
-        self._socket: zmq.Socket[bytes] | None = None
+        self._sockets: dict[bool, zmq.Socket[bytes]] = {}
         self._closed = False
 
     def send(self, frame: Frame) -> bool:
@@ -43,10 +44,11 @@ class _Peer:
         with self._lock:
             if self._closed:
                 return False
-            if self._socket is None:
-                self._socket = self._connected()
+            lane = frame.kind is Kind.BEAT
+            if lane not in self._sockets:
+                self._sockets[lane] = self._connected()
             try:
-                self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+                self._sockets[lane].send_multipart(parts, zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return False
         return True
@@ -55,8 +57,8 @@ class _Peer:
         """Drop what waits."""
         with self._lock:
             self._closed = True
-            if self._socket is not None:
-                self._socket.close()
+            for socket in self._sockets.values():
+                socket.close()
 
     def _connected(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.PUSH)

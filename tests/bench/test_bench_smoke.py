@@ -71,3 +71,14 @@ def test_help_answers_within_half_a_second() -> None:
 def test_import_takes_less_than_50_ms() -> None:
     bare, loaded = best_seconds([sys.executable, "-c", ""]), best_seconds([sys.executable, "-c", "import splitrun"])
     assert loaded - bare < 0.05
+
+
+def test_stages_killed_again_and_again() -> None:
+    script = Path(__file__).with_name("soak.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(splitrun.__file__).parent.parent)}
+    command = [sys.executable, str(script), "--minutes", "0.1", "--every", "3", "--tokens", "60"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    figures = json.loads(outcome.stdout.splitlines()[-1])
+    assert figures["wrong"] == 0
+    assert figures["rounds"] > 0
+    assert figures["restarts"] >= figures["faults"] > 0
