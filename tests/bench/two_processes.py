@@ -34,15 +34,11 @@ def placement(model: str, weights: str, second: str) -> Placement:
     return Placement(1, ModelRef(model, layers=layers), Workload(1024), stages)
 
 
-def ms_per_token(model: str, weights: str, second: str, tokens: int, rounds: int) -> float:
-    """The median over rounds of the time between tokens."""
+def ms_per_token(engine: splitrun.Engine, tokens: int) -> float:
+    """The mean time between the tokens of one stream."""
     sampling = splitrun.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-    with splitrun.Engine(placement(model, weights, second), load="dummy") as engine:
-        found = []
-        for _ in range(rounds + 1):
-            times = [time.perf_counter() for event in engine.stream([5] * 100, sampling) if event.token_id is not None]
-            found.append((times[-1] - times[0]) / (len(times) - 1))
-        return statistics.median(found[1:]) * 1e3
+    times = [time.perf_counter() for event in engine.stream([5] * 100, sampling) if event.token_id is not None]
+    return (times[-1] - times[0]) / (len(times) - 1) * 1e3
 
 
 def main() -> None:
@@ -51,11 +47,17 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--weights", default="nf4")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    arguments = (options.tokens, options.rounds)
-    one = ms_per_token(options.model, options.weights, "cpu:1", *arguments)
-    two = ms_per_token(options.model, options.weights, "process/cpu", *arguments)
+    rounds = []
+    with (
+        splitrun.Engine(placement(options.model, options.weights, "cpu:1"), load="dummy") as together,
+        splitrun.Engine(placement(options.model, options.weights, "process/cpu"), load="dummy") as apart,
+    ):
+        for _ in range(options.rounds + 1):  # in turn, so that a busy machine counts on both sides
+            rounds.append((ms_per_token(together, options.tokens), ms_per_token(apart, options.tokens)))
+            print(f"one process {rounds[-1][0]:.2f} ms a token, two {rounds[-1][1]:.2f} ms", flush=True)
+    one, two = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
     print(f"one process {one:.2f} ms a token, two {two:.2f} ms: {two - one:+.2f} ms, {two / one - 1:+.1%}")
     print(json.dumps({"one_ms": round(one, 3), "two_ms": round(two, 3), "ratio": round(two / one, 4)}))
 
