@@ -21,6 +21,7 @@ from splitrun.errors import ClusterError
 
 OBJECT_STORE_BYTES = 80 << 20
 """Nothing large travels through Ray; it asks for no less."""
+MOST_CHARACTERS = 24
 _SPACE = b"splitrun"
 OWN_THREADS = "SPLITRUN_NODE_OMP_NUM_THREADS"
 """What OMP_NUM_THREADS was before Ray set it for its workers."""
@@ -59,7 +60,9 @@ class Runtime:
         from ray._private.node import Node
         from ray._private.parameter import RayParams
 
-        self._folder = Path(tempfile.mkdtemp(prefix="splitrun-ray-"))
+        # Ray's sockets lie deep in this folder, and their paths may have 107 characters.
+        short = None if len(tempfile.gettempdir()) <= MOST_CHARACTERS else "/tmp"
+        self._folder = Path(tempfile.mkdtemp(prefix="splitrun-ray-", dir=short))
         parameters = RayParams(
             node_ip_address=host,
             node_manager_port=port + 1,

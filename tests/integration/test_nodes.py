@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -144,7 +145,9 @@ def test_keys_and_token_are_in_no_command_line_or_log(nodes: TestCluster, engine
         except psutil.Error:
             continue
         assert not any(secret in seen for secret in [token, *keys])
-    logs = [file for root in Path("/tmp").glob("splitrun-ray-*") for file in root.rglob("*") if file.is_file()]
+    folders = {Path("/tmp"), Path(tempfile.gettempdir())}
+    logs = [file for folder in folders for root in folder.glob("splitrun-ray-*") for file in root.rglob("*")]
+    logs = [file for file in logs if file.is_file()]
     logs += [home.log_file for home in nodes.homes.values()]
     assert len(logs) > 10
     for file in logs:
