@@ -7,6 +7,7 @@ seed + j. Knows nothing of JSON or of HTTP.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -21,6 +22,7 @@ from splitrun.serve.client import EngineClient
 from splitrun.serve.metrics import Metrics
 from splitrun.serve.schemas import Finish, SamplingFields
 
+_LOG = logging.getLogger(__name__)
 MAX_CHOICES = 1024
 MAX_STOP_CHARACTERS = 1024
 
@@ -125,6 +127,8 @@ class Generation:
         self._metrics.prompt_tokens.inc(self.prompt_tokens)
         async with self._client.submit_all(self._wishes, self._tokenizer.eos_token_ids) as events:
             index_of = {request_id: index for index, request_id in enumerate(events.request_ids)}
+            told = {"requests": events.request_ids, "prompt_tokens": self.prompt_tokens}
+            _LOG.info("request", extra={"fields": told})
             async for event in events:
                 if event.finish_reason == "error":
                     raise SplitrunError(event.error or "the engine failed on this request; look at the server's log")

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import uvicorn
 
+from splitrun.engine.record import JSON_LOG_VARIABLE, log_json
 from splitrun.engine.tokenizer import Tokenizer
 from splitrun.errors import SplitrunError, StageError
 from splitrun.serve.app import create_app
@@ -123,6 +124,8 @@ def main() -> None:
     cast(dict[str, object], sys.modules)["torch"] = None
     os.dup(1)
     os.dup2(2, 1)
+    if os.environ.get(JSON_LOG_VARIABLE) == "json":
+        log_json("http")
     try:
         asyncio.run(run())
     except SplitrunError as error:

@@ -240,3 +240,21 @@ print("ray" in sys.modules)
 def test_one_machine_never_imports_ray() -> None:
     outcome = subprocess.run([sys.executable, "-c", ONE_MACHINE], capture_output=True, text=True, check=True)
     assert outcome.stdout.strip() == "False"
+
+
+JSON_LINES = """
+from splitrun.engine.record import Record, Span, log_json
+log_json("desk/cpu")
+record = Record()
+record.add(Span(1, 2, 0, 3, (4, 5), 6.0, 0.0071))
+record.keep(Span(0, 2, 0, 3, (4, 5), 6.0, 0.0071))
+"""
+
+
+def test_a_step_is_one_json_line_with_its_requests() -> None:
+    """Spans of other processes are written there, not here again."""
+    outcome = subprocess.run([sys.executable, "-c", JSON_LINES], capture_output=True, text=True, check=True)
+    (line,) = [json.loads(line) for line in outcome.stderr.splitlines()]
+    del line["time"]
+    assert line == {"level": "info", "where": "desk/cpu", "message": "step", "stage": 1, "step": 2, "epoch": 0,
+                    "tokens": 3, "requests": [4, 5], "ms": 7.1}  # fmt: skip
