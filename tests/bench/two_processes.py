@@ -2,8 +2,8 @@
 
     python tests/bench/two_processes.py MODEL [--weights nf4] [--tokens 64] [--rounds 3]
 
-MODEL is a directory (a config suffices: weights are random). Both engines decode one stream in turn, with the same
-threads; the rest is the hop. Prints ms per token of both, their difference, and one line of JSON.
+MODEL is a directory (a config suffices: weights are random). Both engines are loaded in turn and decode one stream
+with the same threads; the rest is the hop. Prints ms per token of both, their difference, and one line of JSON.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ def placement(model: str, weights: str, second: str) -> Placement:
     return Placement(1, ModelRef(model, layers=layers), Workload(1024), stages)
 
 
-def ms_per_token(engine: splitrun.Engine, tokens: int) -> float:
-    """The mean time between the tokens of one stream."""
+def ms_per_token(model: str, weights: str, second: str, tokens: int) -> float:
+    """The mean time between the tokens of one stream, after one to warm up."""
     sampling = splitrun.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-    times = [time.perf_counter() for event in engine.stream([5] * 100, sampling) if event.token_id is not None]
+    with splitrun.Engine(placement(model, weights, second), load="dummy") as engine:
+        for _ in range(2):
+            times = [time.perf_counter() for event in engine.stream([5] * 100, sampling) if event.token_id is not None]
     return (times[-1] - times[0]) / (len(times) - 1) * 1e3
 
 
@@ -47,17 +49,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--weights", default="nf4")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     rounds = []
-    with (
-        splitrun.Engine(placement(options.model, options.weights, "cpu:1"), load="dummy") as together,
-        splitrun.Engine(placement(options.model, options.weights, "process/cpu"), load="dummy") as apart,
-    ):
-        for _ in range(options.rounds + 1):  # in turn, so that a busy machine counts on both sides
-            rounds.append((ms_per_token(together, options.tokens), ms_per_token(apart, options.tokens)))
-            print(f"one process {rounds[-1][0]:.2f} ms a token, two {rounds[-1][1]:.2f} ms", flush=True)
-    one, two = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
+    for _ in range(options.rounds):  # in turn, so that a busy machine counts on both sides
+        sides = [ms_per_token(options.model, options.weights, name, options.tokens) for name in ("cpu:1", "process/cpu")]
+        rounds.append(sides)
+        print(f"one process {sides[0]:.2f} ms a token, two {sides[1]:.2f} ms", flush=True)
+    one, two = (statistics.median(times) for times in zip(*rounds, strict=True))
     print(f"one process {one:.2f} ms a token, two {two:.2f} ms: {two - one:+.2f} ms, {two / one - 1:+.1%}")
     print(json.dumps({"one_ms": round(one, 3), "two_ms": round(two, 3), "ratio": round(two / one, 4)}))
 
