@@ -64,12 +64,14 @@ FREE = Traits()
 
 @dataclass(frozen=True)
 class BatchRules:
-    """What the model asks of a batch. ``has_states``: rows with and without history do not mix."""
+    """What the model asks of a batch. ``has_states``: rows with and without history do not mix. ``float32``: the ids
+    do not depend on how tokens are grouped, so that tokens computed again need not be fed singly."""
 
     groups: tuple[KVGroup, ...]
     block_tokens: int
     has_states: bool = False
     traits: Traits = FREE
+    float32: bool = False
 
 
 def split(step: Step, rules: BatchRules, device: torch.device) -> Iterator[Batch]:
@@ -80,7 +82,8 @@ def split(step: Step, rules: BatchRules, device: torch.device) -> Iterator[Batch
         history = int(step.context_lengths[row])
         kind = history if rules.traits.equal_histories else int(history > 0) if rules.has_states else 0
         scored = row if step.prompt_logprobs and step.prompt_logprobs[row] is not None else -1
-        singly = count > 1 and (_is_replay(step, row) or (rules.traits.one_by_one and history > 0))
+        again = _is_replay(step, row) and not rules.float32
+        singly = count > 1 and (again or (rules.traits.one_by_one and history > 0))
         members.setdefault((count, kind, scored, singly), []).append(row)
     for (count, _, _, singly), rows in members.items():
         if singly:

@@ -62,6 +62,7 @@ def load_stage(
         block_tokens=size.block_tokens,
         has_states=any(cache.states for cache in structure.caches),
         traits=traits,
+        float32=size.dtype == size.kv_dtype == "fp32",
     )
     if _has_gpu_kernels(size) and not states:
         from splitrun.stage.card import card_stage  # Triton is not everywhere
