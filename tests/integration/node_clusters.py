@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -15,6 +16,9 @@ import psutil
 from splitrun.cluster import node
 from splitrun.cluster.home import Home
 from splitrun.cluster.ports import COUNT
+
+TOKEN = secrets.token_hex(24)
+"""Of every cluster of these tests: Ray reads the token once in the life of a process."""
 
 
 class TestCluster:
@@ -39,6 +43,7 @@ class TestCluster:
         home, port = self.add(name), self.ports[name]
         head = next(iter(self.homes))
         if name == head:
+            home.keep_token(TOKEN)
             node.start_head(home, host, port=port, name=name)
         else:
             token = self.homes[head].token()
