@@ -53,7 +53,8 @@ def main() -> None:
     options = parser.parse_args()
     rounds = []
     for _ in range(options.rounds):  # in turn, so that a busy machine counts on both sides
-        sides = [ms_per_token(options.model, options.weights, name, options.tokens) for name in ("cpu:1", "process/cpu")]
+        second = ("cpu:1", "process/cpu")
+        sides = [ms_per_token(options.model, options.weights, name, options.tokens) for name in second]
         rounds.append(sides)
         print(f"one process {sides[0]:.2f} ms a token, two {sides[1]:.2f} ms", flush=True)
     one, two = (statistics.median(times) for times in zip(*rounds, strict=True))
