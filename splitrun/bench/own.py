@@ -23,7 +23,7 @@ def play(terms: Terms) -> Result:
     start = time.perf_counter()
     with Engine(placement, load="dummy" if terms.load == "dummy" else "weights") as engine:
         load_s = time.perf_counter() - start
-        rounds = [_round(engine.core, terms, number) for number in range(terms.repeat + 1)]
+        rounds = [play_round(engine.core, terms, number) for number in range(terms.repeat + 1)]
         peaks = meter.peak_bytes()
     shown = dict.fromkeys(placement.device_names, "")
     for stage in placement.stages:
@@ -31,7 +31,8 @@ def play(terms: Terms) -> Result:
     return summarise(terms, load_s, rounds[1:], peaks, shown)
 
 
-def _round(engine: TokenEngine, terms: Terms, number: int) -> Round:
+def play_round(engine: TokenEngine, terms: Terms, number: int) -> Round:
+    """One request on the terms: its moments. Raises StageLost when it fails or no token comes."""
     events: queue.SimpleQueue[tuple[float, TokenEvent]] = queue.SimpleQueue()
     sampling = SamplingParams(max_tokens=terms.new_tokens, temperature=0.0, ignore_eos=True)
     request = Request(number + 1, tuple(terms.prompt(number)), sampling)

@@ -10,16 +10,20 @@ from dataclasses import replace
 from typing import Literal
 
 from splitrun import __version__
-from splitrun.measure.handover import step_seconds
+from splitrun.measure.cache import Cache
 from splitrun.measure.probe import probe, this_machine
 from splitrun.measure.profile import profile
 from splitrun.measure.unit_seconds import Report, Wanted, measure
 from splitrun.model.files import resolve
 from splitrun.model.structure import inspect
-from splitrun.planner.facts import Cluster, ModelProfile
+from splitrun.planner.facts import Cluster, Link, ModelProfile
 from splitrun.planner.facts_file import Facts
 
+MEMORY_BYTES_PER_S = 1e15
+"""Where nothing is copied."""
 Formats = Callable[[ModelProfile, Cluster], Mapping[str, Sequence[str]]]
+EngineSeconds = Callable[[Cache], tuple[float, float]]
+"""Seconds per step beside stages and hops, and of handing a step from one worker to the next: the engine's to say."""
 
 
 def gather(
@@ -29,6 +33,7 @@ def gather(
     memory: Mapping[str, str | int] | None,
     formats: Formats,
     rows: tuple[int, ...],
+    engine: EngineSeconds,
     *,
     refresh: bool = False,
     report: Report = lambda text: None,
@@ -45,4 +50,12 @@ def gather(
     facts = profile(files, structure)
     wanted = Wanted(formats(facts, cluster), rows)
     timed = measure(files, structure, facts, cluster, wanted, machine.cache, report)
-    return Facts(timed, replace(cluster, step_s=step_seconds(machine.cache)), __version__)
+    return Facts(timed, with_engine(cluster, *engine(machine.cache)), __version__)
+
+
+def with_engine(cluster: Cluster, step_s: float, hop_s: float) -> Cluster:
+    """The cluster with what the engine takes: per step, and on top of every link that two workers hand over on."""
+    links = {pair: replace(link, latency_s=link.latency_s + hop_s) for pair, link in cluster.links.items()}
+    # Workers without a link between them share main memory: nothing moves, the step is handed over.
+    own = Link(latency_s=hop_s, bandwidth_bytes_per_s=MEMORY_BYTES_PER_S)
+    return replace(cluster, links=links, default_link=own, step_s=step_s)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitrun.measure.speed import synchronizer
+from splitrun.measure.speed import release, synchronizer
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.dummy import DummySource
@@ -25,13 +26,16 @@ from splitrun.model.structure import ModelStructure
 from splitrun.model.weights import Loader
 from splitrun.stage.generic import RangeStage
 from splitrun.stage.load import StageSize, load_stage
+from splitrun.transport.local import Worker
 
 COLD_BYTES = 96 << 20
 """Weights that copies of a unit hold together at least, or one and a half times the last cache where that is more."""
 MOST_COPIES = 8
 POINT_SECONDS = 0.35
 """What is spent on one point; at least ``LEAST_RUNS`` runs."""
-LEAST_RUNS, MOST_RUNS = 5, 60
+LEAST_RUNS, MOST_RUNS = 5, 200
+FEWEST_RUNS = 3
+"""Of a point that takes more than twice its time."""
 
 
 @dataclass(frozen=True)
@@ -44,45 +48,74 @@ class Sample:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how units are timed. ``kind`` is the device's ("cpu", "cuda", …), ``device`` torch's name of it."""
+    """Where and how units are timed. ``kind`` is the device's ("cpu", "cuda", …), ``device`` torch's name of it.
+
+    ``threads`` are the CPU threads of the worker, None on an accelerator. ``copies`` is how many stages take turns.
+    """
 
     kind: str
     device: str
     dtype: str
     weights: str
     block_tokens: int
+    threads: int | None = None
+    copies: int = 1
 
 
-def time_units(
-    config: Any,
-    structure: ModelStructure,
-    cut: CutRange,
-    setting: Setting,
-    points: Sequence[Point],
-    unit_bytes: int,
-) -> dict[Point, Sample]:
-    """Seconds of a stage of that range for each point. Called on the thread that owns the device.
+class UnitBench:
+    """Stages of one range, loaded on a worker of their own as an engine's are, ready to be timed again and again."""
 
-    ``unit_bytes`` is what the range's weights take: it decides how many copies are made.
-    """
-    slots = max(point.rows for point in points)
-    blocks = pool_blocks(points, setting.block_tokens)
-    size = StageSize(
-        device=setting.device,
-        dtype=setting.dtype,
-        kv_dtype=setting.dtype,
-        blocks={group.name: blocks for group in structure.groups if group.kind != "state"},
-        block_tokens=setting.block_tokens,
-        slots=slots,
-    )
-    copies = copies_needed(unit_bytes, setting.kind)
-    stages = [load_stage(config, structure, cut, size, lambda model: _fill(model, setting)) for _ in range(copies)]
-    settle = synchronizer(torch, setting.kind, setting.device) if setting.kind != "cpu" else _nothing
-    try:
-        return {point: _time_point(stages, structure, setting, blocks, point, settle) for point in points}
-    finally:
-        for stage in stages:
-            stage.close()
+    def __init__(
+        self, config: Any, structure: ModelStructure, cut: CutRange, setting: Setting, points: Sequence[Point]
+    ) -> None:
+        """Loads; raises what loading raises. ``points`` are all that will ever be timed."""
+        self._structure = structure
+        self._setting = setting
+        self._blocks = pool_blocks(points, setting.block_tokens)
+        size = StageSize(
+            device=setting.device,
+            dtype=setting.dtype,
+            kv_dtype=setting.dtype,
+            blocks={group.name: self._blocks for group in structure.groups if group.kind != "state"},
+            block_tokens=setting.block_tokens,
+            slots=max(point.rows for point in points),
+        )
+        self._settle = synchronizer(torch, setting.kind, setting.device) if setting.kind != "cpu" else _nothing
+        self._stages: list[RangeStage] = []
+        self._worker = Worker(setting.device, setting.threads)
+        try:
+            for _ in range(setting.copies):
+                load = partial(load_stage, config, structure, cut, size, lambda model: _fill(model, setting))
+                self._stages.append(self._worker.call(load))
+        except BaseException:
+            self.close()
+            raise
+
+    def time(self, points: Sequence[Point], spend_s: float | None = None) -> dict[Point, Sample]:
+        """Seconds of a stage of the range for each point, in about ``spend_s`` each."""
+        spend_s = POINT_SECONDS if spend_s is None else spend_s
+        return {point: self._worker.call(partial(self._time, point, spend_s)) for point in points}
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for stage in self._stages:
+            self._worker.call(stage.close)
+        self._stages.clear()
+        self._worker.close()
+        if self._setting.kind != "cpu":
+            release(torch, self._setting.kind)
+
+    def _time(self, point: Point, spend_s: float) -> Sample:
+        step = make_step(point, self._structure.groups, self._setting.block_tokens, self._blocks)
+        incoming = _activation(self._stages[0], self._structure.hidden, point)
+
+        def run(stage: RangeStage) -> None:
+            stage.run(step, incoming)
+            self._settle()
+
+        for stage in self._stages:
+            run(stage)
+        return sample(run, self._stages, spend_s)
 
 
 def copies_needed(unit_bytes: int, kind: str) -> int:
@@ -111,31 +144,13 @@ def _fill(model: CutModel, setting: Setting) -> int:
     return loader.load(model.own_names, setting.weights, setting.device).nbytes
 
 
-def _time_point(
-    stages: Sequence[RangeStage],
-    structure: ModelStructure,
-    setting: Setting,
-    blocks: int,
-    point: Point,
-    settle: Callable[[], None],
-) -> Sample:
-    step = make_step(point, structure.groups, setting.block_tokens, blocks)
-    incoming = _activation(stages[0], structure.hidden, point)
-
-    def run(stage: RangeStage) -> None:
-        stage.run(step, incoming)
-        settle()
-
-    for stage in stages:
-        run(stage)
-    return sample(run, stages, POINT_SECONDS)
-
-
 def sample(run: Callable[[Any], None], subjects: Sequence[Any], spend_s: float) -> Sample:
     """The runs' median and spread; ``subjects`` take turns."""
     times: list[float] = []
     until = time.perf_counter() + spend_s
     while len(times) < LEAST_RUNS or (time.perf_counter() < until and len(times) < MOST_RUNS):
+        if len(times) >= FEWEST_RUNS and time.perf_counter() > until + spend_s:
+            break
         subject = subjects[len(times) % len(subjects)]
         start = time.perf_counter()
         run(subject)

@@ -19,17 +19,16 @@ import transformers
 
 import splitrun
 from splitrun.errors import SplitrunError
-from splitrun.measure import speed
 from splitrun.measure.cache import Cache
 from splitrun.measure.host import worker_threads
-from splitrun.measure.timing import Sample, Setting, figures, samples_of, time_units
+from splitrun.measure.timing import Sample, Setting, UnitBench, copies_needed, figures, samples_of
 from splitrun.measure.unit_steps import Point
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
 from splitrun.model.structure import ModelStructure
 from splitrun.planner.facts import VALUE_BYTES, Cluster, Device, ModelProfile
 from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds
-from splitrun.transport.local import Worker, torch_device
+from splitrun.transport.local import torch_device
 
 ROWS = (1, 4, 16)
 NEAR, FAR = 128, 4096
@@ -39,6 +38,8 @@ SHARE_OF_MEMORY = 4
 """A unit is timed only where all its copies and its largest step take less than one part in so many of the device."""
 
 Report = Callable[[str], None]
+OpenBench = Callable[[Any, ModelStructure, CutRange, Setting, Sequence[Point]], UnitBench]
+Samples = dict[Point, Sample]
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,19 @@ def measure(
     wanted: Wanted,
     kept: Cache,
     report: Report = lambda text: None,
+    open_bench: OpenBench = UnitBench,
 ) -> ModelProfile:
     """``profile`` with the seconds of its units on every device of the cluster in the formats that it computes.
 
     ``report`` is told what is being measured, which takes seconds the first time and nothing from the cache.
+    ``open_bench`` makes the benches that units are timed on.
     """
     seconds = dict(profile.seconds)
     hosts = sum(device.kind == "cpu" for device in cluster.devices)
     for device in cluster.devices:
         threads = worker_threads(hosts) if device.kind == "cpu" else None
         for weights in (name for name in wanted.formats.get(device.name, ()) if name in device.formats):
-            task = _Task(files, structure, profile, device, weights, threads, wanted, kept, report)
+            task = _Task(files, structure, profile, device, weights, threads, wanted, kept, report, open_bench)
             found = task.seconds()
             if found is not None:
                 seconds[device.name, weights] = found
@@ -88,29 +91,36 @@ class _Task:
     wanted: Wanted
     kept: Cache
     report: Report
+    open_bench: OpenBench
 
     def seconds(self) -> DeviceSeconds | None:
         """The units' seconds, None when any shape cannot be measured here."""
-        layers = self.structure.layers
-        points = self.points()
-        stage = self._samples(CutRange(True, 0, 0, False), [0], points)
-        if stage is None:
+        layers, points = self.structure.layers, self.points()
+        embed = self._samples(CutRange(True, 0, 0, False), points)
+        head = self._samples(CutRange(False, layers, layers, True), points)
+        if embed is None or head is None:
             return None
-        shapes: dict[str, UnitSeconds] = {}
-        units = [replace(zero_like(unit_seconds(stage, points)), spread=0.0)]
+        stage: Samples | None = None
+        alone: dict[str, tuple[Samples, int, Samples | None]] = {}
         for index in range(layers):
             shape = layer_shape(self.structure, index)
-            if shape not in shapes:
-                stop = self._run_end(index, shape)
-                found = self._samples(CutRange(False, index, stop, False), list(range(index + 1, stop + 1)), points)
-                if found is None:
-                    return None
-                shapes[shape] = unit_seconds(share(found, stage, stop - index), points)
-            units.append(shapes[shape])
-        head = self._samples(CutRange(False, layers, layers, True), [layers + 1], points)
-        if head is None:
-            return None
-        return DeviceSeconds(unit_seconds(stage, points), (*units, unit_seconds(share(head, stage, 1), points)))
+            if shape in alone:
+                continue
+            count = self._run_length(index, shape)
+            several = self._samples(CutRange(False, index, index + count, False), points)
+            one = self._samples(CutRange(False, index, index + 1, False), points) if count > 1 else None
+            if several is None or (count > 1 and one is None):
+                return None
+            alone[shape] = (several, count, one)
+            stage = stage or (None if one is None else less(one, slope(several, one, count)))
+        stage = stage or embed
+        shapes = {
+            shape: unit_seconds(less(several, stage) if one is None else slope(several, one, count), points)
+            for shape, (several, count, one) in alone.items()
+        }
+        middle = [shapes[layer_shape(self.structure, index)] for index in range(layers)]
+        first, last = (unit_seconds(less(found, stage), points) for found in (embed, head))
+        return DeviceSeconds(unit_seconds(stage, points), (replace(first, spread=0.0), *middle, last))
 
     def points(self) -> list[Point]:
         """The steps to time: decoding near and far, prompt chunks with and without history."""
@@ -130,16 +140,21 @@ class _Task:
             far //= 2
         return far
 
-    def _run_end(self, index: int, shape: str) -> int:
-        """Small layers of one shape are timed several at once, so that the stage's own share weighs less."""
-        small = self.profile.units[index + 1].weight_bytes[self.weights] < (8 << 20)
-        most = 2 if small else 1
-        stop = index + 1
+    def _run_length(self, index: int, shape: str) -> int:
+        """How many layers of one shape, one after the other from ``index``, are timed at once: enough that they do not
+        fit the last cache, so that each is read from memory as in decoding."""
+        most, stop = self._copies(self.profile.units[index + 1].weight_bytes[self.weights]), index + 1
         while stop - index < most and stop < self.structure.layers and layer_shape(self.structure, stop) == shape:
             stop += 1
-        return stop
+        return stop - index
 
-    def _samples(self, cut: CutRange, units: Sequence[int], points: Sequence[Point]) -> dict[Point, Sample] | None:
+    def _copies(self, size: int) -> int:
+        """How often weights of that size are held, at most, to find them in memory and not in a cache."""
+        room = self.device.budget_bytes // (SHARE_OF_MEMORY * max(size, 1))
+        return max(1, min(copies_needed(size, self.device.kind), room))
+
+    def _samples(self, cut: CutRange, points: Sequence[Point]) -> Samples | None:
+        units = cut.units(self.structure.layers)
         key = self._key(cut, units)
         kept = {} if self.kept.refresh else self.kept.get(key) or {}
         known = samples_of(kept, points)
@@ -153,24 +168,23 @@ class _Task:
             self.kept.put(key, {**kept, **figures(known)})
         return known
 
-    def _measured(self, cut: CutRange, units: Sequence[int], points: Sequence[Point]) -> dict[Point, Sample] | None:
+    def _measured(self, cut: CutRange, units: Sequence[int], points: Sequence[Point]) -> Samples | None:
         size = sum(self.profile.units[unit].weight_bytes[self.weights] for unit in units)
         if size * 2 > self.device.budget_bytes:
             return None
         dtype = self._dense_format()
-        # What a stage takes beside its units does not depend on the format, and dense tables are made at once.
+        # Looking up a few rows takes the same in every format, and a dense table is made at once.
         weights = dtype if cut.embed and dtype in self.profile.units[0].weight_bytes else self.weights
-        kind, name = self.device.kind, torch_device(self.device.name)
-        setting = Setting(kind, name, dtype, weights, self.wanted.block_tokens)
-        worker = Worker(self.device.name, self.threads)
+        kind, name, blocks = self.device.kind, torch_device(self.device.name), self.wanted.block_tokens
+        setting = Setting(kind, name, dtype, weights, blocks, self.threads, 1 if cut.embed else self._copies(size))
         try:
-            return worker.call(lambda: time_units(self.files.config, self.structure, cut, setting, points, size))
+            bench = self.open_bench(self.files.config, self.structure, cut, setting, points)
+            try:
+                return bench.time(points)
+            finally:
+                bench.close()
         except (SplitrunError, RuntimeError, MemoryError, ValueError):
             return None  # a card without this format, or without room: bandwidths decide
-        finally:
-            worker.close()
-            if self.device.kind != "cpu":
-                speed.release(torch, self.device.kind)
 
     def _dense_format(self) -> str:
         return self.weights if self.weights in VALUE_BYTES else self.device.compute_dtype
@@ -207,11 +221,25 @@ def layer_shape(structure: ModelStructure, index: int) -> str:
     return repr((sorted(names), structure.caches[index], structure.returns[index]))
 
 
-def share(found: dict[Point, Sample], stage: dict[Point, Sample], units: int) -> dict[Point, Sample]:
-    """One of ``units`` equal units' seconds, the stage's own share taken off."""
+def less(found: Samples, stage: Samples) -> Samples:
+    """What is left of a stage's seconds when those that any stage takes are taken off."""
     return {
-        point: replace(sample, seconds=max(0.0, sample.seconds - stage[point].seconds) / units)
+        point: replace(sample, seconds=max(0.0, sample.seconds - stage[point].seconds))
         for point, sample in found.items()
+    }
+
+
+def slope(several: Samples, one: Samples, count: int) -> Samples:
+    """Seconds of one layer: what ``count`` of them in a row take more than one, for each of those more.
+
+    Never more than their equal share of the whole, which is what noise could otherwise make of it.
+    """
+    return {
+        point: replace(
+            sample,
+            seconds=min(max(0.0, sample.seconds - one[point].seconds) / (count - 1), sample.seconds / count),
+        )
+        for point, sample in several.items()
     }
 
 
@@ -239,12 +267,6 @@ def unit_seconds(samples: dict[Point, Sample], points: Iterable[Point]) -> UnitS
         history = max(0.0, samples[point].seconds - without) / (point.tokens * point.context)
     spreads = sorted(samples[point].spread for point in points if point.tokens == 1)
     return UnitSeconds(tuple(lines), tuple(sorted(chunks)), history, spreads[len(spreads) // 2])
-
-
-def zero_like(unit: UnitSeconds) -> UnitSeconds:
-    """The same points at no time: the embedding's own look-up is in its stage's share."""
-    lines = tuple(DecodeLine(line.rows, 0.0, 0.0) for line in unit.decode)
-    return UnitSeconds(lines, tuple((tokens, 0.0) for tokens, _ in unit.prefill))
 
 
 @cache

@@ -8,6 +8,7 @@ is assumed to overlap but the steps of different sessions (throughput). Knows no
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 from splitrun.planner import kv
 from splitrun.planner.estimate import Estimate, StageEstimate
@@ -114,6 +115,16 @@ def hop_s(
     return link.latency_s + rows * token_bytes / link.bandwidth_bytes_per_s
 
 
+def engine_hop_s(cluster: Cluster, device: str, workload: Workload, prefill: bool, rows: int = 1) -> float:
+    """Seconds for a step's ids from the engine to the first stage, or of the tokens back from the last one.
+
+    On the engine's own machine they are part of a step's and the stages' own seconds.
+    """
+    if "/" not in device:
+        return 0.0
+    return hop_s(cluster, ENGINE_DEVICE, device, TOKEN_BYTES, workload, prefill, rows)
+
+
 def activation_bytes(profile: ModelProfile, device: Device, weights: str) -> int:
     """Bytes of one token's hidden state as that device passes it on."""
     return profile.hidden_values * VALUE_BYTES[compute_dtype(device, weights)]
@@ -126,14 +137,14 @@ def stage_kv_dtype(stage: StageSpec, device: Device) -> str:
 
 def path_s(profile: ModelProfile, cluster: Cluster, placement: Placement, prefill: bool, rows: int = 1) -> list[float]:
     """Seconds of each hop: engine to the first stage, between stages, and back from the last one."""
-    names = [ENGINE_DEVICE, *(stage.device for stage in placement.stages), ENGINE_DEVICE]
-    sizes = [TOKEN_BYTES]
-    for stage in placement.stages[:-1]:
-        sizes.append(activation_bytes(profile, cluster.device(stage.device), stage.weights))
-    sizes.append(TOKEN_BYTES)
-    workload = placement.workload
-    hops = zip(names, names[1:], sizes, strict=False)
-    return [hop_s(cluster, source, target, size, workload, prefill, rows) for source, target, size in hops]
+    stages, workload = placement.stages, placement.workload
+    hops = [
+        hop_s(cluster, stage.device, following.device, activation_bytes(profile, cluster.device(stage.device),
+              stage.weights), workload, prefill, rows)
+        for stage, following in pairwise(stages)
+    ]  # fmt: skip
+    ends = [engine_hop_s(cluster, stage.device, workload, prefill, rows) for stage in (stages[0], stages[-1])]
+    return [ends[0], *hops, ends[1]]
 
 
 def stage_s(

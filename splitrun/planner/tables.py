@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy
 
 from splitrun.planner.cost import (
-    ENGINE_DEVICE,
-    TOKEN_BYTES,
     activation_bytes,
+    engine_hop_s,
     hop_s,
     objective_rows,
     stage_overhead_s,
@@ -56,8 +55,8 @@ def build_tables(
     return Tables(
         slots=tuple(slots),
         hop_s=numpy.array([hops(name, names, size) for name, size in zip(names, sizes, strict=True)]),
-        enter_s=_each(hops(ENGINE_DEVICE, names, TOKEN_BYTES)),
-        leave_s=_each([hops(name, [ENGINE_DEVICE], TOKEN_BYTES)[0] for name in names]),
+        enter_s=_each([engine_hop_s(cluster, name, workload, prefill, rows) for name in names]),
+        leave_s=_each([engine_hop_s(cluster, name, workload, prefill, rows) for name in names]),
         budget_bytes=numpy.array([device.budget_bytes for device in devices], dtype=numpy.int64),
         pools=shared_pools(cluster, devices),
     )

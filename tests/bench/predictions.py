@@ -1,53 +1,136 @@
 """Predicted against measured, for several placements of one model: the table that the planner is judged by.
 
-    python tests/bench/predictions.py MODEL [--formats bf16,int8,nf4] [--contexts 256,2048] [--cuts 0,8,28] [-o FILE]
+    python tests/bench/predictions.py MODEL [--formats bf16,int8,nf4] [--every] [--contexts 256,1024] [--cuts 0,4,28]
+        [--card cuda:0] [-o FOLDER]
 
-MODEL needs only its config: weights are random. Each line measures the units just before and just after the placement
-runs in a process of its own, so that a busy machine is about equally busy for both. The cut is the first layer
-on a second worker (``cpu:1``, or the card named with --card); 0 puts every layer there, the last all on ``cpu``.
+MODEL is a directory whose config.json is enough, or "deepseek-1.5b" for that shape: weights are random. The cut is the
+first layer on a second device (``cpu:1``, or the card named with --card); 0 puts every layer there, the last leaves
+all on ``cpu``. Formats take turns over the cuts, or with --every each is run at each cut.
+
+A machine's memory is shared: what it reads in a second changes by half from one minute to the next. So the units are
+timed again after every round of a placement, each while nothing else wants the processor, and medians are compared. The folder gets ``NAME.md`` and
+``NAME.json``; lines for placements that are in the JSON already replace those.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
+
+from splitrun.__main__ import SPINS
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as every command does, before torch is imported
+
+from calm import calmly
+from half_on_card import SHAPE
+from turns import Turns
 
 from splitrun.bench import contest
+from splitrun.engine.own_seconds import engine_seconds
 from splitrun.measure.cache import Cache
-from splitrun.measure.probe import probe
+from splitrun.measure.gather import with_engine
+from splitrun.measure.probe import probe, this_machine
 from splitrun.measure.profile import profile
+from splitrun.measure.timing import Sample, Setting, UnitBench
 from splitrun.measure.unit_seconds import Wanted, measure
+from splitrun.measure.unit_steps import Point
+from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles, resolve
 from splitrun.model.structure import ModelStructure, inspect
 from splitrun.planner.cost import estimate
-from splitrun.planner.facts import Cluster, ModelProfile, Workload
+from splitrun.planner.facts import ModelProfile, Workload
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
+
+SPEND_S = 0.1
+"""On one kind of step of one bench, each time it is timed."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One placement's figures: tokens per second and seconds to the first token."""
+    """One placement's figures for one context: tokens per second and seconds to the first token."""
 
-    name: str
+    placement: str
     weights: str
+    cut: int
     prompt: int
-    predicted: tuple[float, float]
-    measured: tuple[float, float]
+    predicted_decode: float
+    measured_decode: float
+    predicted_first_s: float
+    measured_first_s: float
 
     @property
     def errors(self) -> tuple[float, float]:
         """Relative, of both."""
-        pairs = zip(self.predicted, self.measured, strict=True)
-        decode, first = (predicted / found - 1 for predicted, found in pairs)
-        return decode, first
+        decode = self.predicted_decode / self.measured_decode - 1
+        return decode, self.predicted_first_s / self.measured_first_s - 1
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What was run."""
+        return self.placement, self.weights, self.prompt
 
 
-def place(source: str, layers: int, cut: int, weights: str, context: int, other: str) -> Placement:
+class Benches:
+    """Benches that stay loaded while the format stays the same."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[CutRange, Setting], KeptBench] = {}
+
+    def open(
+        self, config: Any, structure: ModelStructure, cut: CutRange, setting: Setting, points: Sequence[Point]
+    ) -> UnitBench:
+        """The bench, loaded now or earlier."""
+        if (cut, setting) not in self._open:
+            self._open[cut, setting] = KeptBench(config, structure, cut, setting, points)
+        return self._open[cut, setting]
+
+    def close(self) -> None:
+        """Give all their memory back."""
+        for bench in self._open.values():
+            bench.end()
+        self._open.clear()
+
+
+class KeptBench(UnitBench):
+    """Times each point briefly, and outlives the one who asked."""
+
+    def time(self, points: Sequence[Point], spend_s: float | None = None) -> dict[Point, Sample]:
+        """As `UnitBench.time`."""
+        return super().time(points, SPEND_S)
+
+    def close(self) -> None:
+        """Stay open."""
+
+    def end(self) -> None:
+        """Close."""
+        super().close()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model, as every line needs it."""
+
+    files: ModelFiles
+    structure: ModelStructure
+    facts: ModelProfile
+    contexts: tuple[int, ...]
+    new_tokens: int
+    turns: int
+
+
+def place(subject: Subject, cut: int, weights: str, other: str) -> Placement:
     """Everything before ``cut`` on the CPU, the rest elsewhere; the whole on the CPU when the cut is the last."""
-    workload = Workload(context=context)
+    layers, workload = subject.structure.layers, Workload(context=max(subject.contexts))
     if cut >= layers:
         stages: tuple[StageSpec, ...] = (StageSpec("cpu", True, (0, layers), True, weights),)
     else:
@@ -55,104 +138,154 @@ def place(source: str, layers: int, cut: int, weights: str, context: int, other:
             StageSpec("cpu", True, (0, cut), False, weights),
             StageSpec(other, False, (cut, layers), True, weights),
         )
-    return Placement(1, ModelRef(source, layers=layers), workload, stages)
+    return Placement(1, ModelRef(str(subject.files.path), layers=layers), workload, stages)
 
 
-def main() -> None:
-    """Print the table, and write it where asked."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--formats", default="bf16,int8,nf4")
-    parser.add_argument("--contexts", default="256,2048")
-    parser.add_argument("--cuts", default="")
-    parser.add_argument("--card", default="cpu:1")
-    parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--once", action="store_true", help="measure the units once, not before every run")
-    parser.add_argument("-o", "--output", type=Path)
-    arguments = parser.parse_args()
-    files = resolve(arguments.model, weights=False)
-    structure = inspect(files.config)
-    facts = profile(files, structure)
-    cuts = [int(cut) for cut in arguments.cuts.split(",") if cut] or [0, structure.layers // 2, structure.layers]
-    lines = []
-    with tempfile.TemporaryDirectory() as folder:
-        for weights in arguments.formats.split(","):
-            for cut in cuts:
-                for context in map(int, arguments.contexts.split(",")):
-                    placement = place(arguments.model, structure.layers, cut, weights, context, arguments.card)
-                    cluster = probe(dict.fromkeys(placement.device_names, "auto"))
-                    kept = Cache(Path(folder), refresh=not arguments.once)
-                    line = compare(files, structure, facts, cluster, placement, kept, arguments.new_tokens)
-                    lines.append(line)
-                    print(row(line), flush=True)
-    text = table(arguments.model, lines)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text, encoding="utf-8")
-
-
-def compare(
-    files: ModelFiles,
-    structure: ModelStructure,
-    facts: ModelProfile,
-    cluster: Cluster,
-    placement: Placement,
-    kept: Cache,
-    count: int,
-) -> Line:
-    """Measure units, predict, run."""
-    weights = placement.stages[0].weights
-    prompt = placement.workload.context - count
-    workload = replace(placement.workload, history_tokens=prompt + count // 2, prompt_tokens=prompt)
+def compare(subject: Subject, cut: int, weights: str, other: str, benches: Benches) -> list[Line]:
+    """Run a placement in turns with the measuring of its units: one line per context."""
+    placement = place(subject, cut, weights, other)
+    cluster = probe(dict.fromkeys(placement.device_names, "auto"))
+    cluster = with_engine(cluster, *engine_seconds(this_machine().cache))
     wanted = Wanted(dict.fromkeys(placement.device_names, (weights,)), rows=(1,))
+    foretold: dict[int, list[tuple[float, float]]] = {context: [] for context in subject.contexts}
+    found: dict[int, list[tuple[float, float]]] = {context: [] for context in subject.contexts}
 
-    def foretell() -> tuple[float, float]:
-        timed = measure(files, structure, facts, cluster, wanted, kept)
-        found = estimate(timed, cluster, replace(placement, workload=workload))
-        return found.step_s, found.time_to_first_token_s
+    def foretell() -> dict[int, tuple[float, float]]:
+        with tempfile.TemporaryDirectory() as folder:
+            kept = Cache(Path(folder))
+            timed = measure(
+                subject.files, subject.structure, subject.facts, cluster, wanted, kept, open_bench=benches.open
+            )
+        figures = {}
+        for context in subject.contexts:
+            prompt = context - subject.new_tokens
+            workload = replace(
+                placement.workload, history_tokens=prompt + subject.new_tokens // 2, prompt_tokens=prompt
+            )
+            made = estimate(timed, cluster, replace(placement, workload=workload))
+            figures[context] = made.step_s, made.time_to_first_token_s
+        return figures
 
-    before = foretell()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "placement.yaml")
         placement.save(file)
-        terms = contest.make_terms(placement, file, prompt, count, 2, "dummy")
-        (result,) = contest.hold(terms, ())
-    if result.error:
-        raise SystemExit(f"{placement.stages}: {result.error}")
-    # A machine that others use is not equally busy before and after: what is foretold is the mean of both.
-    after = foretell() if kept.refresh else before
+        runner = Turns(contest.make_terms(placement, file, 1, subject.new_tokens, 1, "dummy"))
+        try:
+            ours = (runner.process,)
+            runner.round(min(subject.contexts) - subject.new_tokens, 2)
+            foretell()  # loads the benches
+            for _ in range(subject.turns):
+                for context in subject.contexts:
+                    play = partial(runner.round, context - subject.new_tokens, subject.new_tokens)
+                    round_ = calmly(play, ours)
+                    step_s = (round_.last_s - round_.first_s) / (round_.tokens - 1)
+                    found[context].append((step_s, round_.first_s))
+                for context, figures in calmly(foretell, ours).items():
+                    foretold[context].append(figures)
+        finally:
+            runner.close()
+    if os.environ.get("SHOW"):
+        for context in subject.contexts:
+            print(context, [[f"{v*1e3:.1f}" for v, _ in x[context]] for x in (foretold, found)], [[f"{v:.3f}" for _, v in x[context]] for x in (foretold, found)], file=sys.stderr)
     name = " + ".join(f"{stage.device}: {stage.units_text}" for stage in placement.stages)
-    return Line(
-        name,
-        weights,
-        prompt,
-        (2 / (before[0] + after[0]), (before[1] + after[1]) / 2),
-        (result.decode_tokens_per_s, result.ttft_s),
-    )
+    lines = []
+    for context in subject.contexts:
+        (step_s, first_s), (real_step_s, real_first_s) = middle(foretold[context]), middle(found[context])
+        prompt = context - subject.new_tokens
+        lines.append(Line(name, weights, cut, prompt, 1 / step_s, 1 / real_step_s, first_s, real_first_s))
+    return lines
+
+
+def middle(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The medians."""
+    return median(pair[0] for pair in pairs), median(pair[1] for pair in pairs)
 
 
 def row(line: Line) -> str:
     """One line of the table."""
     decode, first = line.errors
     return (
-        f"| {line.name} | {line.weights} | {line.prompt} | {line.predicted[0]:.2f} | {line.measured[0]:.2f} | "
-        f"{decode:+.1%} | {line.predicted[1]:.3f} | {line.measured[1]:.3f} | {first:+.1%} |"
+        f"| {line.placement} | {line.weights} | {line.prompt} | {line.predicted_decode:.1f} | "
+        f"{line.measured_decode:.1f} | {decode:+.1%} | {line.predicted_first_s:.3f} | {line.measured_first_s:.3f} | "
+        f"{first:+.1%} |"
     )
 
 
-def table(model: str, lines: list[Line]) -> str:
+def table(title: str, lines: Sequence[Line]) -> str:
     """The lines under a head, and the errors in short."""
     head = (
-        "| placement | weights | prompt | tok/s predicted | measured | error | first token | measured | error |"
-        "\n|---|---|---|---|---|---|---|---|---|"
+        "| placement | weights | prompt | tok/s predicted | measured | error | first token s predicted | measured "
+        "| error |\n|---|---|---|---|---|---|---|---|---|"
     )
     decode = sorted(abs(line.errors[0]) for line in lines)
     first = sorted(abs(line.errors[1]) for line in lines)
     short = (
-        f"{len(lines)} placements of {Path(model).name}. Decode: median error {median(decode):.1%}, worst "
-        f"{decode[-1]:.1%}. First token: median {median(first):.1%}, worst {first[-1]:.1%}."
+        f"{len(lines)} runs of {len({line.key[:2] for line in lines})} placements. Decode: median error "
+        f"{median(decode):.1%}, worst {decode[-1]:.1%}. First token: median {median(first):.1%}, worst {first[-1]:.1%}."
     )
-    return "\n".join([head, *map(row, lines), "", short, ""])
+    return "\n".join([title, "", short, "", head, *map(row, lines), ""])
+
+
+def known_lines(file: Path) -> list[Line]:
+    """What an earlier run left there."""
+    return [Line(**line) for line in json.loads(file.read_text("utf-8"))["lines"]] if file.exists() else []
+
+
+def main() -> None:
+    """Print the lines as they come, and write the table where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--formats", default="bf16,int8,nf4")
+    parser.add_argument("--every", action="store_true")
+    parser.add_argument("--contexts", default="256,1024")
+    parser.add_argument("--cuts", default="")
+    parser.add_argument("--card", default="cpu:1")
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--name", default="predictions")
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model == "deepseek-1.5b":
+            Path(folder, "config.json").write_text(json.dumps(SHAPE))
+        files = resolve(folder if args.model == "deepseek-1.5b" else args.model, weights=False)
+        structure = inspect(files.config)
+        contexts = tuple(int(text) for text in args.contexts.split(","))
+        subject = Subject(files, structure, profile(files, structure), contexts, args.new_tokens, args.turns)
+        cuts = [int(cut) for cut in args.cuts.split(",") if cut] or [*range(0, structure.layers, 4), structure.layers]
+        lines = run_all(subject, cuts, args.formats.split(","), args.every, args.card)
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        write(args.output, args.name, args.card, lines)
+
+
+def run_all(subject: Subject, cuts: Sequence[int], formats: Sequence[str], every: bool, other: str) -> list[Line]:
+    """Format by format, so that benches are loaded once for each."""
+    lines: list[Line] = []
+    for number, weights in enumerate(formats):
+        benches = Benches()
+        for index, cut in enumerate(cuts):
+            if every or index % len(formats) == number:
+                new = compare(subject, cut, weights, other, benches)
+                print("\n".join(map(row, new)), flush=True)
+                lines += new
+        benches.close()
+    return lines
+
+
+def write(folder: Path, name: str, card: str, lines: Sequence[Line]) -> None:
+    """The table and its JSON; earlier lines of the file that were not run again stay."""
+    file = folder / f"{name}.json"
+    merged = {line.key: line for line in (*known_lines(file), *lines)}
+    order = sorted(merged.values(), key=lambda line: (line.weights, line.cut, line.prompt))
+    devices = probe(dict.fromkeys(("cpu", card), "auto")).devices
+    machine = ", ".join(f"{device.name}: {device.description}" for device in devices)
+    command = " ".join(["python", *sys.argv])
+    title = f"# Predicted against measured\n\nMade by `{command}` on {machine}."
+    content = {"command": command, "machine": machine, "lines": [asdict(line) for line in order]}
+    file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    (folder / f"{name}.md").write_text(table(title, order), "utf-8")
+    print(table(title, order))
 
 
 if __name__ == "__main__":

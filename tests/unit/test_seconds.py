@@ -15,8 +15,8 @@ from transformers import AutoConfig
 from splitrun.measure import timing, unit_seconds
 from splitrun.measure.cache import Cache
 from splitrun.measure.profile import profile
-from splitrun.measure.timing import Sample, Setting, copies_needed, last_cache_bytes, sample, time_units
-from splitrun.measure.unit_seconds import Wanted, layer_shape, measure, share
+from splitrun.measure.timing import Sample, Setting, UnitBench, copies_needed, last_cache_bytes, sample
+from splitrun.measure.unit_seconds import Wanted, layer_shape, less, measure, slope
 from splitrun.measure.unit_seconds import unit_seconds as lines_of
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.model.cut import CutRange
@@ -75,12 +75,26 @@ def test_units_are_what_is_left_of_a_stage() -> None:
     stage = {point: Sample(1e-3, 0.5) for point in (near, far, chunk, behind)}
     seconds = {near: 5e-3, far: 7e-3, chunk: 9e-3, behind: 13e-3}
     found = {point: Sample(value, 0.1) for point, value in seconds.items()}
-    unit = lines_of(share(found, stage, 2), [near, far, chunk, behind])
+    unit = lines_of(less(found, stage), [near, far, chunk, behind])
     (line,) = unit.decode
-    assert (line.per_token_s, line.fixed_s) == (pytest.approx(1e-6), pytest.approx(2e-3 - 1e-4))
-    assert unit.prefill == ((32, pytest.approx(4e-3)),)
-    assert unit.chunk_history_s == pytest.approx(2e-3 / (32 * 64))
+    assert (line.per_token_s, line.fixed_s) == (pytest.approx(2e-6), pytest.approx(4e-3 - 2e-4))
+    assert unit.prefill == ((32, pytest.approx(8e-3)),)
+    assert unit.chunk_history_s == pytest.approx(4e-3 / (32 * 64))
     assert unit.spread == 0.1
+
+
+@pytest.mark.parametrize(
+    ("several", "one", "expected"),
+    [
+        (7e-3, 3e-3, 2e-3),
+        (7e-3, 8e-3, 0.0),  # a disturbed run of one layer
+        (7e-3, 0.5e-3, 7e-3 / 3),  # at most an equal share
+    ],
+)
+def test_a_layer_is_what_two_more_take_more_than_one(several: float, one: float, expected: float) -> None:
+    point = Point(1, 1, 100)
+    found = slope({point: Sample(several, 0.1)}, {point: Sample(one, 0.3)}, 3)
+    assert found[point] == Sample(pytest.approx(expected), 0.1)
 
 
 def test_a_step_reads_and_writes_within_its_blocks() -> None:
@@ -108,7 +122,7 @@ def test_copies_fill_more_than_the_cache(tmp_path: Path) -> None:
 def test_a_sample_is_a_median_and_its_spread() -> None:
     calls: list[str] = []
     found = sample(calls.append, ["a", "b"], spend_s=0.0)
-    assert calls == ["a", "b", "a", "b", "a"]
+    assert calls == ["a", "b", "a"]
     assert found.seconds > 0
     assert found.spread >= 0
 
@@ -132,22 +146,30 @@ def test_every_kind_of_unit_can_be_timed(name: str, weights: str, monkeypatch: p
     setting = Setting("cpu", "cpu", "bf16", weights, 16)
     n = structure.layers
     for cut in (CutRange(True, 0, 0, False), CutRange(False, 0, 1, False), CutRange(False, n, n, True)):
-        found = time_units(config, structure, cut, setting, POINTS, unit_bytes=1 << 30)
+        bench = UnitBench(config, structure, cut, setting, POINTS)
+        found = bench.time(POINTS)
+        bench.close()
         assert set(found) == set(POINTS)
         assert all(each.seconds > 0 for each in found.values())
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[CutRange, str, int]]:
-    """What is timed, without a clock: a layer takes 2 ms, an end 3 ms, the stage 1 ms of each."""
+    """What is timed, without a clock: a stage takes 1 ms, the embedding 0.5 ms more, a layer and the head 2 ms."""
     calls: list[tuple[CutRange, str, int]] = []
 
-    def timed(config: Any, structure: Any, cut: CutRange, setting: Setting, points: Any, size: int) -> Any:
-        calls.append((cut, setting.weights, len(points)))
-        seconds = 1e-3 if cut.embed else 1e-3 + 2e-3 * (cut.stop - cut.start) + 2e-3 * cut.head
-        return {point: Sample(seconds, 0.05) for point in points}
+    class Watch:
+        def __init__(self, config: Any, structure: Any, cut: CutRange, setting: Setting, points: Any) -> None:
+            calls.append((cut, setting.weights, len(points)))
+            self.seconds = 1e-3 + 0.5e-3 * cut.embed + 2e-3 * (cut.stop - cut.start) + 2e-3 * cut.head
 
-    monkeypatch.setattr(unit_seconds, "time_units", timed)
+        def time(self, points: Any) -> Any:
+            return {point: Sample(self.seconds, 0.05) for point in points}
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(unit_seconds, "UnitBench", Watch)
     return calls
 
 
@@ -158,23 +180,25 @@ def measured(folder: Path, formats: tuple[str, ...] = ("nf4",), rows: tuple[int,
     files.__dict__["fingerprint"] = "sha256:0"
     facts = profile(files, structure)
     cluster = Cluster((device(budget=more.pop("budget", 64 * MIB)),))
-    return measure(files, structure, facts, cluster, Wanted({"cpu": formats}, rows, 16), Cache(folder, **more))
+    wanted, kept = Wanted({"cpu": formats}, rows, 16), Cache(folder, **more)
+    return measure(files, structure, facts, cluster, wanted, kept, open_bench=unit_seconds.UnitBench)
 
 
 def test_each_shape_is_timed_once_and_kept(tmp_path: Path, asked: list[tuple[CutRange, str, int]]) -> None:
     found = measured(tmp_path).seconds["cpu", "nf4"]
     assert [cut for cut, _, _ in asked] == [
-        CutRange(True, 0, 0, False), CutRange(False, 0, 2, False), CutRange(False, 4, 4, True)
+        CutRange(True, 0, 0, False), CutRange(False, 4, 4, True),
+        CutRange(False, 0, 4, False), CutRange(False, 0, 1, False),
     ]  # fmt: skip
-    assert [weights for _, weights, _ in asked] == ["bf16", "nf4", "nf4"]
-    assert [unit.decode_s(1, 9) for unit in found.units] == pytest.approx([0, 2e-3, 2e-3, 2e-3, 2e-3, 2e-3])
+    assert [weights for _, weights, _ in asked] == ["bf16", "nf4", "nf4", "nf4"]
+    assert [unit.decode_s(1, 9) for unit in found.units] == pytest.approx([0.5e-3, *[2e-3] * 5])
     assert found.stage.decode_s(1, 9) == pytest.approx(1e-3)
     measured(tmp_path)
-    assert len(asked) == 3  # from the cache
+    assert len(asked) == 4  # from the cache
     measured(tmp_path, rows=(1, 4))
-    assert [points for _, _, points in asked[3:]] == [2, 2, 2]  # the further rows alone
+    assert [points for _, _, points in asked[4:]] == [2] * 4  # the further rows alone
     measured(tmp_path, refresh=True)
-    assert len(asked) == 9
+    assert len(asked) == 12
 
 
 def test_what_does_not_fit_or_fails_is_left_to_bandwidths(
@@ -185,7 +209,7 @@ def test_what_does_not_fit_or_fails_is_left_to_bandwidths(
     def fails(*arguments: object) -> None:
         raise RuntimeError("no kernel for this card")
 
-    monkeypatch.setattr(unit_seconds, "time_units", fails)
+    monkeypatch.setattr(unit_seconds, "UnitBench", fails)
     assert measured(tmp_path).seconds == {}
 
 

@@ -103,9 +103,9 @@ class Force:
             for stage in stages:
                 busy[stage.device] = busy.get(stage.device, 0.0) + self.stage_s(stage)
             return max(busy.values())
-        names = ["cpu", *(stage.device for stage in stages), "cpu"]
+        names = [stage.device for stage in stages]
         sizes = [self.size_of(stage.device, stage.weights) for stage in stages[:-1]]
-        hops = [(*pair, size) for pair, size in zip(itertools.pairwise(names), [4, *sizes, 4], strict=True)]
+        hops = [(*pair, size) for pair, size in zip(itertools.pairwise(names), sizes, strict=True)]
         return sum(self.stage_s(stage) for stage in stages) + sum(self.hop_s(*hop) for hop in hops)
 
     def loss(self, stages: tuple[StageSpec, ...]) -> float:

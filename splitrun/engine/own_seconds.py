@@ -1,0 +1,98 @@
+"""What the engine takes beside its stages, measured once: per step, and per hop between two workers of this process.
+
+A real core runs over stages that compute no model but read memory for as long as a small layer would, so that caches
+are as cold and threads as sleepy as in earnest. What a token takes beyond the stages' own clocks is the engine's.
+Knows scheduler and pipeline; knows no model and no plan.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+
+import splitrun
+from splitrun.engine.core import EngineCore
+from splitrun.engine.interface import StageStatus
+from splitrun.engine.pipeline import Link, Outcome, Pipeline
+from splitrun.measure.cache import Cache
+from splitrun.schedule.request import Request, SamplingParams, TokenEvent
+from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
+from splitrun.schedule.step import RowTokens, Step, Tokens
+from splitrun.transport.local import SameMemory, Worker
+
+TOKENS, ROUNDS = 40, 3
+READ_BYTES = 48 << 20
+"""More than the last cache of most processors."""
+
+
+class ReadingStage:
+    """Reads memory, and returns a token where it is the last."""
+
+    def __init__(self, last: bool) -> None:
+        self._last = last
+        self._memory = torch.ones(READ_BYTES // 4)
+
+    def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
+        """As a stage does."""
+        self._memory.sum()
+        if not self._last:
+            return torch.zeros((int(step.query_starts[-1]), 1))
+        return Tokens(step.index, step.epoch, tuple(RowTokens((1,)) for _ in range(step.rows)))
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def engine_seconds(kept: Cache) -> tuple[float, float]:
+    """Seconds per step beside stages and hops, and seconds of handing a step from one worker to the next."""
+
+    def measure() -> dict[str, float]:
+        alone, two = (median(_beside_stages(stages) for _ in range(ROUNDS)) for stages in (1, 2))
+        return {"step_s": alone, "hop_s": max(0.0, two - alone)}
+
+    key = f"engine {splitrun.__version__} torch {torch.__version__}"
+    found = kept.get_or_measure(key, ("step_s", "hop_s"), measure)
+    return found["step_s"], found["hop_s"]
+
+
+def _beside_stages(count: int) -> float:
+    """Seconds per token beyond what the stages' clocks show."""
+    workers = [Worker("cpu") for _ in range(count)]
+    onward = [SameMemory() if index + 1 < count else None for index in range(count)]
+    links = [
+        Link(ReadingStage(hop is None), worker, f"stage {index}", hop)
+        for index, (worker, hop) in enumerate(zip(workers, onward, strict=True))
+    ]
+    limits = Limits(context=128, sessions=1, vocabulary=2, chunk_tokens=64, block_tokens=64, depth=count)
+    pipelines: list[Pipeline] = []
+
+    def make(deliver: Callable[[Outcome], None]) -> Pipeline:
+        pipelines.append(Pipeline(links, deliver))
+        return pipelines[0]
+
+    core = EngineCore(Scheduler((GroupSpec("full", None, 2),), limits), make, (StageStatus("cpu", ""),) * count, {})
+    try:
+        _generate(core, 2)
+        before = [(clock.total_s, clock.steps) for clock in pipelines[0].clocks]
+        spent = _generate(core, TOKENS)
+        clocks = zip(before, pipelines[0].clocks, strict=True)
+        inside = sum((clock.total_s - total) / (clock.steps - steps) for (total, steps), clock in clocks)
+        return max(0.0, spent - inside)
+    finally:
+        core.close()
+
+
+def _generate(core: EngineCore, count: int) -> float:
+    """Seconds per token after the first."""
+    moments: queue.SimpleQueue[tuple[float, TokenEvent]] = queue.SimpleQueue()
+    sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+    core.submit(Request(count, (1,), sampling), lambda event: moments.put((time.perf_counter(), event)))
+    found: list[tuple[float, TokenEvent]] = []
+    while not found or found[-1][1].finish_reason is None:
+        found.append(moments.get())
+    return (found[-1][0] - found[0][0]) / max(len(found) - 1, 1)
