@@ -93,14 +93,14 @@ def gather_facts(
     report: Callable[[str], None] = lambda text: None,
 ) -> Facts:
     """Profile ``model`` and time its units on this machine; arguments and errors as for ``plan``."""
-    from splitrun.engine.own_seconds import engine_seconds
+    from splitrun.engine.own_seconds import engine_cost
     from splitrun.measure.gather import gather
     from splitrun.planner.solve import device_formats
 
     def formats(profile: ModelProfile, cluster: Cluster) -> Mapping[str, tuple[str, ...]]:
         return device_formats(profile, cluster, weights)
 
-    return gather(model, revision, load, memory, formats, rows, engine_seconds, refresh=refresh, report=report)
+    return gather(model, revision, load, memory, formats, rows, engine_cost, refresh=refresh, report=report)
 
 
 def gather_cluster(
@@ -144,7 +144,7 @@ def predict(
 
     Times the units of the placement's formats on its devices, unless an earlier run did.
     """
-    from splitrun.engine.own_seconds import engine_seconds
+    from splitrun.engine.own_seconds import engine_cost
     from splitrun.measure.gather import gather
     from splitrun.planner.cost import estimate
 
@@ -153,7 +153,7 @@ def predict(
         formats[stage.device] = tuple({*formats.get(stage.device, ()), stage.weights})
     budgets: dict[str, str | int] = {name: placement.devices.get(name, "auto") for name in placement.device_names}
     source, revision = placement.model.source, placement.model.revision
-    known = gather(source, revision, load, budgets, lambda profile, cluster: formats, (1,), engine_seconds)
+    known = gather(source, revision, load, budgets, lambda profile, cluster: formats, (1,), engine_cost)
     history = prompt_tokens + new_tokens // 2
     workload = replace(placement.workload, history_tokens=history, prompt_tokens=prompt_tokens)
     return estimate(known.profile, known.cluster, replace(placement, workload=workload))

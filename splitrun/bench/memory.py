@@ -6,15 +6,12 @@ reserved at most, and the context; where the driver reports more, that. Also hol
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from splitrun.errors import DoesNotFit
 from splitrun.measure.probe import Machine, survey, this_machine
+from splitrun.measure.resident import high_water_bytes, reset_high_water, resident_bytes
 from splitrun.quantities import format_bytes
-
-STATUS = Path("/proc/self/status")
 
 
 class MemoryMeter:
@@ -33,7 +30,8 @@ class MemoryMeter:
         self._contexts = {name: contexts.get(name, 0) for name in cards}
         for name in cards:
             self._hold(name, budgets[name])
-        _reset_high_water()
+        # Where that is not allowed, imports count if they held more than the load does.
+        reset_high_water()
         self.start_bytes = resident_bytes()
 
     def peak_bytes(self) -> dict[str, int]:
@@ -63,37 +61,6 @@ class MemoryMeter:
     def context_bytes(self, name: str) -> int:
         """The measured context of a card, 0 for anything else."""
         return self._contexts.get(name, 0)
-
-
-def resident_bytes() -> int:
-    """Pages of this process in main memory now."""
-    return _status("VmRSS") or _psutil_resident()
-
-
-def high_water_bytes() -> int:
-    """The most pages that this process had in main memory, since the mark was reset if it could be."""
-    return _status("VmHWM") or _psutil_resident()
-
-
-def _reset_high_water() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # not Linux, or not allowed: imports then count if they held more than the load does
-
-
-def _status(name: str) -> int:
-    try:
-        lines = STATUS.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
-
-
-def _psutil_resident() -> int:
-    import psutil
-
-    return int(psutil.Process(os.getpid()).memory_info().rss)
 
 
 def _index(name: str) -> int:

@@ -13,13 +13,16 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+import transformers
 from torch import Tensor
 
 import splitrun
 from splitrun.engine.core import EngineCore
 from splitrun.engine.interface import StageStatus
 from splitrun.engine.pipeline import Link, Outcome, Pipeline
+from splitrun.engine.process_bytes import process_bytes
 from splitrun.measure.cache import Cache
+from splitrun.measure.gather import EngineCost
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
 from splitrun.schedule.step import RowTokens, Step, Tokens
@@ -48,16 +51,18 @@ class ReadingStage:
         """Nothing is held open."""
 
 
-def engine_seconds(kept: Cache) -> tuple[float, float]:
-    """Seconds per step beside stages and hops, and seconds of handing a step from one worker to the next."""
+def engine_cost(kept: Cache, card: str | None = None) -> EngineCost:
+    """What the engine takes beside stages, with ``card`` in use or none: seconds and main memory."""
 
     def measure() -> dict[str, float]:
         alone, two = (median(_beside_stages(stages) for _ in range(ROUNDS)) for stages in (1, 2))
-        return {"step_s": alone, "hop_s": max(0.0, two - alone)}
+        return {"step_s": alone, "hop_s": max(0.0, two - alone), "process_bytes": process_bytes(card)}
 
-    key = f"engine {splitrun.__version__} torch {torch.__version__}"
-    found = kept.get_or_measure(key, ("step_s", "hop_s"), measure)
-    return found["step_s"], found["hop_s"]
+    versions = f"splitrun {splitrun.__version__} torch {torch.__version__} transformers {transformers.__version__}"
+    found = kept.get_or_measure(
+        f"engine with {card or 'no card'} {versions}", ("step_s", "hop_s", "process_bytes"), measure
+    )
+    return EngineCost(found["step_s"], found["hop_s"], int(found["process_bytes"]))
 
 
 def _beside_stages(count: int) -> float:

@@ -6,7 +6,7 @@ Joins what the other modules of this package measure; knows nothing of plans.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from splitrun import __version__
@@ -22,8 +22,20 @@ from splitrun.planner.facts_file import Facts
 MEMORY_BYTES_PER_S = 1e15
 """Where nothing is copied."""
 Formats = Callable[[ModelProfile, Cluster], Mapping[str, Sequence[str]]]
-EngineSeconds = Callable[[Cache], tuple[float, float]]
-"""Seconds per step beside stages and hops, and of handing a step from one worker to the next: the engine's to say."""
+
+
+@dataclass(frozen=True)
+class EngineCost:
+    """What the engine itself takes: seconds per step beside stages and hops, seconds of handing a step from one worker
+    to the next, and bytes of main memory of its process before any model."""
+
+    step_s: float
+    hop_s: float
+    process_bytes: int
+
+
+MeasureEngine = Callable[[Cache, str | None], EngineCost]
+"""(what is kept, a card in use) -> what the engine takes."""
 
 
 def gather(
@@ -33,7 +45,7 @@ def gather(
     memory: Mapping[str, str | int] | None,
     formats: Formats,
     rows: tuple[int, ...],
-    engine: EngineSeconds,
+    engine: MeasureEngine,
     *,
     refresh: bool = False,
     report: Report = lambda text: None,
@@ -50,12 +62,18 @@ def gather(
     facts = profile(files, structure)
     wanted = Wanted(formats(facts, cluster), rows)
     timed = measure(files, structure, facts, cluster, wanted, machine.cache, report)
-    return Facts(timed, with_engine(cluster, *engine(machine.cache)), __version__)
+    card = next((device.name for device in cluster.devices if device.kind == "cuda"), None)
+    return Facts(timed, with_engine(cluster, engine(machine.cache, card)), __version__)
 
 
-def with_engine(cluster: Cluster, step_s: float, hop_s: float) -> Cluster:
-    """The cluster with what the engine takes: per step, and on top of every link that two workers hand over on."""
-    links = {pair: replace(link, latency_s=link.latency_s + hop_s) for pair, link in cluster.links.items()}
+def with_engine(cluster: Cluster, cost: EngineCost) -> Cluster:
+    """The cluster with what the engine takes: per step, on top of every link that two workers hand over on, and of
+    the processor's memory (further workers on it are threads of the same process)."""
+    links = {pair: replace(link, latency_s=link.latency_s + cost.hop_s) for pair, link in cluster.links.items()}
+    devices = [
+        replace(device, context_bytes=cost.process_bytes) if device.name == "cpu" else device
+        for device in cluster.devices
+    ]
     # Workers without a link between them share main memory: nothing moves, the step is handed over.
-    own = Link(latency_s=hop_s, bandwidth_bytes_per_s=MEMORY_BYTES_PER_S)
-    return replace(cluster, links=links, default_link=own, step_s=step_s)
+    own = Link(latency_s=cost.hop_s, bandwidth_bytes_per_s=MEMORY_BYTES_PER_S)
+    return replace(cluster, devices=tuple(devices), links=links, default_link=own, step_s=cost.step_s)

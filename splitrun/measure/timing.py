@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splitrun.measure.peaks import peak_beyond, peak_of
 from splitrun.measure.speed import release, synchronizer
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.model.cut import CutModel, CutRange
@@ -31,7 +32,7 @@ from splitrun.transport.local import Worker
 COLD_BYTES = 96 << 20
 """Weights that copies of a unit hold together at least, or one and a half times the last cache where that is more."""
 MOST_COPIES = 8
-POINT_SECONDS = 0.35
+POINT_SECONDS = 0.25
 """What is spent on one point; at least ``LEAST_RUNS`` runs."""
 LEAST_RUNS, MOST_RUNS = 5, 200
 FEWEST_RUNS = 3
@@ -40,10 +41,14 @@ FEWEST_RUNS = 3
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one kind of step: the median of the runs, and half the width of their middle half as its share."""
+    """Seconds of one kind of step: the median of the runs, and half the width of their middle half as its share.
+
+    ``peak_bytes`` is what one such step takes beside weights and KV, at its highest.
+    """
 
     seconds: float
     spread: float
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,10 @@ class Setting:
 
 
 class UnitBench:
-    """Stages of one range, loaded on a worker of their own as an engine's are, ready to be timed again and again."""
+    """Stages of one range, loaded on a worker of their own as an engine's are, ready to be timed again and again.
+
+    ``load_bytes`` is what loading took at its highest beyond what is loaded.
+    """
 
     def __init__(
         self, config: Any, structure: ModelStructure, cut: CutRange, setting: Setting, points: Sequence[Point]
@@ -82,19 +90,24 @@ class UnitBench:
         )
         self._settle = synchronizer(torch, setting.kind, setting.device) if setting.kind != "cpu" else _nothing
         self._stages: list[RangeStage] = []
+        self.load_bytes = 0
         self._worker = Worker(setting.device, setting.threads)
+
+        def load() -> None:
+            self._stages.append(load_stage(config, structure, cut, size, lambda model: _fill(model, setting)))
+
         try:
             for _ in range(setting.copies):
-                load = partial(load_stage, config, structure, cut, size, lambda model: _fill(model, setting))
-                self._stages.append(self._worker.call(load))
+                peak = self._worker.call(partial(peak_beyond, load, setting.kind, setting.device))
+                self.load_bytes = max(self.load_bytes, peak)
         except BaseException:
             self.close()
             raise
 
-    def time(self, points: Sequence[Point], spend_s: float | None = None) -> dict[Point, Sample]:
-        """Seconds of a stage of the range for each point, in about ``spend_s`` each."""
+    def time(self, points: Sequence[Point], spend_s: float | None = None, peaks: bool = True) -> dict[Point, Sample]:
+        """Seconds of a stage of the range for each point, in about ``spend_s`` each; with ``peaks``, bytes too."""
         spend_s = POINT_SECONDS if spend_s is None else spend_s
-        return {point: self._worker.call(partial(self._time, point, spend_s)) for point in points}
+        return {point: self._worker.call(partial(self._time, point, spend_s, peaks)) for point in points}
 
     def close(self) -> None:
         """Give the memory back."""
@@ -105,7 +118,7 @@ class UnitBench:
         if self._setting.kind != "cpu":
             release(torch, self._setting.kind)
 
-    def _time(self, point: Point, spend_s: float) -> Sample:
+    def _time(self, point: Point, spend_s: float, peaks: bool) -> Sample:
         step = make_step(point, self._structure.groups, self._setting.block_tokens, self._blocks)
         incoming = _activation(self._stages[0], self._structure.hidden, point)
 
@@ -113,9 +126,15 @@ class UnitBench:
             stage.run(step, incoming)
             self._settle()
 
-        for stage in self._stages:
+        first = partial(run, self._stages[0])
+        if peaks:
+            peak = peak_of(first, self._setting.kind, self._setting.device)
+        else:
+            first()
+            peak = 0
+        for stage in self._stages[1:]:
             run(stage)
-        return sample(run, self._stages, spend_s)
+        return replace(sample(run, self._stages, spend_s), peak_bytes=peak)
 
 
 def copies_needed(unit_bytes: int, kind: str) -> int:
@@ -173,16 +192,19 @@ def _nothing() -> None:
 
 
 def figures(samples: Mapping[Point, Sample]) -> dict[str, float]:
-    """For the cache: two numbers per point."""
+    """For the cache: three numbers per point."""
     flat: dict[str, float] = {}
     for point, found in samples.items():
         flat[point.name] = found.seconds
         flat[f"{point.name} spread"] = found.spread
+        flat[f"{point.name} bytes"] = found.peak_bytes
     return flat
 
 
 def samples_of(kept: Mapping[str, float], points: Sequence[Point]) -> dict[Point, Sample]:
     """The points that the cache has."""
     return {
-        point: Sample(kept[point.name], kept.get(f"{point.name} spread", 0.0)) for point in points if point.name in kept
+        point: Sample(kept[point.name], kept.get(f"{point.name} spread", 0.0), int(kept.get(f"{point.name} bytes", 0)))
+        for point in points
+        if point.name in kept
     }

@@ -1,4 +1,4 @@
-"""Measured seconds for every unit of a model on the devices of a cluster: distinct shapes once, kept between runs.
+"""Measured seconds and temporary bytes of every unit of a model on its devices: each shape once, kept between runs.
 
 Joins the stop-watch (``timing.py``), the cache and the planner's facts. What could not be measured (a format that a
 device does not compute, a unit that does not fit) is left out, and the planner falls back to bandwidths there.
@@ -27,19 +27,21 @@ from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
 from splitrun.model.structure import ModelStructure
 from splitrun.planner.facts import VALUE_BYTES, Cluster, Device, ModelProfile
+from splitrun.planner.peaks import RowsPeak, UnitPeak
 from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds
 from splitrun.transport.local import torch_device
 
 ROWS = (1, 4, 16)
 NEAR, FAR = 128, 4096
 CHUNKS = (32, 512)
-CHUNK_HISTORY = 1024
+CHUNK_HISTORIES = (1024, 3584)
 SHARE_OF_MEMORY = 4
 """A unit is timed only where all its copies and its largest step take less than one part in so many of the device."""
 
 Report = Callable[[str], None]
 OpenBench = Callable[[Any, ModelStructure, CutRange, Setting, Sequence[Point]], UnitBench]
 Samples = dict[Point, Sample]
+LOAD = "load bytes"
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,25 @@ def measure(
     ``report`` is told what is being measured, which takes seconds the first time and nothing from the cache.
     ``open_bench`` makes the benches that units are timed on.
     """
-    seconds = dict(profile.seconds)
+    seconds, peaks = dict(profile.seconds), dict(profile.peaks)
     hosts = sum(device.kind == "cpu" for device in cluster.devices)
     for device in cluster.devices:
         threads = worker_threads(hosts) if device.kind == "cpu" else None
         for weights in (name for name in wanted.formats.get(device.name, ()) if name in device.formats):
             task = _Task(files, structure, profile, device, weights, threads, wanted, kept, report, open_bench)
-            found = task.seconds()
+            found = task.measured()
             if found is not None:
-                seconds[device.name, weights] = found
-    return replace(profile, seconds=seconds)
+                seconds[device.name, weights], peaks[device.name, weights] = found
+    known = {key: found for key, found in peaks.items() if any(peak.load_bytes for peak in found)}
+    return replace(profile, seconds=seconds, peaks=known)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a bench told of a range; ``load_bytes`` are those of loading it."""
+
+    samples: Samples
+    load_bytes: int
 
 
 @dataclass(frozen=True)
@@ -93,34 +104,39 @@ class _Task:
     report: Report
     open_bench: OpenBench
 
-    def seconds(self) -> DeviceSeconds | None:
-        """The units' seconds, None when any shape cannot be measured here."""
+    def measured(self) -> tuple[DeviceSeconds, tuple[UnitPeak, ...]] | None:
+        """The units' seconds and temporary bytes, None when any shape cannot be measured here."""
         layers, points = self.structure.layers, self.points()
-        embed = self._samples(CutRange(True, 0, 0, False), points)
-        head = self._samples(CutRange(False, layers, layers, True), points)
+        embed = self._found(CutRange(True, 0, 0, False), points)
+        head = self._found(CutRange(False, layers, layers, True), points)
         if embed is None or head is None:
             return None
         stage: Samples | None = None
-        alone: dict[str, tuple[Samples, int, Samples | None]] = {}
+        alone: dict[str, tuple[Found, int, Found]] = {}
         for index in range(layers):
             shape = layer_shape(self.structure, index)
             if shape in alone:
                 continue
             count = self._run_length(index, shape)
-            several = self._samples(CutRange(False, index, index + count, False), points)
-            one = self._samples(CutRange(False, index, index + 1, False), points) if count > 1 else None
-            if several is None or (count > 1 and one is None):
+            several = self._found(CutRange(False, index, index + count, False), self._repeated(points, count))
+            one = self._found(CutRange(False, index, index + 1, False), points) if count > 1 else several
+            if several is None or one is None:
                 return None
             alone[shape] = (several, count, one)
-            stage = stage or (None if one is None else less(one, slope(several, one, count)))
-        stage = stage or embed
-        shapes = {
-            shape: unit_seconds(less(several, stage) if one is None else slope(several, one, count), points)
-            for shape, (several, count, one) in alone.items()
-        }
-        middle = [shapes[layer_shape(self.structure, index)] for index in range(layers)]
-        first, last = (unit_seconds(less(found, stage), points) for found in (embed, head))
-        return DeviceSeconds(unit_seconds(stage, points), (replace(first, spread=0.0), *middle, last))
+            if stage is None and count > 1:
+                stage = embed.samples | less(one.samples, slope(several.samples, one.samples, count))
+        stage = stage or embed.samples
+        shapes, peaks = {}, {}
+        for shape, (several, count, one) in alone.items():
+            own = less(one.samples, stage)
+            if count > 1:
+                own |= slope(several.samples, one.samples, count)
+            shapes[shape], peaks[shape] = unit_seconds(own, points), unit_peak(one, points)
+        order = [layer_shape(self.structure, index) for index in range(layers)]
+        first, last = (unit_seconds(less(found.samples, stage), points) for found in (embed, head))
+        middle = (shapes[shape] for shape in order)
+        seconds = DeviceSeconds(unit_seconds(stage, points), (replace(first, spread=0.0), *middle, last))
+        return seconds, (unit_peak(embed, points), *(peaks[shape] for shape in order), unit_peak(head, points))
 
     def points(self) -> list[Point]:
         """The steps to time: decoding near and far, prompt chunks with and without history."""
@@ -129,8 +145,13 @@ class _Task:
         decode = [Point(rows, 1, context) for rows in self.wanted.rows for context in (near, self._far(rows, far))]
         chunks = sorted({min(tokens, longest) for tokens in CHUNKS})
         prefill = [Point(1, tokens, 0) for tokens in chunks]
-        behind = min(CHUNK_HISTORY, longest - chunks[-1])
-        return [*decode, *prefill, *([Point(1, chunks[-1], behind)] if behind > 0 else [])]
+        histories = sorted({min(history, longest - chunks[-1]) for history in CHUNK_HISTORIES} - {0})
+        return [*decode, *prefill, *(Point(1, chunks[-1], history) for history in histories)]
+
+    def _repeated(self, points: Sequence[Point], count: int) -> list[Point]:
+        """What is timed on ``count`` layers in a row. A prompt takes a processor so much longer than its stage's own
+        share that one layer tells enough."""
+        return [point for point in points if count == 1 or self.device.kind != "cpu" or point.tokens == 1]
 
     def _far(self, rows: int, far: int) -> int:
         """The far context, shortened until the gathered history of all rows takes a small part of the device."""
@@ -153,22 +174,23 @@ class _Task:
         room = self.device.budget_bytes // (SHARE_OF_MEMORY * max(size, 1))
         return max(1, min(copies_needed(size, self.device.kind), room))
 
-    def _samples(self, cut: CutRange, points: Sequence[Point]) -> Samples | None:
+    def _found(self, cut: CutRange, points: Sequence[Point]) -> Found | None:
         units = cut.units(self.structure.layers)
         key = self._key(cut, units)
         kept = {} if self.kept.refresh else self.kept.get(key) or {}
         known = samples_of(kept, points)
+        load_bytes = int(kept.get(LOAD, 0))
         missing = [point for point in points if point not in known]
         if missing:
             self.report(f"measuring {_range_text(cut)} in {self.weights} on {self.device.name}")
-            measured = self._measured(cut, units, missing)
-            if measured is None:
+            found = self._measure(cut, units, missing)
+            if found is None:
                 return None
-            known |= measured
-            self.kept.put(key, {**kept, **figures(known)})
-        return known
+            known, load_bytes = known | found.samples, max(load_bytes, found.load_bytes)
+            self.kept.put(key, {**kept, **figures(known), LOAD: load_bytes})
+        return Found(known, load_bytes)
 
-    def _measured(self, cut: CutRange, units: Sequence[int], points: Sequence[Point]) -> Samples | None:
+    def _measure(self, cut: CutRange, units: Sequence[int], points: Sequence[Point]) -> Found | None:
         size = sum(self.profile.units[unit].weight_bytes[self.weights] for unit in units)
         if size * 2 > self.device.budget_bytes:
             return None
@@ -180,7 +202,7 @@ class _Task:
         try:
             bench = self.open_bench(self.files.config, self.structure, cut, setting, points)
             try:
-                return bench.time(points)
+                return Found(bench.time(points), bench.load_bytes)
             finally:
                 bench.close()
         except (SplitrunError, RuntimeError, MemoryError, ValueError):
@@ -226,6 +248,7 @@ def less(found: Samples, stage: Samples) -> Samples:
     return {
         point: replace(sample, seconds=max(0.0, sample.seconds - stage[point].seconds))
         for point, sample in found.items()
+        if point in stage
     }
 
 
@@ -267,6 +290,26 @@ def unit_seconds(samples: dict[Point, Sample], points: Iterable[Point]) -> UnitS
         history = max(0.0, samples[point].seconds - without) / (point.tokens * point.context)
     spreads = sorted(samples[point].spread for point in points if point.tokens == 1)
     return UnitSeconds(tuple(lines), tuple(sorted(chunks)), history, spreads[len(spreads) // 2])
+
+
+def unit_peak(found: Found, points: Iterable[Point]) -> UnitPeak:
+    """Lines through the temporary bytes that were seen, as ``unit_seconds`` through seconds."""
+    sizes = {point: float(found.samples[point].peak_bytes) for point in points}
+    chunks = [(point.tokens, size) for point, size in sizes.items() if point.tokens > 1 and point.context == 0]
+    chunks = sorted(chunks) or [(1, 0.0)]
+    histories = [(0, chunks[-1][1])]
+    decode: dict[int, list[tuple[int, float]]] = {}
+    for point, size in sizes.items():
+        if point.tokens == 1:
+            decode.setdefault(point.rows, []).append((point.context, size))
+        elif point.context:
+            histories.append((point.context, max(size, histories[-1][1])))
+    lines = []
+    for rows, ends in sorted(decode.items()):
+        (near, low), (far, high) = min(ends), max(ends)
+        more = max(0.0, high - low) / (far - near) if far > near else 0.0
+        lines.append(RowsPeak(rows, max(0.0, low - more * near), more))
+    return UnitPeak(found.load_bytes, tuple(chunks), tuple(sorted(histories)), tuple(lines))
 
 
 @cache

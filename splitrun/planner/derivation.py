@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from splitrun.errors import InvalidPlacement
 from splitrun.planner.estimate import DeviceMemory, Estimate
-from splitrun.planner.memory import MARGIN_SHARE
+from splitrun.planner.memory import ALLOCATOR_SHARE, MARGIN_SHARE
 from splitrun.planner.placement import Placement
 from splitrun.quantities import format_bytes, format_rate, format_seconds
 
@@ -64,25 +64,22 @@ def _prompt(placement: Placement, stored: Estimate) -> list[str]:
 def _memory(placement: Placement, stored: Estimate) -> list[str]:
     workload = placement.workload
     lines = [
-        "Memory of a device: weights + KV + workspace + context + margin <= budget",
+        "Memory of a device: weights + KV + workspace + process or context + allocator + margin <= budget",
         f"  KV       {workload.sessions} x ceil({workload.context} / {workload.block_tokens}) blocks of "
         f"{workload.block_tokens} tokens, times the bytes of K and V per token and layer",
-        "  workspace  the largest need of any one unit; a device computes one at a time",
-        f"  margin   what allocators round up: one part in {MARGIN_SHARE} of weights and KV, and a fixed part",
+        "  workspace  the largest need of any one unit, measured by running its largest steps; one computes at a time",
+        "  process  Python, torch and the engine in main memory, measured; context: what a card's driver takes",
+        f"  allocator  what allocators round up: one part in {ALLOCATOR_SHARE} of weights and KV, and a fixed part",
+        f"  margin   left free for safety: one part in {MARGIN_SHARE} of weights and KV, and a fixed part",
     ]
     return lines + [_bill(memory) for memory in stored.devices]
 
 
 def _bill(memory: DeviceMemory) -> str:
-    items = (
-        memory.weight_bytes,
-        memory.kv_bytes + memory.state_bytes,
-        memory.workspace_bytes,
-        memory.context_bytes,
-        memory.margin_bytes,
-    )
     total, budget = format_bytes(memory.total_bytes), format_bytes(memory.budget_bytes)
-    return f"  {memory.device}: {' + '.join(format_bytes(item) for item in items)} = {total} <= {budget}"
+    return (
+        f"  {memory.device}: {' + '.join(format_bytes(amount) for _, amount in memory.items())} = {total} <= {budget}"
+    )
 
 
 def _search(placement: Placement) -> list[str]:

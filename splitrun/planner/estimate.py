@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 class DeviceMemory:
     """Bytes that a plan takes on one device, by purpose, against the budget it promised to keep.
 
-    ``context_bytes`` is what driver and runtime take before the first tensor, ``margin_bytes`` what allocators round
-    up. Devices with the same ``memory_pool`` draw on one memory.
+    ``context_bytes`` is what driver and runtime take before the first tensor (on a processor: the process),
+    ``allocator_bytes`` what allocators round up, ``margin_bytes`` what is left free for safety. Devices with the same
+    ``memory_pool`` draw on one memory.
     """
 
     device: str
@@ -27,13 +28,31 @@ class DeviceMemory:
     state_bytes: int
     workspace_bytes: int
     context_bytes: int
+    allocator_bytes: int
     margin_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """All items together."""
+        return self.expected_bytes + self.margin_bytes
+
+    @property
+    def expected_bytes(self) -> int:
+        """What the plan is expected to take at its highest: all items without the safety margin."""
         items = self.weight_bytes + self.kv_bytes + self.state_bytes
-        return items + self.workspace_bytes + self.context_bytes + self.margin_bytes
+        return items + self.workspace_bytes + self.context_bytes + self.allocator_bytes
+
+    def items(self) -> tuple[tuple[str, int], ...]:
+        """(name, bytes) of every item, as they are shown."""
+        process = self.device.rpartition("/")[2].startswith("cpu")
+        return (
+            ("weights", self.weight_bytes),
+            ("KV", self.kv_bytes + self.state_bytes),
+            ("workspace", self.workspace_bytes),
+            ("process" if process else "context", self.context_bytes),
+            ("allocator", self.allocator_bytes),
+            ("margin", self.margin_bytes),
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from splitrun.planner.placement import Placement
 from splitrun.quantities import format_bytes, format_rate, format_seconds
 
 BAR_WIDTH = 40
-_ITEMS = (("weights", "█"), ("KV", "▓"), ("workspace", "▒"), ("context", "░"), ("margin", "-"))
+_MARKS = "█▓▒░:-"
+_LEGEND = ("weights", "KV", "workspace", "process or context", "allocator", "margin")
 
 
 def explain(placement: Placement, profile: ModelProfile | None = None, cluster: Cluster | None = None) -> str:
@@ -35,7 +36,7 @@ def explain(placement: Placement, profile: ModelProfile | None = None, cluster: 
     parts = [title, "", *_table(stored), ""]
     for memory in stored.devices:
         parts += _bar(memory)
-    legend = "  ".join(f"{mark} {name}" for name, mark in _ITEMS)
+    legend = "  ".join(f"{mark} {name}" for name, mark in zip(_LEGEND, _MARKS, strict=True))
     parts += [f"  {legend}  · free", "", *_predictions(stored)]
     return "\n".join(parts)
 
@@ -98,24 +99,20 @@ def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
 
 def _bar(memory: DeviceMemory) -> list[str]:
     """The device's bar against its budget, and its items in figures."""
-    amounts = (
-        memory.weight_bytes,
-        memory.kv_bytes + memory.state_bytes,
-        memory.workspace_bytes,
-        memory.context_bytes,
-        memory.margin_bytes,
-    )
     scale = max(memory.budget_bytes, memory.total_bytes, 1)
     bar, edge, drawn = "", 0, 0
-    for amount, (_, mark) in zip(amounts, _ITEMS, strict=True):
+    for (_, amount), mark in zip(memory.items(), _MARKS, strict=True):
         edge += amount
         until = round(edge / scale * BAR_WIDTH)
         bar, drawn = bar + mark * (until - drawn), until
     bar = bar.ljust(BAR_WIDTH, "·")
     beyond = memory.total_bytes - memory.budget_bytes
     over = f": {format_bytes(beyond)} TOO MUCH" if beyond > 0 else ""
-    figures = " · ".join(
-        f"{name} {format_bytes(amount)}" for amount, (name, _) in zip(amounts, _ITEMS, strict=True) if amount
-    )
+    figures = [f"{name} {format_bytes(amount)}" for name, amount in memory.items() if amount]
     total = f"{format_bytes(memory.total_bytes)} of {format_bytes(memory.budget_bytes)}{over}"
-    return [f"  {memory.device:<8} {bar}  {total}", f"  {'':<8} {figures}", ""]
+    return [
+        f"  {memory.device:<8} {bar}  {total}",
+        f"  {'':<8} {' · '.join(figures[:3])}",
+        f"  {'':<8} {' · '.join(figures[3:])}",
+        "",
+    ]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from splitrun.planner.peaks import UnitPeak
 from splitrun.planner.seconds import DeviceSeconds
 
 FORMATS = ("fp32", "bf16", "fp16", "int8", "nf4")
@@ -28,9 +29,10 @@ class Device:
 
     ``memory_pool`` names the memory that the device draws on: the CPU and every integrated GPU are in "host" and share
     one budget; a discrete GPU is in a pool of its own name. ``budget_bytes`` is what the plan may use there, the
-    device's context (``context_bytes``, taken by the driver and runtime before the first tensor) included. ``spread``
-    is how far, as a share, predictions from these figures may be off; ``source`` says where the figures come from:
-    "bandwidth" (measured on the device, but not with the model's layers) or "datasheet".
+    device's context included: ``context_bytes``, which driver and runtime take before the first tensor (of a
+    processor: what the process itself takes, Python and torch). ``spread`` is how far, as a share, predictions from
+    these figures may be off; ``source`` says where the figures come from: "bandwidth" (measured on the device, but not
+    with the model's layers) or "datasheet".
     """
 
     name: str
@@ -139,7 +141,8 @@ class ModelProfile:
     ``tied_bytes``: format -> bytes of the tensors that embed and head share; a device that holds both in one format
     pays them once. ``fingerprint`` identifies config and tensor headers. ``stored_format`` is the format of the
     checkpoint: "nf4" and "int8" for checkpoints already quantized, which load as they are and as nothing else.
-    ``seconds``: (device, format) -> what was measured there; where there is nothing, bandwidths decide.
+    ``seconds``: (device, format) -> what was measured there; where there is nothing, bandwidths decide. ``peaks``:
+    (device, format) -> measured temporary bytes of each unit; where there is nothing, shapes decide.
     """
 
     source: str
@@ -154,6 +157,7 @@ class ModelProfile:
     stored_format: str
     tied_bytes: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[tuple[str, str], DeviceSeconds] = field(default_factory=dict)
+    peaks: Mapping[tuple[str, str], tuple[UnitPeak, ...]] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:

@@ -64,6 +64,12 @@ def gathered_kv_bytes(unit: UnitProfile, groups: Iterable[KVGroup], workload: Wo
     return values * workload.sessions * VALUE_BYTES[dtype]
 
 
+def kept_tokens(unit: UnitProfile, groups: Iterable[KVGroup], workload: Workload) -> int:
+    """The most tokens of history that the unit's attention looks back on."""
+    windows = [group.window for group in groups if group.name in unit.kv_values_per_token]
+    return max((workload.context if window is None else window for window in windows), default=0)
+
+
 def history_bytes(unit: UnitProfile, groups: Iterable[KVGroup], history_tokens: int, dtype: str) -> int:
     """Bytes that one token's attention reads of a history of that length, the state (read and written) included."""
     values = 0

@@ -21,11 +21,15 @@ SCORED_CHUNK_TOKENS = 32
 """Prompt tokens that get logits at once when a prompt's log-probabilities are wanted."""
 SCORE_BYTES = 10
 """Of a written-out score beside two copies in the compute type: the softmax in float32, in and out, and a copy."""
-MARGIN_BYTES = {"cpu": 16 << 20}
-DEFAULT_MARGIN_BYTES = 64 << 20
+ALLOCATOR_BYTES = {"cpu": 4 << 20}
+DEFAULT_ALLOCATOR_BYTES = 32 << 20
 """A GPU's matrix library keeps up to 32 MiB, and its allocator rounds segments up."""
-MARGIN_SHARE = 32
+ALLOCATOR_SHARE = 64
 """One part in so many of weights and KV is lost to rounding of tensors up to allocation blocks."""
+MARGIN_BYTES = {"cpu": 16 << 20}
+DEFAULT_MARGIN_BYTES = 32 << 20
+MARGIN_SHARE = 64
+"""For safety: what no measurement has seen. One part in so many of weights and KV besides."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,22 @@ def unit_memory(
 def workspace_bytes(
     profile: ModelProfile, unit: int, device: Device, weights: str, workload: Workload, kv_dtype: str
 ) -> int:
-    """Temporary bytes while the unit computes its largest step.
+    """Temporary bytes while the unit computes its largest step: as measured, or as its shapes say.
 
-    The sum of: hidden states in and out and the largest intermediate, for a whole chunk (for the head: one row per
-    session); one matrix turned back into the compute type, for int8 and nf4; the history of all sessions gathered for
-    attention (one session's twice, while it is copied), spread over the query heads, and its mask; the scores, where
-    attention writes them out; for the head the logits in float32, ``LOGIT_COPIES``
+    By shapes, the sum of: hidden states in and out and the largest intermediate, for a whole chunk (for the head: one
+    row per session); one matrix turned back into the compute type, for int8 and nf4; the history of all sessions
+    gathered for attention (one session's twice, while it is copied), spread over the query heads, and its mask; the
+    scores, where attention writes them out; for the head the logits in float32, ``LOGIT_COPIES``
     times, and those of a chunk of a prompt that is scored.
     """
     facts = profile.units[unit]
     head = unit == len(profile.units) - 1
+    scored = _scored_bytes(profile, device, weights, workload) if head else 0
+    measured = profile.peaks.get((device.name, weights))
+    if measured is not None:
+        kept = kv.kept_tokens(facts, profile.groups, workload)
+        arguments = (workload.chunk_tokens, workload.sessions, workload.context, kept)
+        return max(measured[unit].bytes_at(*arguments), scored)
     value_bytes = VALUE_BYTES[compute_dtype(device, weights)]
     tokens = workload.sessions if head else max(workload.chunk_tokens, workload.sessions)
     total = tokens * (2 * profile.hidden_values + facts.activation_values_per_token) * value_bytes
@@ -85,14 +95,23 @@ def workspace_bytes(
         total += gathered * (1 + facts.heads_per_kv) + gathered // max(workload.sessions, 1)
         pairs = min(workload.chunk_tokens, workload.context) * workload.context
         total += pairs * (value_bytes + 1) + pairs * facts.score_heads * (2 * value_bytes + SCORE_BYTES)
-    if head:
-        total += workload.sessions * profile.vocabulary * 4 * LOGIT_COPIES
-        total += min(SCORED_CHUNK_TOKENS, workload.context) * profile.vocabulary * (value_bytes + 8)
-    return total
+    return total + scored
+
+
+def _scored_bytes(profile: ModelProfile, device: Device, weights: str, workload: Workload) -> int:
+    """Of the head: logits of every session, sorted and filtered, and those of a chunk of a prompt that is scored."""
+    value_bytes = VALUE_BYTES[compute_dtype(device, weights)]
+    sampled = workload.sessions * profile.vocabulary * 4 * LOGIT_COPIES
+    return sampled + min(SCORED_CHUNK_TOKENS, workload.context) * profile.vocabulary * (value_bytes + 8)
+
+
+def allocator_bytes(device: Device, held_bytes: int) -> int:
+    """What allocators and libraries take beside ``held_bytes`` of weights, KV and state."""
+    return ALLOCATOR_BYTES.get(device.kind, DEFAULT_ALLOCATOR_BYTES) + held_bytes // ALLOCATOR_SHARE
 
 
 def margin_bytes(device: Device, held_bytes: int) -> int:
-    """Room for what allocators and libraries take beside ``held_bytes`` of weights, KV and state."""
+    """Room left free for safety."""
     return MARGIN_BYTES.get(device.kind, DEFAULT_MARGIN_BYTES) + held_bytes // MARGIN_SHARE
 
 
@@ -111,6 +130,7 @@ def device_memory(
         state_bytes=state,
         workspace_bytes=max((unit.workspace_bytes for unit in units), default=0),
         context_bytes=device.context_bytes,
+        allocator_bytes=allocator_bytes(device, weights + cache + state),
         margin_bytes=margin_bytes(device, weights + cache + state),
     )
 

@@ -21,7 +21,8 @@ ITEMS = (
     ("weights", "#27374d"),
     ("KV", "#5b86b5"),
     ("workspace", "#9db8d2"),
-    ("context", "#c9b79c"),
+    ("process or context", "#c9b79c"),
+    ("allocator", "#8a7f6d"),
     ("margin", "#e4dccf"),
 )
 
@@ -88,13 +89,6 @@ def _units(placement: Placement, stored: Estimate, colours: dict[str, str]) -> l
 
 
 def _memory(memory: DeviceMemory, top: float, colour: str) -> list[str]:
-    amounts = (
-        memory.weight_bytes,
-        memory.kv_bytes + memory.state_bytes,
-        memory.workspace_bytes,
-        memory.context_bytes,
-        memory.margin_bytes,
-    )
     width = WIDTH - 2 * MARGIN
     scale = width / max(memory.budget_bytes, memory.total_bytes, 1)
     text = f"{memory.device}: {format_bytes(memory.total_bytes)} of {format_bytes(memory.budget_bytes)}"
@@ -103,7 +97,7 @@ def _memory(memory: DeviceMemory, top: float, colour: str) -> list[str]:
         f'<rect x="{MARGIN}" y="{top + 22}" width="{width}" height="{BAR_HEIGHT}" fill="#f2f2f2" stroke="{colour}"/>',
     ]
     left = float(MARGIN)
-    for amount, (name, shade) in zip(amounts, ITEMS, strict=True):
+    for (name, amount), (_, shade) in zip(memory.items(), ITEMS, strict=True):
         if amount:
             lines.append(
                 f'<rect x="{left:.1f}" y="{top + 22}" width="{amount * scale:.1f}" height="{BAR_HEIGHT}" '

@@ -19,8 +19,10 @@ from splitrun.planner.cost import (
 )
 from splitrun.planner.facts import FORMATS, Cluster, Device, ModelProfile, Workload
 from splitrun.planner.memory import (
+    ALLOCATOR_SHARE,
     MARGIN_SHARE,
     UnitMemory,
+    allocator_bytes,
     compute_dtype,
     device_memory,
     margin_bytes,
@@ -108,8 +110,14 @@ def _run_bytes(device: Device, bills: Sequence[UnitMemory], shared: int) -> dict
         ends = [bills[0]] * embed + [bills[-1]] * head
         base = device_memory(device, 0, ends, shared if embed and head else 0)
         total = base.weight_bytes + base.kv_bytes + base.state_bytes + inner
-        fixed = base.context_bytes + margin_bytes(device, 0)
-        sizes = total + total // MARGIN_SHARE + numpy.maximum(largest, base.workspace_bytes) + fixed
+        fixed = base.context_bytes + allocator_bytes(device, 0) + margin_bytes(device, 0)
+        sizes = (
+            total
+            + total // ALLOCATOR_SHARE
+            + total // MARGIN_SHARE
+            + numpy.maximum(largest, base.workspace_bytes)
+            + fixed
+        )
         sizes[~_runs(layers)] = 0
         numpy.fill_diagonal(sizes, base.total_bytes if ends else 0)
         result[embed, head] = sizes

@@ -8,8 +8,8 @@ first layer on a second device (``cpu:1``, or the card named with --card); 0 put
 all on ``cpu``. Formats take turns over the cuts, or with --every each is run at each cut.
 
 A machine's memory is shared: what it reads in a second changes by half from one minute to the next. So the units are
-timed again after every round of a placement, each while nothing else wants the processor, and medians are compared. The folder gets ``NAME.md`` and
-``NAME.json``; lines for placements that are in the JSON already replace those.
+timed again after every round of a placement, each while nothing else wants the processor, and medians are compared.
+The folder gets ``NAME.md`` and ``NAME.json``; lines for placements that are in the JSON already replace those.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from half_on_card import SHAPE
 from turns import Turns
 
 from splitrun.bench import contest
-from splitrun.engine.own_seconds import engine_seconds
+from splitrun.engine.own_seconds import engine_cost
 from splitrun.measure.cache import Cache
 from splitrun.measure.gather import with_engine
 from splitrun.measure.probe import probe, this_machine
@@ -104,9 +104,9 @@ class Benches:
 class KeptBench(UnitBench):
     """Times each point briefly, and outlives the one who asked."""
 
-    def time(self, points: Sequence[Point], spend_s: float | None = None) -> dict[Point, Sample]:
+    def time(self, points: Sequence[Point], spend_s: float | None = None, peaks: bool = False) -> dict[Point, Sample]:
         """As `UnitBench.time`."""
-        return super().time(points, SPEND_S)
+        return super().time(points, SPEND_S, peaks)
 
     def close(self) -> None:
         """Stay open."""
@@ -145,7 +145,7 @@ def compare(subject: Subject, cut: int, weights: str, other: str, benches: Bench
     """Run a placement in turns with the measuring of its units: one line per context."""
     placement = place(subject, cut, weights, other)
     cluster = probe(dict.fromkeys(placement.device_names, "auto"))
-    cluster = with_engine(cluster, *engine_seconds(this_machine().cache))
+    cluster = with_engine(cluster, engine_cost(this_machine().cache))
     wanted = Wanted(dict.fromkeys(placement.device_names, (weights,)), rows=(1,))
     foretold: dict[int, list[tuple[float, float]]] = {context: [] for context in subject.contexts}
     found: dict[int, list[tuple[float, float]]] = {context: [] for context in subject.contexts}
@@ -186,7 +186,12 @@ def compare(subject: Subject, cut: int, weights: str, other: str, benches: Bench
             runner.close()
     if os.environ.get("SHOW"):
         for context in subject.contexts:
-            print(context, [[f"{v*1e3:.1f}" for v, _ in x[context]] for x in (foretold, found)], [[f"{v:.3f}" for _, v in x[context]] for x in (foretold, found)], file=sys.stderr)
+            print(
+                context,
+                [[f"{v * 1e3:.1f}" for v, _ in x[context]] for x in (foretold, found)],
+                [[f"{v:.3f}" for _, v in x[context]] for x in (foretold, found)],
+                file=sys.stderr,
+            )
     name = " + ".join(f"{stage.device}: {stage.units_text}" for stage in placement.stages)
     lines = []
     for context in subject.contexts:

@@ -32,7 +32,7 @@ def test_bench_beside_the_others(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bench_on_random_weights_over_two_workers(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "demo", "--prompt-tokens", "20", "--new-tokens", "4", "--repeat", "1", "--load", "dummy"]
-    assert main([*words, "--memory", "cpu=26MiB,cpu:1=26MiB", "--json"]) == 0
+    assert main([*words, "--memory", "cpu=1GiB,cpu:1=26MiB", "--json"]) == 0
     own = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert own["error"] is None
     assert set(own["devices"]) <= {"cpu", "cpu:1"}

@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,6 +42,12 @@ class Turns:
         self._rounds += 1
         answer = self._ask({"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "number": self._rounds})
         return Round(**answer["round"])
+
+    def rounds(self, prompt_tokens: int, new_tokens: int, sessions: int) -> None:
+        """Play that many rounds at once."""
+        self._rounds += sessions
+        more = {"number": self._rounds, "sessions": sessions}
+        self._ask({"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, **more})
 
     @property
     def process(self) -> int:
@@ -84,8 +92,11 @@ def main() -> None:
             if not wanted:
                 say(out, {"peak_bytes": meter.peak_bytes()})
                 continue
-            number = wanted.pop("number")
-            say(out, {"round": asdict(play_round(engine.core, replace(terms, **wanted), number))})
+            number, sessions = wanted.pop("number"), wanted.pop("sessions", 1)
+            play = partial(play_round, engine.core, replace(terms, **wanted))
+            with ThreadPoolExecutor(sessions) as pool:
+                played = list(pool.map(play, range(number - sessions + 1, number + 1)))
+            say(out, {"round": asdict(played[-1])})
 
 
 def say(out: TextIO, answer: Mapping[str, Any]) -> None:

@@ -11,7 +11,9 @@ from splitrun.measure.accelerators import half_type
 from splitrun.planner.estimate import DeviceMemory
 from splitrun.planner.facts import Cluster, KVGroup, Workload
 from splitrun.planner.memory import (
+    ALLOCATOR_SHARE,
     MARGIN_SHARE,
+    allocator_bytes,
     compute_dtype,
     margin_bytes,
     over_budget,
@@ -41,7 +43,9 @@ def test_items_of_a_whole_model_on_one_device() -> None:
     assert bill.context_bytes == 0
     held = bill.weight_bytes + bill.kv_bytes
     assert bill.margin_bytes == 16 * MIB + held // MARGIN_SHARE
-    assert bill.total_bytes == held + bill.workspace_bytes + bill.margin_bytes
+    assert bill.allocator_bytes == 4 * MIB + held // ALLOCATOR_SHARE
+    assert bill.expected_bytes == held + bill.workspace_bytes + bill.allocator_bytes
+    assert bill.total_bytes == bill.expected_bytes + bill.margin_bytes
     assert bill.budget_bytes == 8 * GIB
 
 
@@ -105,8 +109,9 @@ def test_workspace() -> None:
 
 
 def test_the_margin_of_a_gpu_leaves_room_for_its_libraries() -> None:
-    assert margin_bytes(device("cuda:0"), 0) == 64 * MIB
-    assert margin_bytes(device("cpu"), 64 * MIB) == 18 * MIB
+    assert margin_bytes(device("cuda:0"), 0) == allocator_bytes(device("cuda:0"), 0) == 32 * MIB
+    assert margin_bytes(device("cpu"), 64 * MIB) == 17 * MIB
+    assert allocator_bytes(device("cpu"), 64 * MIB) == 5 * MIB
 
 
 @pytest.mark.parametrize(("weights", "own", "dtype"), [("fp32", "bf16", "fp32"), ("nf4", "fp16", "fp16")])
@@ -115,7 +120,7 @@ def test_compute_dtype(weights: str, own: str, dtype: str) -> None:
 
 
 def bill(name: str, total: int, budget: int, pool: str) -> DeviceMemory:
-    return DeviceMemory(name, pool, budget, total, 0, 0, 0, 0, 0)
+    return DeviceMemory(name, pool, budget, total, 0, 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_a_solved_plan() -> None:
     assert first == "some/model · 8 layers · 2 sessions of 4,096 tokens · planned for latency"
     assert re.search(r"^ +0  +cpu  +embed.* +bf16 +[\d.]+ [GM]iB ", text, re.M)
     for device_name, total in (("cpu", "8.00 GiB"), ("cuda:0", "1.00 GiB")):
-        assert re.search(rf"^  {device_name} +[█▓▒░·-]{{40}}  [\d.]+ [GM]iB of {total}$", text, re.M)
+        assert re.search(rf"^  {device_name} +[█▓▒░:·-]{{40}}  [\d.]+ [GM]iB of {total}$", text, re.M)
     assert re.search(r"^Predicted   [\d.]+ tok/s decoding", text, re.M)
     assert "first token of a 512-token prompt after " in text
     assert "for all 2 sessions together" in text
@@ -35,7 +35,7 @@ def test_the_bar_shows_each_item_in_proportion() -> None:
     plan = solve(PROFILE, Cluster((device(),)), Workload(), "bf16")
     assert plan.estimate is not None
     bill = plan.estimate.devices[0]
-    (bar,) = re.findall(r"[█▓▒░·-]{40}", plan.explain())
+    (bar,) = re.findall(r"[█▓▒░:·-]{40}", plan.explain())
     assert abs(bar.count("█") - 40 * bill.weight_bytes / bill.budget_bytes) <= 1
     assert abs(bar.count("·") - 40 * (1 - bill.total_bytes / bill.budget_bytes)) <= 1
 

@@ -159,12 +159,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[CutRange, str, int]]:
     calls: list[tuple[CutRange, str, int]] = []
 
     class Watch:
+        load_bytes = 7
+
         def __init__(self, config: Any, structure: Any, cut: CutRange, setting: Setting, points: Any) -> None:
             calls.append((cut, setting.weights, len(points)))
             self.seconds = 1e-3 + 0.5e-3 * cut.embed + 2e-3 * (cut.stop - cut.start) + 2e-3 * cut.head
 
         def time(self, points: Any) -> Any:
-            return {point: Sample(self.seconds, 0.05) for point in points}
+            return {point: Sample(self.seconds, 0.05, 100 * point.tokens) for point in points}
 
         def close(self) -> None:
             pass

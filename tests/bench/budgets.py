@@ -1,0 +1,221 @@
+"""Do plans keep the memory they promise? Random budgets, each plan run in a process of its own, its peak measured.
+
+    python tests/bench/budgets.py [--count 200] [--card cuda:0] [--seed 0] [--shape small|deepseek-1.5b] [-o FILE.json]
+
+For every budget the planner either makes a plan or refuses. A plan is run with its longest prompt and all its sessions,
+a card's allocator held to the budget; no device's peak may exceed its budget, and what the plan expects must be within
+5 % of it. A refusal must name the true shortfall: with that much more the planner finds a plan, with 2 % less than that
+it does not. Virtual processors are threads of one process, so theirs are added up. Ends with one JSON line; status 1
+when anything fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from splitrun.__main__ import SPINS
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as every command does, before torch is imported
+
+from half_on_card import SHAPE
+from turns import Turns
+
+from splitrun.api import gather_facts
+from splitrun.bench import contest
+from splitrun.errors import DoesNotFit
+from splitrun.planner.facts import Workload
+from splitrun.planner.facts_file import Facts
+from splitrun.planner.placement import Placement
+from splitrun.planner.solve import solve
+
+SMALL = SHAPE | {
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+WITHIN = 0.05
+SCARCER = 0.02
+"""A refusal that names the true shortfall still refuses with this share of it less."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question: budgets in bytes, and what must fit."""
+
+    number: int
+    budgets: Mapping[str, int]
+    context: int
+    sessions: int
+    weights: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it. ``fault`` is what is wrong, empty when all is well."""
+
+    case: Case
+    fault: str = ""
+    shortfall: Mapping[str, int] | None = None
+    expected: Mapping[str, int] | None = None
+    peak: Mapping[str, int] | None = None
+    error: float = 0.0
+
+
+def cases(facts: Facts, count: int, seed: int, card: str | None) -> list[Case]:
+    """Budgets from hopeless to ample around what the model takes."""
+    draw = random.Random(seed)
+    found = []
+    for number in range(count):
+        weights = draw.choice(("auto", "bf16", "int8", "nf4"))
+        context, sessions = draw.choice((512, 1024, 2048, 4096)), draw.choice((1, 1, 2, 4))
+        size = sum(unit.weight_bytes["nf4" if weights == "auto" else weights] for unit in facts.profile.units)
+        names = ["cpu"] if card is None and draw.random() < 0.6 else ["cpu", card or "cpu:1"]
+        shares = [draw.uniform(0.1, 1.5) for _ in names]
+        fixed = {device.name: device.context_bytes for device in facts.cluster.devices}
+        budgets = {
+            name: fixed[name] + int(size * share) + draw.randrange(16 << 20, 96 << 20)
+            for name, share in zip(names, shares, strict=True)
+        }
+        found.append(Case(number, budgets, context, sessions, weights))
+    return found
+
+
+def plan(facts: Facts, case: Case, budgets: Mapping[str, int]) -> Placement:
+    """The plan for those budgets; raises DoesNotFit."""
+    devices = tuple(
+        replace(device, budget_bytes=budgets[device.name]) for device in facts.cluster.devices if device.name in budgets
+    )
+    workload = Workload(context=case.context, sessions=case.sessions)
+    return solve(facts.profile, replace(facts.cluster, devices=devices), workload, case.weights)
+
+
+def judge(facts: Facts, case: Case) -> Outcome:
+    """Plan, then run it or test the refusal."""
+    try:
+        placement = plan(facts, case, case.budgets)
+    except DoesNotFit as error:
+        return judge_refusal(facts, case, error.shortfall_bytes)
+    return judge_run(facts, case, placement)
+
+
+def judge_refusal(facts: Facts, case: Case, shortfall: Mapping[str, int]) -> Outcome:
+    """With the shortfall there is a plan, with a little less than it there is none."""
+    told = {name: size for name, size in shortfall.items() if size}
+    if not told:
+        return Outcome(case, "refused without a shortfall")
+    weights = "nf4" if case.weights == "auto" else case.weights
+    case = replace(case, weights=weights)
+
+    def fits(part: float) -> bool:
+        more = {name: size + int(told.get(name, 0) * part) for name, size in case.budgets.items()}
+        try:
+            plan(facts, case, more)
+        except DoesNotFit:
+            return False
+        return True
+
+    fault = "" if fits(1.0) else "the shortfall is not enough"
+    return Outcome(case, fault or ("less than the shortfall is enough" if fits(1 - SCARCER) else ""), told)
+
+
+def judge_run(facts: Facts, case: Case, placement: Placement) -> Outcome:
+    """Run the plan and compare what it took."""
+    assert placement.estimate is not None
+    expected: dict[str, int] = {}
+    budgets: dict[str, int] = {}
+    for bill in placement.estimate.devices:
+        pool = "cpu" if bill.device.startswith("cpu") else bill.device
+        expected[pool] = expected.get(pool, 0) + bill.expected_bytes
+        budgets[pool] = budgets.get(pool, 0) + bill.budget_bytes
+    if "cpu" not in placement.device_names and "cpu" in expected:  # the process is there all the same
+        expected["cpu"] += facts.cluster.device("cpu").context_bytes
+        budgets["cpu"] += facts.cluster.device("cpu").context_bytes
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "placement.yaml")
+        placement.save(file)
+        terms = contest.make_terms(placement, file, 1, 2, 1, "dummy")
+        runner = Turns(terms)
+        try:
+            runner.rounds(case.context - 8, 8, case.sessions)
+            runner.round(case.context - 8, 8)
+            peak = {name: size for name, size in runner.peak_bytes().items() if name in expected}
+        finally:
+            runner.close()
+    if "cpu" in peak:
+        peak["cpu"] += int(runner.loaded["start_bytes"])
+    over = [name for name, size in peak.items() if size > budgets[name]]
+    errors = {name: expected[name] / size - 1 for name, size in peak.items()}
+    worst = max(errors.values(), key=abs)
+    fault = f"exceeds the budget of {over[0]}" if over else ""
+    if not fault and abs(worst) > WITHIN:
+        fault = f"expected {worst:+.1%} of the peak"
+    return Outcome(case, fault, None, expected, peak, worst)
+
+
+def main() -> None:
+    """Judge every case and say what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--card")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shape", choices=("small", "deepseek-1.5b"), default="small")
+    parser.add_argument("--jobs", type=int, default=1, help="plans that run side by side, each in its process")
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        shape = SMALL if args.shape == "small" else SHAPE
+        Path(folder, "config.json").write_text(json.dumps(shape))
+        memory: dict[str, str | int] = {"cpu": "auto", args.card or "cpu:1": "auto"}
+        facts = gather_facts(
+            folder, memory, "auto", None, "dummy", (1, 2, 4), report=lambda text: print(text, flush=True)
+        )
+        with ThreadPoolExecutor(args.jobs) as pool:
+            outcomes = []
+            wanted = cases(facts, args.count, args.seed, args.card)
+            for outcome in pool.map(lambda case: judge(facts, case), wanted):
+                outcomes.append(outcome)
+                print(line(outcome), flush=True)
+    ran = [outcome for outcome in outcomes if outcome.peak]
+    errors = sorted(abs(outcome.error) for outcome in ran)
+    result: dict[str, Any] = {
+        "cases": len(outcomes),
+        "ran": len(ran),
+        "refused": len(outcomes) - len(ran),
+        "faults": sum(bool(outcome.fault) for outcome in outcomes),
+        "median_error": round(errors[len(errors) // 2], 4) if errors else None,
+        "worst_error": round(errors[-1], 4) if errors else None,
+    }
+    if args.output:
+        args.output.write_text(
+            json.dumps(result | {"outcomes": [asdict(each) for each in outcomes]}, indent=1), "utf-8"
+        )
+    print(json.dumps(result))
+    sys.exit(bool(result["faults"]))
+
+
+def line(outcome: Outcome) -> str:
+    """One case in words."""
+    case = outcome.case
+    budgets = ", ".join(f"{name} {size >> 20}" for name, size in case.budgets.items())
+    told = f"{case.number:3} {case.weights:4} {case.context} x {case.sessions}, MiB: {budgets};"
+    if outcome.peak:
+        peaks = ", ".join(f"{name} {size >> 20}" for name, size in outcome.peak.items())
+        told += f" expected {', '.join(str(size >> 20) for size in (outcome.expected or {}).values())}, took {peaks}"
+        told += f" ({outcome.error:+.1%})"
+    elif outcome.shortfall:
+        told += f" refused, short of {', '.join(f'{name} {size >> 20}' for name, size in outcome.shortfall.items())}"
+    return told + (f": {outcome.fault.upper()}" if outcome.fault else "")
+
+
+if __name__ == "__main__":
+    main()
