@@ -14,38 +14,44 @@ from typing import TypeVar
 Result = TypeVar("Result")
 MOST = 0.04
 """The share of the processors that others may take while something is measured."""
-WAIT_S, LOOK_S = 20.0, 0.3
-ATTEMPTS = 5
+LOOK_S = 0.3
+ATTEMPTS = 4
 
 
-def calmly(run: Callable[[], Result], processes: Sequence[int] = ()) -> Result:
-    """What ``run`` returns when others hardly disturbed it; after ``ATTEMPTS``, from the least disturbed attempt.
+class Calm:
+    """Runs things when others hardly want the processor. ``patience_s`` is how long it waits for that in all, and
+    how long it repeats what was disturbed; then it takes what it gets."""
 
-    ``processes`` are the ids of ours beside this one.
-    """
-    best: tuple[float, Result] | None = None
-    for _ in range(ATTEMPTS):
-        _wait(processes)
-        before = _others_s(processes)
-        start = time.perf_counter()
-        result = run()
-        spent = (time.perf_counter() - start) * (os.cpu_count() or 1)
-        share = (_others_s(processes) - before) / max(spent, 1e-9)
-        if best is None or share < best[0]:
-            best = share, result
-        if share <= MOST:
-            break
-    assert best is not None
-    return best[1]
+    def __init__(self, patience_s: float) -> None:
+        self._left = patience_s
 
+    def __call__(self, run: Callable[[], Result], processes: Sequence[int] = ()) -> Result:
+        """What ``run`` returns when others hardly disturbed it, or what the least disturbed attempt returned.
 
-def _wait(processes: Sequence[int]) -> None:
-    until = time.monotonic() + WAIT_S
-    while time.monotonic() < until:
-        before = _others_s(processes)
-        time.sleep(LOOK_S)
-        if (_others_s(processes) - before) / (LOOK_S * (os.cpu_count() or 1)) <= MOST:
-            return
+        ``processes`` are the ids of ours beside this one.
+        """
+        best: tuple[float, Result] | None = None
+        for _ in range(ATTEMPTS):
+            self._wait(processes)
+            before, start = _others_s(processes), time.monotonic()
+            result = run()
+            spent = time.monotonic() - start
+            share = (_others_s(processes) - before) / max(spent * (os.cpu_count() or 1), 1e-9)
+            if best is None or share < best[0]:
+                best = share, result
+            if share <= MOST or self._left <= 0:
+                break
+            self._left -= spent
+        assert best is not None
+        return best[1]
+
+    def _wait(self, processes: Sequence[int]) -> None:
+        while self._left > 0:
+            before = _others_s(processes)
+            time.sleep(LOOK_S)
+            if (_others_s(processes) - before) / (LOOK_S * (os.cpu_count() or 1)) <= MOST:
+                return
+            self._left -= LOOK_S
 
 
 def _others_s(processes: Sequence[int]) -> float:

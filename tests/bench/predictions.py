@@ -1,6 +1,6 @@
 """Predicted against measured, for several placements of one model: the table that the planner is judged by.
 
-    python tests/bench/predictions.py MODEL [--formats bf16,int8,nf4] [--every] [--contexts 256,1024] [--cuts 0,4,28]
+    python tests/bench/predictions.py MODEL [--formats bf16,int8,nf4] [--every] [--contexts 128,512] [--cuts 0,4,28]
         [--card cuda:0] [-o FOLDER]
 
 MODEL is a directory whose config.json is enough, or "deepseek-1.5b" for that shape: weights are random. The cut is the
@@ -31,7 +31,7 @@ from splitrun.__main__ import SPINS
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as every command does, before torch is imported
 
-from calm import calmly
+from calm import Calm
 from half_on_card import SHAPE
 from turns import Turns
 
@@ -126,6 +126,7 @@ class Subject:
     contexts: tuple[int, ...]
     new_tokens: int
     turns: int
+    calm: Calm
 
 
 def place(subject: Subject, cut: int, weights: str, other: str) -> Placement:
@@ -177,10 +178,10 @@ def compare(subject: Subject, cut: int, weights: str, other: str, benches: Bench
             for _ in range(subject.turns):
                 for context in subject.contexts:
                     play = partial(runner.round, context - subject.new_tokens, subject.new_tokens)
-                    round_ = calmly(play, ours)
+                    round_ = subject.calm(play, ours)
                     step_s = (round_.last_s - round_.first_s) / (round_.tokens - 1)
                     found[context].append((step_s, round_.first_s))
-                for context, figures in calmly(foretell, ours).items():
+                for context, figures in subject.calm(foretell, ours).items():
                     foretold[context].append(figures)
         finally:
             runner.close()
@@ -242,11 +243,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--formats", default="bf16,int8,nf4")
     parser.add_argument("--every", action="store_true")
-    parser.add_argument("--contexts", default="256,1024")
+    parser.add_argument("--contexts", default="128,512")
     parser.add_argument("--cuts", default="")
     parser.add_argument("--card", default="cpu:1")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait, in all, for others to be idle")
     parser.add_argument("--name", default="predictions")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
@@ -256,7 +258,8 @@ def main() -> None:
         files = resolve(folder if args.model == "deepseek-1.5b" else args.model, weights=False)
         structure = inspect(files.config)
         contexts = tuple(int(text) for text in args.contexts.split(","))
-        subject = Subject(files, structure, profile(files, structure), contexts, args.new_tokens, args.turns)
+        facts, calm = profile(files, structure), Calm(args.patience)
+        subject = Subject(files, structure, facts, contexts, args.new_tokens, args.turns, calm)
         cuts = [int(cut) for cut in args.cuts.split(",") if cut] or [*range(0, structure.layers, 4), structure.layers]
         lines = run_all(subject, cuts, args.formats.split(","), args.every, args.card)
     if args.output:
@@ -285,7 +288,12 @@ def write(folder: Path, name: str, card: str, lines: Sequence[Line]) -> None:
     order = sorted(merged.values(), key=lambda line: (line.weights, line.cut, line.prompt))
     devices = probe(dict.fromkeys(("cpu", card), "auto")).devices
     machine = ", ".join(f"{device.name}: {device.description}" for device in devices)
-    command = " ".join(["python", *sys.argv])
+    words = sys.argv[1:]
+    for option in ("--cuts", "--formats", "--patience"):  # lines of several runs are one table
+        while option in words:
+            place_ = words.index(option)
+            words = words[:place_] + words[place_ + 2 :]
+    command = " ".join(["python tests/bench/predictions.py", *words])
     title = f"# Predicted against measured\n\nMade by `{command}` on {machine}."
     content = {"command": command, "machine": machine, "lines": [asdict(line) for line in order]}
     file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
