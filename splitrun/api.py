@@ -56,7 +56,7 @@ def plan(
     devices or sizes that cannot be, and a ModelError for a model that cannot be run.
     """
     from splitrun.planner.facts import Workload
-    from splitrun.planner.quality import loss_limit
+    from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit
     from splitrun.planner.solve import solve
 
     for name, value in (("context", context), ("sessions", sessions)):
@@ -70,16 +70,31 @@ def plan(
     else:
         known = read_facts_for(facts, model, memory)
     loss_limit(known.profile, quality)
+    if weights != "auto" and quality != DEFAULT_LIMIT:
+        raise InvalidPlacement(f"--quality limits --weights auto, and --weights {weights} leaves no choice; give one")
     wanted = min(DEFAULT_CONTEXT, known.profile.max_context) if context is None else context
     workload = Workload(context=wanted, sessions=sessions, objective=objective)
     try:
-        return solve(known.profile, known.cluster, workload, weights, quality)
+        found = solve(known.profile, known.cluster, workload, weights, quality)
     except DoesNotFit as error:
         if memory is None or any(name.startswith("cpu") for name in memory):
             raise
         raise DoesNotFit(
             f"{error}; main memory is not used: name cpu in --memory too", error.shortfall_bytes
         ) from error
+    return found if facts is not None else _with_calibration(found, known.cluster)
+
+
+def _with_calibration(placement: Placement, cluster: Cluster) -> Placement:
+    """The placement with a note on what earlier runs told about this machine's predictions."""
+    from splitrun.measure.calibration import notes
+    from splitrun.measure.probe import this_machine
+
+    used = [(stage.device, stage.weights) for stage in placement.stages]
+    found = notes(cluster, this_machine().cache, used)
+    if not found or placement.estimate is None:
+        return placement
+    return replace(placement, estimate=replace(placement.estimate, notes=(*placement.estimate.notes, *found)))
 
 
 def gather_facts(

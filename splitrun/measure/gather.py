@@ -11,12 +11,13 @@ from typing import Literal
 
 from splitrun import __version__
 from splitrun.measure.cache import Cache
+from splitrun.measure.calibration import calibrated, forget
 from splitrun.measure.probe import probe, this_machine
 from splitrun.measure.profile import profile
 from splitrun.measure.unit_seconds import Report, Wanted, measure
 from splitrun.model.files import resolve
 from splitrun.model.structure import inspect
-from splitrun.planner.facts import Cluster, Link, ModelProfile
+from splitrun.planner.facts import FORMATS, Cluster, Link, ModelProfile
 from splitrun.planner.facts_file import Facts
 
 MEMORY_BYTES_PER_S = 1e15
@@ -61,8 +62,11 @@ def gather(
     structure = inspect(files.config)
     facts = profile(files, structure)
     wanted = Wanted(formats(facts, cluster), rows)
+    if refresh:
+        forget(machine.cache, cluster.devices, FORMATS)
     timed = measure(files, structure, facts, cluster, wanted, machine.cache, report)
     card = next((device.name for device in cluster.devices if device.kind == "cuda"), None)
+    timed = calibrated(timed, cluster, machine.cache)
     return Facts(timed, with_engine(cluster, engine(machine.cache, card)), __version__)
 
 

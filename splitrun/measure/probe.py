@@ -25,6 +25,7 @@ from splitrun.measure.host import (
     read_host_memory,
     read_processor,
 )
+from splitrun.measure.versions import driver_version
 from splitrun.planner.facts import Cluster, Device, Link
 
 HOST_POOL = "host"
@@ -129,7 +130,9 @@ def _with_context(machine: Machine, item: Accelerator) -> tuple[Accelerator, int
 def _conditions(machine: Machine, item: Accelerator) -> str:
     version = machine.torch.version
     runtime = getattr(version, "cuda", None) or getattr(version, "hip", None) or getattr(version, "xpu", None) or ""
-    return f"{item.description} {item.identity} torch {machine.torch.__version__} {runtime}".strip()
+    driver = driver_version() if item.kind == "cuda" else None
+    below = f"torch {machine.torch.__version__} {runtime} driver {driver or 'unknown'}"
+    return f"{item.description} {item.identity} {below}".strip()
 
 
 def _cpu_device(machine: Machine, found: Survey, name: str, budget: int) -> Device:

@@ -15,7 +15,6 @@ from importlib import resources
 from typing import Any
 
 import torch
-import transformers
 
 import splitrun
 from splitrun.errors import SplitrunError
@@ -23,6 +22,7 @@ from splitrun.measure.cache import Cache
 from splitrun.measure.host import worker_threads
 from splitrun.measure.timing import Sample, Setting, UnitBench, copies_needed, figures, samples_of
 from splitrun.measure.unit_steps import Point
+from splitrun.measure.versions import versions
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
 from splitrun.model.structure import ModelStructure
@@ -216,7 +216,7 @@ class _Task:
         shapes = [unit_shape(self.structure, unit) for unit in units]
         conditions = {
             "device": [self.device.kind, self.device.description, self.threads, self.device.compute_dtype],
-            "runtime": [torch.__version__, torch.version.cuda, transformers.__version__, splitrun.__version__],
+            "runtime": [torch.version.cuda, splitrun.__version__, *versions(self.device.kind)],
             "code": code_digest(),
             "config": _config_text(self.files.config),
             "units": shapes,
