@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from splitrun.bench.terms import Result
     from splitrun.planner.estimate import Estimate
 
+PROMPT_TOKENS = 512
+
 
 def bench(
     model: ModelOrPlacement,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = 512,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = PROMPT_TOKENS,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate.")] = 64,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Counted rounds; figures are medians.")] = 3,
     versus: Annotated[
@@ -47,6 +49,9 @@ def bench(
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
     quality: Annotated[bool, typer.Option("--quality", help="demo only: exact matches per weight format.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="The prompt lengths and formats of a much-read guide, in its columns.")
+    ] = False,
     questions: Annotated[int, typer.Option("--questions", min=1, help="Held-out questions of --quality.")] = 200,
     json_output: Annotated[bool, typer.Option("--json", help="End with one JSON line.")] = False,
 ) -> None:
@@ -56,6 +61,13 @@ def bench(
     budgets = parse_memory(memory)
     if quality:
         _quality(model, questions, budgets, json_output)
+        return
+    if table:
+        if is_placement(model) or versus or weights != "auto" or context or prompt_tokens != PROMPT_TOKENS:
+            raise InvalidPlacement(
+                "--table has prompts and formats of its own: name a model, without --vs and --weights"
+            )
+        _table(model, load, budgets, new_tokens, repeat, json_output)
         return
     from splitrun.bench import contest
 
@@ -86,6 +98,17 @@ def bench(
         foretold = contest.predict_apart(placement, terms) if here else None
         results = contest.hold(terms, dict.fromkeys(versus or ()))
     _show(results, foretold, json_output)
+
+
+def _table(
+    model: str, load: str, budgets: dict[str, str | int] | None, new_tokens: int, repeat: int, json_output: bool
+) -> None:
+    from splitrun.bench.told import to_json, to_text, told_table
+
+    rows = told_table(model, load, budgets, new_tokens, repeat)
+    typer.echo(to_text(rows), err=json_output)
+    if json_output:
+        typer.echo(json.dumps(to_json(rows)))
 
 
 def _show(results: list[Result], foretold: Estimate | None, json_output: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,9 @@ def plan(
     facts: FactsOption = None,
     no_cache: NoCacheOption = False,
     nodes: NodesOption = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Run the plan briefly and fold what it takes into predictions.")
+    ] = False,
     svg: Annotated[Path | None, typer.Option("--svg", help="Draw the placement into this file.")] = None,
     derive: Annotated[bool, typer.Option("--explain", help="Also tell how the figures come about.")] = False,
     hash_weights: Annotated[
@@ -53,7 +57,10 @@ def plan(
     refuse_destinations({"-o": output, "--svg": svg})
     if facts is not None and no_cache:
         raise InvalidPlacement("--no-cache measures this machine and --facts describes another; give one of them")
-    placement = splitrun.plan(
+    if facts is not None and calibrate:
+        raise InvalidPlacement("--calibrate runs on this machine and --facts describes another; give one of them")
+    make = partial(
+        splitrun.plan,
         model,
         memory=parse_memory(memory),
         context=context,
@@ -64,10 +71,15 @@ def plan(
         load=load,
         quality=quality,
         facts=facts,
-        refresh=no_cache,
         nodes=nodes,
         report=lambda text: typer.echo(text, err=True),
     )
+    placement = make(refresh=no_cache)
+    if calibrate:
+        from splitrun.bench.calibrate import calibrate as run_and_fold
+
+        typer.echo("\n".join(["running the plan once", *run_and_fold(placement, load)]), err=True)
+        placement = make()
     if hash_weights:
         from splitrun import api
 

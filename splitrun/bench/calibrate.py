@@ -1,0 +1,46 @@
+"""Run a plan once and fold what it took into later predictions.
+
+The run is a contest without contestants; the factors are kept by ``splitrun.measure.calibration``. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from splitrun.bench import contest
+from splitrun.errors import StageError
+from splitrun.measure.calibration import Factor, fold
+from splitrun.measure.probe import probe, this_machine
+from splitrun.planner.placement import Placement
+
+PROMPT_TOKENS, NEW_TOKENS = 512, 32
+REPEAT = 3
+
+
+def calibrate(placement: Placement, load: str) -> list[str]:
+    """Run the placement, keep what its units' seconds must be multiplied with, and say both in lines.
+
+    Raises StageError when the run fails.
+    """
+    context = placement.workload.context
+    new = max(2, min(NEW_TOKENS, context // 4))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "placement.yaml")
+        placement.save(file)
+        terms = contest.make_terms(placement, file, min(PROMPT_TOKENS, context - new), new, REPEAT, load)
+        predicted = contest.predict_apart(placement, terms)
+        (result,) = contest.hold(terms, ())
+    if result.error:
+        raise StageError(result.error)
+    # Only what the stages take is theirs to mend; hops and the engine's own share are measured apart.
+    own_s = predicted.step_s - sum(stage.decode_s for stage in predicted.stages)
+    decode = (1 / result.decode_tokens_per_s - own_s) / max(predicted.step_s - own_s, 1e-9)
+    ratio = Factor(max(decode, 0.0), result.ttft_s / max(predicted.time_to_first_token_s, 1e-9))
+    kept = this_machine().cache
+    devices = probe(dict.fromkeys(placement.device_names, "auto"))
+    lines = contest.against(predicted, result)
+    for name, weights in sorted({(stage.device, stage.weights) for stage in placement.stages}):
+        found = fold(kept, devices.device(name), weights, ratio)
+        lines.append(f"kept         {weights} on {name}: {found.decode:.2f} decoding, {found.prefill:.2f} for prompts")
+    return lines
