@@ -102,7 +102,7 @@ def limit(found: Findings) -> str:
         )
     if gains:
         return min(gains)[1]
-    return f"speed of {_slowest(tables, outcome.split, devices)}; more memory would not help"
+    return f"speed of {slowest(tables, outcome.split, devices)}; more memory would not help"
 
 
 def more_context(
@@ -144,7 +144,8 @@ def _without_limit(tables: Tables, members: tuple[int, ...]) -> Tables:
     return replace(tables, budget_bytes=budgets, pools=tuple(pool for pool in tables.pools if pool[0] != members))
 
 
-def _slowest(tables: Tables, split: Split, devices: Sequence[Device]) -> str:
+def slowest(tables: Tables, split: Split, devices: Sequence[Device]) -> str:
+    """The name of the device that computes longest."""
     busy = dict.fromkeys(used_devices(split), 0.0)
     bounds = dict.fromkeys(busy, (0, 0)) | {device: (start, stop) for device, start, stop in split.runs}
     for device, run in bounds.items():

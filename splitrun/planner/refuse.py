@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from splitrun.errors import DoesNotFit
+from splitrun.planner import kv
 from splitrun.planner.facts import FORMATS, Cluster, Device, ModelProfile, Workload
+from splitrun.planner.memory import compute_dtype
 from splitrun.planner.problem import Split, Tables, excess_of
-from splitrun.planner.search import least_excess
+from splitrun.planner.search import MAX_DEVICES, least_excess
 from splitrun.planner.tables import build_tables
 from splitrun.quantities import format_bytes
 
@@ -43,9 +45,21 @@ def shortfall_text(tables: Tables, split: Split | None, devices: Sequence[Device
 def fits(profile: ModelProfile, cluster: Cluster, workload: Workload, weights: str) -> bool:
     """Whether any plan in that format keeps the budgets."""
     devices = _able(cluster, weights)
-    if not devices:
+    if not devices or _held(profile, devices[0], workload, weights) > sum(device.budget_bytes for device in devices):
         return False
     return _least(profile, cluster, devices, workload, weights) == 0
+
+
+def _held(profile: ModelProfile, device: Device, workload: Workload, weights: str) -> int:
+    """Bytes of weights, KV and states, which some device must hold, wherever the layers go."""
+    dtype = compute_dtype(device, weights)
+    groups = profile.groups
+    return sum(
+        unit.weight_bytes[weights]
+        + kv.unit_kv_bytes(unit, groups, workload, dtype)
+        + kv.unit_state_bytes(unit, workload)
+        for unit in profile.units
+    ) - profile.tied_bytes.get(weights, 0)
 
 
 def _least(
@@ -97,7 +111,10 @@ def _largest(most: int, holds: Callable[[int], bool]) -> int:
 
 
 def _able(cluster: Cluster, weights: str) -> list[Device]:
-    return [device for device in cluster.devices if weights in device.formats]
+    """The devices that compute the format; of very many those with the largest budgets."""
+    able = [device for device in cluster.devices if weights in device.formats]
+    largest = sorted(able, key=lambda device: -device.budget_bytes)[:MAX_DEVICES]
+    return [device for device in able if device in largest]
 
 
 def _loadable(profile: ModelProfile, weights: str) -> bool:

@@ -198,7 +198,7 @@ def _solve_chain(chain: Chain, tables: Tables, price: Price, caps: Integers, out
         if value < outcome.value:
             outcome.value = value
             found = _trace(chain, runs, reach, mask, int(ends.argmin()))
-            outcome.split = _with_formats(chain, tables, price, caps, found)
+            outcome.split = with_formats(chain, tables, price, caps, found)
 
 
 def _trace(chain: Chain, runs: Floats, reach: Floats, mask: int, last: int) -> tuple[tuple[int, int, int], ...]:
@@ -216,7 +216,7 @@ def _trace(chain: Chain, runs: Floats, reach: Floats, mask: int, last: int) -> t
         last, stop = int(arrive[:, first].argmin()), first
 
 
-def _with_formats(
+def with_formats(
     chain: Chain, tables: Tables, price: Price, caps: Integers, found: Sequence[tuple[int, int, int]]
 ) -> Split:
     """The split of those runs, each device in the cheapest format; of equals in the most precise."""

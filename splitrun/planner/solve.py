@@ -13,15 +13,17 @@ from dataclasses import replace
 from splitrun.errors import DoesNotFit, InvalidPlacement
 from splitrun.planner.cost import estimate
 from splitrun.planner.facts import FORMATS, VALUE_BYTES, Cluster, Device, ModelProfile, Workload
+from splitrun.planner.many import fastest_of_many
 from splitrun.planner.memory import compute_dtype
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
-from splitrun.planner.problem import Split, used_devices
+from splitrun.planner.problem import Split, Tables, used_devices
 from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss
-from splitrun.planner.reasons import Findings, left_out, limit, more_context, runner_up
+from splitrun.planner.reasons import Findings, left_out, limit, measure_text, more_context, runner_up, slowest
 from splitrun.planner.refuse import does_not_fit
 from splitrun.planner.search import MAX_DEVICES, fastest
 from splitrun.planner.tables import build_tables
 from splitrun.planner.within import fastest_within
+from splitrun.quantities import format_seconds
 
 QUANTIZED = ("int8", "nf4")
 
@@ -37,7 +39,8 @@ def solve(
 
     ``weights`` is a format, or "auto" for the fastest mix whose loss of precision stays within ``quality``: a format's
     name (as much as with everything in it) or a share of that of nf4. Raises DoesNotFit with the shortfall per device
-    and what would fit; InvalidPlacement when the request contradicts the model or names more than 8 devices.
+    and what would fit; InvalidPlacement when the request contradicts the model. Beyond 8
+    devices the plan says how far from the best it may be.
     """
     _check(profile, cluster, workload)
     tried = allowed_formats(profile, weights)
@@ -48,6 +51,8 @@ def solve(
     devices = [device for device in cluster.devices if formats[device.name]]
     tables = build_tables(profile, cluster, formats, workload)
     bottleneck = workload.objective == "throughput"
+    if len(devices) > MAX_DEVICES:
+        return _of_many(profile, cluster, workload, tables, devices, (tried, weights, quality))
     outcome = fastest(tables, bottleneck)
     if outcome.split is None:
         raise does_not_fit(profile, cluster, workload, tried)
@@ -72,6 +77,35 @@ def solve(
     if weights == "auto" and loss:
         notes.append(f"weights lose {loss:.0%} of the precision that all-nf4 loses; less with --quality")
     return replace(plan, estimate=estimate(profile, cluster, plan, limit(found), notes))
+
+
+def _of_many(
+    profile: ModelProfile,
+    cluster: Cluster,
+    workload: Workload,
+    tables: Tables,
+    devices: Sequence[Device],
+    wanted: tuple[Sequence[str], str, str],
+) -> Placement:
+    """As ``solve`` for more devices than the exact search takes: with how far from the best the plan may be."""
+    tried, weights, quality = wanted
+    outcome, least = fastest_of_many(tables, workload.objective == "throughput")
+    if outcome.split is None:
+        raise does_not_fit(profile, cluster, workload, tried)
+    plan = build_placement(profile, devices, workload, outcome.split)
+    if weights == "auto" and placement_loss(profile, plan) > loss_limit(profile, quality):
+        raise InvalidPlacement(
+            f"--quality {quality} is not searched over {len(devices)} devices: name at most {MAX_DEVICES} with "
+            "--memory, or one format with --weights"
+        )
+    more = outcome.value / least - 1 if least > 0 else 0.0
+    notes = [
+        f"{len(devices)} devices are more than the {MAX_DEVICES} that are searched exactly: this plan takes "
+        f"{measure_text(workload, outcome.value)}, no plan less than {format_seconds(least)}, so it is at most "
+        f"{more:.1%} from the best"
+    ]
+    speed = f"speed of {slowest(tables, outcome.split, devices)}"
+    return replace(plan, estimate=estimate(profile, cluster, plan, speed, notes))
 
 
 def device_formats(profile: ModelProfile, cluster: Cluster, weights: str = "auto") -> Mapping[str, tuple[str, ...]]:
@@ -144,9 +178,6 @@ def build_placement(profile: ModelProfile, devices: Sequence[Device], workload: 
 def _check(profile: ModelProfile, cluster: Cluster, workload: Workload) -> None:
     if not cluster.devices:
         raise InvalidPlacement("no device to plan for; name some with --memory, as in --memory cpu=4GiB")
-    if len(cluster.devices) > MAX_DEVICES:
-        count = len(cluster.devices)
-        raise InvalidPlacement(f"{count} devices are more than the planner searches; name {MAX_DEVICES} with --memory")
     if profile.layers < 1:
         raise InvalidPlacement(f"{profile.source} has no layers; point splitrun at a decoder-only language model")
     if workload.context > profile.max_context:

@@ -207,7 +207,6 @@ def test_the_shortfall_names_every_device() -> None:
     ("devices", "workload", "why"),
     [
         (0, Workload(), "no device to plan for"),
-        (9, Workload(), "9 devices are more than the planner searches"),
         (1, Workload(context=65536), "longer than the 32768 tokens .* use --context 32768 or less"),
         (1, Workload(sessions=0), "sessions 0 is not allowed"),
         (1, Workload(context=0), "context 0 is not allowed"),

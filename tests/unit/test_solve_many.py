@@ -1,0 +1,63 @@
+"""More devices than the exact search takes: plans that hold, and bounds that hold."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import cast
+
+import pytest
+from planner_models import GIB, MIB, device, model, random_cluster, random_model, random_seconds, random_workload
+
+from splitrun.errors import DoesNotFit
+from splitrun.planner.facts import Cluster, Objective, Workload
+from splitrun.planner.many import fastest_of_many
+from splitrun.planner.memory import over_budget
+from splitrun.planner.problem import INFINITE
+from splitrun.planner.search import fastest
+from splitrun.planner.solve import device_formats, solve
+from splitrun.planner.tables import build_tables
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_between_the_bound_and_the_best(seed: int) -> None:
+    draw = random.Random(seed)
+    profile, cluster, workload = random_model(draw), random_cluster(draw), random_workload(draw)
+    profile = random_seconds(draw, profile, cluster) if seed % 2 else profile
+    formats = device_formats(profile, cluster)
+    if not any(formats.values()):
+        return
+    tables = build_tables(profile, cluster, formats, workload)
+    bottleneck = workload.objective == "throughput"
+    exact = fastest(tables, bottleneck).value
+    found, least = fastest_of_many(tables, bottleneck)
+    assert least <= exact * (1 + 1e-9)
+    assert found.value >= exact * (1 - 1e-9)
+    if found.split is None:
+        assert found.value == INFINITE
+
+
+def machines(count: int) -> Cluster:
+    cards = [device(f"cuda:{index}", budget=(1 + index % 3) * GIB, bandwidth=(200 + 50 * (index % 4)) * 1e9,
+                    context_bytes=256 * MIB) for index in range(count - 1)]  # fmt: skip
+    return Cluster((device(budget=4 * GIB), *cards))
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_sixteen_devices(objective: str) -> None:
+    profile = model(layers=60, values=100 * MIB)
+    workload = Workload(context=2048, objective=cast(Objective, objective))
+    start = time.perf_counter()
+    plan = solve(profile, machines(16), workload, "bf16")
+    assert time.perf_counter() - start < 60
+    assert plan.estimate is not None
+    assert over_budget(plan.estimate.devices) == {}
+    assert len(plan.device_names) >= 8
+    (note,) = plan.estimate.notes
+    assert "16 devices are more than the 8 that are searched exactly" in note
+    assert float(note.rsplit("at most ", 1)[1].split("%")[0]) < 25
+
+
+def test_too_much_for_many() -> None:
+    with pytest.raises(DoesNotFit, match="short"):
+        solve(model(layers=100, values=800 * MIB), machines(12), Workload(), "bf16")
