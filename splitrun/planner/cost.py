@@ -212,7 +212,10 @@ def estimate(
     """What the placement is predicted to do on that cluster; KeyError when it names a device that is not there."""
     workload = placement.workload
     step_s = pass_s(profile, cluster, placement, prefill=False)
+    from splitrun.planner.stream import first_token_gain_s  # here, because it counts with this module
+
     first_token_s = pass_s(profile, cluster, placement, prefill=True)
+    first_token_s -= first_token_gain_s(profile, cluster, placement)
     rows = []
     hops = path_s(profile, cluster, placement, prefill=False)[1:]
     for stage, hop in zip(placement.stages, hops, strict=True):

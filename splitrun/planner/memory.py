@@ -116,9 +116,14 @@ def margin_bytes(device: Device, held_bytes: int) -> int:
 
 
 def device_memory(
-    device: Device, budget_bytes: int, units: Sequence[UnitMemory], shared_weight_bytes: int = 0
+    device: Device,
+    budget_bytes: int,
+    units: Sequence[UnitMemory],
+    shared_weight_bytes: int = 0,
+    stream_bytes: int = 0,
 ) -> DeviceMemory:
-    """The device's bill for those units; ``shared_weight_bytes`` are in two of them and paid once."""
+    """The device's bill for those units; ``shared_weight_bytes`` are in two of them and paid once. ``stream_bytes``
+    are the slabs that other devices' weights pass through, held all the time and shown with the workspace."""
     weights = sum(unit.weight_bytes for unit in units) - shared_weight_bytes
     cache, state = sum(unit.kv_bytes for unit in units), sum(unit.state_bytes for unit in units)
     return DeviceMemory(
@@ -128,7 +133,7 @@ def device_memory(
         weight_bytes=weights,
         kv_bytes=cache,
         state_bytes=state,
-        workspace_bytes=max((unit.workspace_bytes for unit in units), default=0),
+        workspace_bytes=max((unit.workspace_bytes for unit in units), default=0) + stream_bytes,
         context_bytes=device.context_bytes,
         allocator_bytes=allocator_bytes(device, weights + cache + state),
         margin_bytes=margin_bytes(device, weights + cache + state),
@@ -148,7 +153,9 @@ def placement_memory(profile: ModelProfile, cluster: Cluster, placement: Placeme
             embed_formats |= {stage.weights} if stage.embed else set()
             head_formats |= {stage.weights} if stage.head else set()
         shared = sum(profile.tied_bytes.get(weights, 0) for weights in embed_formats & head_formats)
-        bills.append(device_memory(device, placement.devices.get(name, device.budget_bytes), units, shared))
+        slabs = sum(stage.stream_buffer_bytes for stage in placement.stages if stage.device == name)
+        budget = placement.devices.get(name, device.budget_bytes)
+        bills.append(device_memory(device, budget, units, shared, slabs))
     return tuple(bills)
 
 

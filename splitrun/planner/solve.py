@@ -21,6 +21,7 @@ from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, plac
 from splitrun.planner.reasons import Findings, left_out, limit, measure_text, more_context, runner_up, slowest
 from splitrun.planner.refuse import does_not_fit
 from splitrun.planner.search import MAX_DEVICES, fastest
+from splitrun.planner.stream import with_stream_buffer
 from splitrun.planner.tables import build_tables
 from splitrun.planner.within import fastest_within
 from splitrun.quantities import format_seconds
@@ -34,13 +35,15 @@ def solve(
     workload: Workload,
     weights: str = "auto",
     quality: str = DEFAULT_LIMIT,
+    stream: bool = False,
 ) -> Placement:
     """The best placement for ``workload.objective`` that keeps every budget.
 
     ``weights`` is a format, or "auto" for the fastest mix whose loss of precision stays within ``quality``: a format's
-    name (as much as with everything in it) or a share of that of nf4. Raises DoesNotFit with the shortfall per device
-    and what would fit; InvalidPlacement when the request contradicts the model. Beyond 8
-    devices the plan says how far from the best it may be.
+    name (as much as with everything in it) or a share of that of nf4. ``stream`` gives a card with memory of its own
+    slabs for the weights of layers on the processor, where prompts gain by it. Beyond 8 devices the plan says how far
+    from the best it may be. Raises DoesNotFit with the shortfall per device and what would fit; InvalidPlacement when
+    the request contradicts the model.
     """
     _check(profile, cluster, workload)
     tried = allowed_formats(profile, weights)
@@ -76,6 +79,8 @@ def solve(
     loss = loss_share(profile, plan)
     if weights == "auto" and loss:
         notes.append(f"weights lose {loss:.0%} of the precision that all-nf4 loses; less with --quality")
+    if stream:
+        plan = with_stream_buffer(profile, cluster, plan)
     return replace(plan, estimate=estimate(profile, cluster, plan, limit(found), notes))
 
 

@@ -1,0 +1,100 @@
+"""Prompts on a small card: the weights of layers that lie on the processor, copied to the card chunk by chunk.
+
+While a layer computes on the card, the next one's weights arrive in the other of two slabs, so a layer takes the longer
+of copying and computing. Worth it for chunks beyond a crossover; decoding stays on the processor. Off where host and
+card share memory. Knows figures, no streams and no threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from splitrun.planner.cost import prefill_s, reference_prompt, stage_kv_dtype
+from splitrun.planner.facts import Cluster, Device, ModelProfile, Workload
+from splitrun.planner.memory import placement_memory
+from splitrun.planner.placement import Placement, StageSpec
+
+SLABS = 2
+"""One is computed with while the other is filled."""
+
+
+def slab_bytes(profile: ModelProfile, stage: StageSpec) -> int:
+    """Bytes of both slabs for the layers of a stage on the processor, in its format; 0 for a stage without layers."""
+    units = range(stage.layers[0] + 1, stage.layers[1] + 1)
+    return SLABS * max((profile.units[unit].weight_bytes[stage.weights] for unit in units), default=0)
+
+
+def streamed_s(profile: ModelProfile, cluster: Cluster, card: Device, stage: StageSpec, workload: Workload) -> float:
+    """Seconds of the reference prompt through the stage's layers with their weights copied to the card.
+
+    The first copy has nothing to hide behind; then each layer takes the longer of its copy and its computing.
+    """
+    link, dtype = cluster.link(stage.device, card.name), stage_kv_dtype(stage, card)
+    chunks = -(-reference_prompt(workload) // workload.chunk_tokens)
+    total, first = 0.0, 0.0
+    for unit in range(stage.layers[0] + 1, stage.layers[1] + 1):
+        copy_s = profile.units[unit].weight_bytes[stage.weights] / link.bandwidth_bytes_per_s
+        first = first or copy_s
+        total += max(chunks * copy_s, prefill_s(profile, unit, card, stage.weights, workload, dtype))
+    return total + first
+
+
+def crossover_tokens(profile: ModelProfile, cluster: Cluster, placement: Placement, stage: StageSpec) -> int | None:
+    """The shortest chunk, in tokens, for which copying the stage's layers to a card pays; None when none does."""
+    card = _card(cluster, placement)
+    if card is None or stage.layers[0] == stage.layers[1] or cluster.device(stage.device).kind != "cpu":
+        return None
+    workload = placement.workload
+    for tokens in (32, 64, 128, 256, 512, 1024, 2048):
+        if tokens > workload.chunk_tokens:
+            return None
+        chunk = replace(workload, prompt_tokens=tokens)
+        if streamed_s(profile, cluster, card, stage, chunk) < _resident_s(profile, cluster, stage, chunk):
+            return tokens
+    return None
+
+
+def with_stream_buffer(profile: ModelProfile, cluster: Cluster, placement: Placement) -> Placement:
+    """The placement with slabs on its card's first stage, where they fit its budget and shorten the first token.
+
+    The slabs hold the largest layer of any stage on the processor. Unchanged where nothing is gained.
+    """
+    card = _card(cluster, placement)
+    gains = [stage for stage in placement.stages if crossover_tokens(profile, cluster, placement, stage) is not None]
+    if card is None or not gains:
+        return placement
+    size = max(slab_bytes(profile, stage) for stage in gains)
+    index = next(number for number, stage in enumerate(placement.stages) if stage.device == card.name)
+    stages = list(placement.stages)
+    stages[index] = replace(stages[index], stream_buffer_bytes=size)
+    made = replace(placement, stages=tuple(stages))
+    fits = all(bill.total_bytes <= bill.budget_bytes for bill in placement_memory(profile, cluster, made))
+    return made if fits else placement
+
+
+def first_token_gain_s(profile: ModelProfile, cluster: Cluster, placement: Placement) -> float:
+    """Seconds that the slabs of a placement take off its reference prompt; 0 without slabs."""
+    card = _card(cluster, placement)
+    if card is None or not any(stage.stream_buffer_bytes for stage in placement.stages):
+        return 0.0
+    gain = 0.0
+    for stage in placement.stages:
+        crossover = crossover_tokens(profile, cluster, placement, stage)
+        if crossover is not None and reference_prompt(placement.workload) >= crossover:
+            streamed = streamed_s(profile, cluster, card, stage, placement.workload)
+            gain += max(0.0, _resident_s(profile, cluster, stage, placement.workload) - streamed)
+    return gain
+
+
+def _resident_s(profile: ModelProfile, cluster: Cluster, stage: StageSpec, workload: Workload) -> float:
+    """Seconds of the reference prompt through the stage's layers where they lie."""
+    device = cluster.device(stage.device)
+    dtype = stage_kv_dtype(stage, device)
+    units = range(stage.layers[0] + 1, stage.layers[1] + 1)
+    return sum(prefill_s(profile, unit, device, stage.weights, workload, dtype) for unit in units)
+
+
+def _card(cluster: Cluster, placement: Placement) -> Device | None:
+    """The placement's first card with memory of its own on this machine."""
+    devices = (cluster.device(name) for name in placement.device_names if "/" not in name)
+    return next((device for device in devices if device.kind != "cpu" and device.memory_pool == device.name), None)

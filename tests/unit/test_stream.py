@@ -1,0 +1,61 @@
+"""Weights streamed to a card for prompts: what it costs, when it pays, and that the slabs are on the bill."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from planner_models import GIB, MIB, device, model
+
+from splitrun.planner.cost import prefill_s
+from splitrun.planner.facts import Cluster, Link, Workload
+from splitrun.planner.memory import placement_memory
+from splitrun.planner.placement import ModelRef, Placement, StageSpec
+from splitrun.planner.stream import crossover_tokens, first_token_gain_s, slab_bytes, streamed_s, with_stream_buffer
+
+PROFILE = model(layers=8, values=40 * MIB)
+HOST = device(bandwidth=28e9, flops_per_s=0.5e12)
+CARD = device("cuda:0", budget=2 * GIB, bandwidth=900e9, flops_per_s=60e12, context_bytes=256 * MIB)
+WIRE = {("cpu", "cuda:0"): Link(20e-6, 25e9), ("cuda:0", "cpu"): Link(20e-6, 25e9)}
+CLUSTER = Cluster((HOST, CARD), WIRE)
+ON_HOST = StageSpec("cpu", True, (0, 4), False, "bf16")
+PLAN = Placement(1, ModelRef("x", layers=8), Workload(), (ON_HOST, StageSpec("cuda:0", False, (4, 8), True, "bf16")))
+
+
+def test_a_layer_takes_the_longer_of_copy_and_compute() -> None:
+    copy_s = 80 * MIB / 25e9
+    compute_s = prefill_s(PROFILE, 1, CARD, "bf16", Workload(), "bf16")
+    assert streamed_s(PROFILE, CLUSTER, CARD, ON_HOST, Workload()) == pytest.approx(4 * max(copy_s, compute_s) + copy_s)
+
+
+def test_long_chunks_pay_and_short_ones_do_not() -> None:
+    found = crossover_tokens(PROFILE, CLUSTER, PLAN, ON_HOST)
+    assert found is not None
+    at = replace(PLAN.workload, prompt_tokens=found)
+    resident = sum(prefill_s(PROFILE, unit, HOST, "bf16", at, "bf16") for unit in range(1, 5))
+    assert streamed_s(PROFILE, CLUSTER, CARD, ON_HOST, at) < resident
+    slow = replace(CLUSTER, links={pair: Link(20e-6, 0.1e9) for pair in WIRE})
+    assert crossover_tokens(PROFILE, slow, PLAN, ON_HOST) is None
+    assert crossover_tokens(PROFILE, CLUSTER, PLAN, PLAN.stages[1]) is None
+
+
+def test_slabs_are_planned_and_on_the_bill() -> None:
+    made = with_stream_buffer(PROFILE, CLUSTER, PLAN)
+    size = slab_bytes(PROFILE, ON_HOST)
+    assert size == 2 * 80 * MIB
+    assert [stage.stream_buffer_bytes for stage in made.stages] == [0, size]
+    before, after = (placement_memory(PROFILE, CLUSTER, plan)[1] for plan in (PLAN, made))
+    assert after.workspace_bytes - before.workspace_bytes == size
+    assert first_token_gain_s(PROFILE, CLUSTER, made) > 0
+    assert first_token_gain_s(PROFILE, CLUSTER, PLAN) == 0
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        Cluster((HOST, replace(CARD, budget_bytes=800 * MIB)), WIRE),  # no room for slabs
+        Cluster((HOST, replace(CARD, memory_pool="host")), WIRE),  # host and card share memory
+    ],
+)
+def test_where_slabs_are_not_planned(cluster: Cluster) -> None:
+    assert with_stream_buffer(PROFILE, cluster, PLAN) == PLAN
