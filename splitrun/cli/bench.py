@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from splitrun.cli.colours import show
 from splitrun.cli.options import (
     LoadOption,
     MemoryOption,
@@ -88,7 +89,7 @@ def bench(
             f"{prompt_tokens} + {new_tokens} tokens exceed the planned context of {placement.workload.context}; "
             "lower --prompt-tokens, or plan with a larger --context"
         )
-    typer.echo(placement.explain(), err=json_output)
+    show(placement.explain(), err=json_output)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "placement.yaml")
         placement.save(file)

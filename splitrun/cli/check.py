@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from splitrun.cli.colours import show
 from splitrun.cli.options import LoadOption, VerifyOption, is_placement
 from splitrun.errors import InvalidPlacement
 
@@ -22,5 +23,5 @@ def check(
 
     found = Placement.load(placement)
     api.check(found, placement, load=load, verify=verify)
-    typer.echo(found.explain())
+    show(found.explain())
     typer.echo(f"\n{placement} suits the model and this machine")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from splitrun.cli.colours import show
 from splitrun.cli.options import (
     ContextOption,
     FactsOption,
@@ -93,7 +94,7 @@ def plan(
     if json_output:
         typer.echo(placement.to_json())
         return
-    typer.echo(placement.explain())
+    show(placement.explain())
     if derive:
         from splitrun.planner.derivation import derivation
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from splitrun.cli.colours import show
 from splitrun.cli.options import (
     ContextOption,
     LoadOption,
@@ -63,7 +64,7 @@ def serve(
         planning = Planning(memory, context, sessions, objective, weights, revision, load, nodes, verify)
         placement, planned = plan_or_load(model, planning, default_sessions=DEFAULT_SESSIONS)
         if planned:
-            typer.echo(f"{placement.explain()}\n")
+            show(f"{placement.explain()}\n")
         source = placement.model.source
         files = resolve(source, placement.model.revision, weights=load == "weights")
         name = served_name or (Path(source).resolve().name if Path(source).is_dir() else source)

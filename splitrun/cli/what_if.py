@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from splitrun.cli.colours import show
 from splitrun.cli.options import (
     ContextOption,
     FactsOption,
@@ -80,4 +81,7 @@ def what_if(
         save_picture(placement, svg)
     if output is not None:
         placement.save(output)
-    typer.echo(placement.to_json() if json_output else placement.explain())
+    if json_output:
+        typer.echo(placement.to_json())
+    else:
+        show(placement.explain())

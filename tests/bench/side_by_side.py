@@ -1,6 +1,6 @@
 """Budgets on which accelerate's automatic device map fails or spills, beside splitrun's plan: one table.
 
-    python tests/bench/side_by_side.py [--model DIR] [--card cuda:0] [--budgets 2GiB,3GiB,4GiB] [--host 8GiB] [-o FILE.md]
+    python tests/bench/side_by_side.py [--model DIR] [--card cuda:0] [--budgets 2GiB,4GiB] [--host 8GiB] [-o FILE.md]
 
 Without --model, weights are random in the shape of DeepSeek-R1-Distill-Qwen-1.5B. With a card, the budgets are its own
 and --host is main memory's; without one they are main memory's. Both run the same prompts under the same budgets, each

@@ -1,0 +1,58 @@
+"""What a run told about predictions: folded, kept, applied, told, and forgotten."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planner_models import device, model
+
+from splitrun.measure.cache import Cache
+from splitrun.measure.calibration import MOST, Factor, calibrated, factor, fold, forget, notes
+from splitrun.planner.facts import Cluster
+from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds
+
+CPU = device()
+CLUSTER = Cluster((CPU,))
+UNIT = UnitSeconds((DecodeLine(1, 1e-3, 1e-6),), ((32, 3e-3),), 1e-8)
+PROFILE = replace(model(layers=1), seconds={("cpu", "nf4"): DeviceSeconds(UNIT, (UNIT,) * 3)})
+
+
+def test_ratios_multiply_and_are_kept(tmp_path: Path) -> None:
+    kept = Cache(tmp_path)
+    assert factor(kept, CPU, "nf4") == Factor(1.0, 1.0)
+    fold(kept, CPU, "nf4", Factor(1.2, 0.5))
+    fold(kept, CPU, "nf4", Factor(1.5, 2.0))
+    again = factor(Cache(tmp_path), CPU, "nf4")
+    assert (again.decode, again.prefill) == (pytest.approx(1.8), pytest.approx(1.0))
+    assert factor(kept, CPU, "int8") == Factor()
+    assert fold(kept, CPU, "nf4", Factor(1e9, 1.0)).decode == MOST
+
+
+def test_seconds_are_multiplied_and_the_plan_says_so(tmp_path: Path) -> None:
+    kept = Cache(tmp_path)
+    assert calibrated(PROFILE, CLUSTER, kept) == PROFILE
+    assert notes(CLUSTER, kept, [("cpu", "nf4")]) == []
+    fold(kept, CPU, "nf4", Factor(2.0, 3.0))
+    unit = calibrated(PROFILE, CLUSTER, kept).seconds["cpu", "nf4"].units[1]
+    assert unit.decode_s(1, 1000) == pytest.approx(4e-3)
+    assert unit.prefill_s(32) == pytest.approx(9e-3)
+    (note,) = notes(CLUSTER, kept, [("cpu", "nf4"), ("cpu", "nf4")])
+    assert "2.00 times its units' seconds decoding, 3.00 times for prompts" in note
+
+
+def test_measuring_again_forgets(tmp_path: Path) -> None:
+    fold(Cache(tmp_path), CPU, "nf4", Factor(2.0, 3.0))
+    anew = Cache(tmp_path, refresh=True)
+    assert factor(anew, CPU, "nf4") == Factor()
+    forget(anew, [CPU], ["nf4", "int8"])
+    assert factor(Cache(tmp_path), CPU, "nf4") == Factor()
+
+
+def test_processes_do_not_lose_each_others_figures(tmp_path: Path) -> None:
+    one, other = Cache(tmp_path), Cache(tmp_path)
+    one.put("a", {"x": 1.0})
+    other.put("b", {"x": 2.0})
+    assert Cache(tmp_path).get("a") == {"x": 1.0}
+    assert Cache(tmp_path).get("b") == {"x": 2.0}
