@@ -56,6 +56,7 @@ def serve(
     if api_key is not None and not api_key.strip():
         raise InvalidRequest("the API key is empty: give --api-key (or SPLITRUN_API_KEY) a value, or leave it out")
     import splitrun
+    from splitrun.engine.told import predicted_and_measured
     from splitrun.model.files import resolve
     from splitrun.serve.launcher import ServeOptions, Server, listen
 
@@ -77,3 +78,6 @@ def serve(
                 server.wait_ready()
                 typer.echo(f"serving {name} at {server.url}/v1 (Ctrl-C ends)")
                 server.wait()
+                compared = predicted_and_measured(placement, engine.core.status())
+        if compared:
+            typer.echo(compared)

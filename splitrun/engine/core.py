@@ -108,6 +108,8 @@ class EngineCore:
                     stage,
                     last_step_ms=clock.last_s * 1e3,
                     mean_step_ms=clock.total_s * 1e3 / max(clock.steps, 1),
+                    single_step_ms=clock.single_s * 1e3 / max(clock.single_steps, 1),
+                    single_steps=clock.single_steps,
                     restarts=clock.restarts,
                     queued=clock.queued,
                     sent_bytes=clock.sent_bytes,

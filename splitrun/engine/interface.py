@@ -26,7 +26,8 @@ class BlockUse:
 class StageStatus:
     """One stage as it is now. ``node`` is the machine, "" for the coordinator's own. ``last_step_ms`` and
     ``mean_step_ms`` are 0 before its first step. ``restarts`` counts how often its process was lost and started
-    again, ``queued`` the steps that wait or run there, ``sent_bytes`` the activations over the hop behind it."""
+    again, ``queued`` the steps that wait or run there, ``sent_bytes`` the activations over the hop behind it.
+    ``single_step_ms`` is the mean of ``single_steps`` steps that had one token alone."""
 
     device: str
     units: str
@@ -37,6 +38,8 @@ class StageStatus:
     node: str = ""
     queued: int = 0
     sent_bytes: int = 0
+    single_step_ms: float = 0.0
+    single_steps: int = 0
 
 
 @dataclass(frozen=True)

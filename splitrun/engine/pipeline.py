@@ -63,7 +63,8 @@ Outcome = Tokens | Failure | Interruption | Resumed
 @dataclass
 class StageClock:
     """Seconds that a stage spent on steps, how often it was started again, the steps that wait or run there, and the
-    bytes of activations over the hop behind it; read by anyone."""
+    bytes of activations over the hop behind it; read by anyone. ``single_s`` and ``single_steps`` count the steps of
+    one token alone."""
 
     last_s: float = 0.0
     total_s: float = 0.0
@@ -71,9 +72,14 @@ class StageClock:
     restarts: int = 0
     queued: int = 0
     sent_bytes: int = 0
+    single_s: float = 0.0
+    single_steps: int = 0
 
-    def add(self, seconds: float) -> None:
-        """Count one step."""
+    def add(self, seconds: float, tokens: int = 0) -> None:
+        """Count one step of that many tokens."""
+        if tokens == 1:
+            self.single_s += seconds
+            self.single_steps += 1
         self.last_s = seconds
         self.total_s += seconds
         self.steps += 1
@@ -217,7 +223,7 @@ class Pipeline:
 
     def _note(self, index: int, step: Step, started_s: float) -> None:
         seconds = time.monotonic() - started_s
-        self.clocks[index].add(seconds)
+        self.clocks[index].add(seconds, len(step.token_ids))
         self.record.add(Span(index, step.index, step.epoch, len(step.token_ids), step.requests, started_s, seconds))
 
 
