@@ -27,6 +27,7 @@ from splitrun.quantities import format_bytes, format_rate, format_seconds
 
 GIB = 1 << 30
 BLOCK = 64  # values that share one scale in nf4
+UNPACKED = 1 << 23  # values of a quantized matrix that a prompt turns back at a time
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def qwen_profile(source: str, config: dict[str, Any], bias_values: int, norm_val
             flops_per_token=2.0 * sum(rows * columns for rows, columns in shapes),
             kv_values_per_token={"full": 2 * keys},
             activation_values_per_token=3 * inner,
-            largest_weight_values=hidden * inner,
+            largest_weight_values=min(hidden * inner, UNPACKED),
             quantized_values=sum(rows * columns for rows, columns in shapes),
         )
         for index in range(config["num_hidden_layers"])
@@ -93,7 +94,7 @@ def qwen_profile(source: str, config: dict[str, Any], bias_values: int, norm_val
         read_bytes=head_bytes,
         flops_per_token=2.0 * vocabulary * hidden,
         activation_values_per_token=3 * hidden,
-        largest_weight_values=vocabulary * hidden,
+        largest_weight_values=min(vocabulary * hidden, UNPACKED),
         quantized_values=vocabulary * hidden,
     )
     return ModelProfile(
