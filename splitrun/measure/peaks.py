@@ -13,15 +13,24 @@ import torch
 from splitrun.measure.resident import give_back, high_water_bytes, reset_high_water, resident_bytes
 
 
-def peak_of(run: Callable[[], object], kind: str, device: str) -> int:
-    """Bytes that ``run`` needs at its highest, beyond what is held before it."""
+def held_bytes(kind: str) -> int:
+    """Bytes of main memory that are held now, for ``peak_of``; 0 where a card's allocator tells by itself."""
+    if kind != "cpu":
+        return 0
+    give_back()
+    return resident_bytes()
+
+
+def peak_of(run: Callable[[], object], kind: str, device: str, held: int) -> int:
+    """Bytes that ``run`` needs at its highest beyond what was ``held`` before it and everything that ran since.
+
+    What the C library keeps of earlier, smaller steps counts: an engine's process keeps it too.
+    """
     if kind == "cpu":
-        give_back()
         if not reset_high_water():
             return 0
-        before = resident_bytes()
         run()
-        return max(0, high_water_bytes() - before)
+        return max(0, high_water_bytes() - held)
     if kind != "cuda":
         run()
         return 0

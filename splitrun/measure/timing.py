@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitrun.measure.peaks import peak_beyond, peak_of
+from splitrun.measure.peaks import held_bytes, peak_beyond, peak_of
 from splitrun.measure.speed import release, synchronizer
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.model.cut import CutModel, CutRange
@@ -103,6 +103,7 @@ class UnitBench:
         except BaseException:
             self.close()
             raise
+        self._held = self._worker.call(partial(held_bytes, setting.kind))
 
     def time(self, points: Sequence[Point], spend_s: float | None = None, peaks: bool = True) -> dict[Point, Sample]:
         """Seconds of a stage of the range for each point, in about ``spend_s`` each; with ``peaks``, bytes too."""
@@ -128,7 +129,7 @@ class UnitBench:
 
         first = partial(run, self._stages[0])
         if peaks:
-            peak = peak_of(first, self._setting.kind, self._setting.device)
+            peak = peak_of(first, self._setting.kind, self._setting.device, self._held)
         else:
             first()
             peak = 0

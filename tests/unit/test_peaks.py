@@ -8,7 +8,7 @@ import pytest
 import torch
 from planner_models import device, model
 
-from splitrun.measure.peaks import peak_beyond, peak_of
+from splitrun.measure.peaks import held_bytes, peak_beyond, peak_of
 from splitrun.measure.resident import reset_high_water
 from splitrun.measure.timing import Sample
 from splitrun.measure.unit_seconds import Found, unit_peak
@@ -25,9 +25,10 @@ needs_marks = pytest.mark.skipif(not reset_high_water(), reason="this system doe
 @needs_marks
 def test_a_rise_is_seen_and_what_is_held_is_not() -> None:
     held = torch.ones(16 * MIB, dtype=torch.uint8)
-    rise = peak_of(lambda: torch.ones(64 * MIB, dtype=torch.uint8), "cpu", "cpu")
+    before = held_bytes("cpu")
+    rise = peak_of(lambda: torch.ones(64 * MIB, dtype=torch.uint8), "cpu", "cpu", before)
     assert 60 * MIB < rise < 80 * MIB
-    assert peak_of(held.max, "cpu", "cpu") < 8 * MIB
+    assert peak_of(held.max, "cpu", "cpu", held_bytes("cpu")) < 8 * MIB
 
 
 @needs_marks
