@@ -32,7 +32,7 @@ from splitrun.transport.local import Worker
 COLD_BYTES = 96 << 20
 """Weights that copies of a unit hold together at least, or one and a half times the last cache where that is more."""
 MOST_COPIES = 8
-POINT_SECONDS = 0.25
+POINT_SECONDS = 0.15
 """What is spent on one point; at least ``LEAST_RUNS`` runs."""
 LEAST_RUNS, MOST_RUNS = 5, 200
 FEWEST_RUNS = 3
