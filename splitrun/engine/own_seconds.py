@@ -19,6 +19,7 @@ from torch import Tensor
 import splitrun
 from splitrun.engine.core import EngineCore
 from splitrun.engine.interface import StageStatus
+from splitrun.engine.lineup import Line
 from splitrun.engine.pipeline import Link, Outcome, Pipeline
 from splitrun.engine.process_bytes import process_bytes
 from splitrun.measure.cache import Cache
@@ -80,7 +81,10 @@ def _beside_stages(count: int) -> float:
         pipelines.append(Pipeline(links, deliver))
         return pipelines[0]
 
-    core = EngineCore(Scheduler((GroupSpec("full", None, 2),), limits), make, (StageStatus("cpu", ""),) * count, {})
+    core = EngineCore(
+        Scheduler((GroupSpec("full", None, 2),), limits),
+        Line(make, (StageStatus("cpu", ""),) * count, {}, lambda: None),
+    )
     try:
         _generate(core, 2)
         before = [(clock.total_s, clock.steps) for clock in pipelines[0].clocks]

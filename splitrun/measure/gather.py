@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Literal
 
 from splitrun import __version__
@@ -46,7 +47,7 @@ def gather(
     memory: Mapping[str, str | int] | None,
     formats: Formats,
     rows: tuple[int, ...],
-    engine: MeasureEngine,
+    engine: MeasureEngine | None = None,
     *,
     refresh: bool = False,
     report: Report = lambda text: None,
@@ -54,7 +55,8 @@ def gather(
     """Everything that a plan of ``model`` on this machine is made from.
 
     ``formats`` says which weight formats to time on each device, ``rows`` how many sequences decode together.
-    ``refresh`` measures again what earlier runs measured. Raises as probing and profiling do.
+    ``engine`` says what the engine itself takes; a machine that only lends its devices leaves that out. ``refresh``
+    measures again what earlier runs measured. Raises as probing and profiling do.
     """
     machine = this_machine(refresh)
     cluster = probe(memory, machine)
@@ -67,7 +69,9 @@ def gather(
     timed = measure(files, structure, facts, cluster, wanted, machine.cache, report)
     card = next((device.name for device in cluster.devices if device.kind == "cuda"), None)
     timed = calibrated(timed, cluster, machine.cache)
-    return Facts(timed, with_engine(cluster, engine(machine.cache, card)), __version__)
+    if engine is not None:
+        cluster = with_engine(cluster, engine(machine.cache, card))
+    return Facts(timed, cluster, __version__)
 
 
 def with_engine(cluster: Cluster, cost: EngineCost) -> Cluster:
@@ -78,6 +82,8 @@ def with_engine(cluster: Cluster, cost: EngineCost) -> Cluster:
         replace(device, context_bytes=cost.process_bytes) if device.name == "cpu" else device
         for device in cluster.devices
     ]
-    # Workers without a link between them share main memory: nothing moves, the step is handed over.
+    # Workers of one process share main memory: nothing moves, the step is handed over.
     own = Link(latency_s=cost.hop_s, bandwidth_bytes_per_s=MEMORY_BYTES_PER_S)
-    return replace(cluster, devices=tuple(devices), links=links, default_link=own, step_s=cost.step_s)
+    workers = [device.name for device in devices if device.kind == "cpu" and "/" not in device.name]
+    links |= dict.fromkeys(permutations(workers, 2), own)
+    return replace(cluster, devices=tuple(devices), links=links, step_s=cost.step_s)
