@@ -21,10 +21,10 @@ SCORED_CHUNK_TOKENS = 32
 """Prompt tokens that get logits at once when a prompt's log-probabilities are wanted."""
 SCORE_BYTES = 10
 """Of a written-out score beside two copies in the compute type: the softmax in float32, in and out, and a copy."""
-ALLOCATOR_BYTES = {"cpu": 16 << 20}
+ALLOCATOR_BYTES = {"cpu": 4 << 20}
 DEFAULT_ALLOCATOR_BYTES = 32 << 20
 """A GPU's matrix library keeps up to 32 MiB, and its allocator rounds segments up; the C library keeps freed pages."""
-ALLOCATOR_SHARE = 64
+ALLOCATOR_SHARE = 128
 """One part in so many of weights and KV is lost to rounding of tensors up to allocation blocks."""
 MARGIN_BYTES = {"cpu": 16 << 20}
 DEFAULT_MARGIN_BYTES = 32 << 20
