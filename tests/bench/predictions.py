@@ -51,9 +51,6 @@ from splitrun.planner.cost import estimate
 from splitrun.planner.facts import ModelProfile, Workload
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
 
-SPEND_S = 0.1
-"""On one kind of step of one bench, each time it is timed."""
-
 
 @dataclass(frozen=True)
 class Line:
@@ -81,9 +78,10 @@ class Line:
 
 
 class Benches:
-    """Benches that stay loaded while the format stays the same."""
+    """Benches that stay loaded while the format stays the same; ``spend_s`` is what one kind of step takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, spend_s: float) -> None:
+        self._spend_s = spend_s
         self._open: dict[tuple[CutRange, Setting], KeptBench] = {}
 
     def open(
@@ -91,7 +89,8 @@ class Benches:
     ) -> UnitBench:
         """The bench, loaded now or earlier."""
         if (cut, setting) not in self._open:
-            self._open[cut, setting] = KeptBench(config, structure, cut, setting, points)
+            bench = self._open[cut, setting] = KeptBench(config, structure, cut, setting, points)
+            bench.spend_s = self._spend_s
         return self._open[cut, setting]
 
     def close(self) -> None:
@@ -104,9 +103,11 @@ class Benches:
 class KeptBench(UnitBench):
     """Times each point briefly, and outlives the one who asked."""
 
+    spend_s = 0.1
+
     def time(self, points: Sequence[Point], spend_s: float | None = None, peaks: bool = False) -> dict[Point, Sample]:
         """As `UnitBench.time`."""
-        return super().time(points, SPEND_S, peaks)
+        return super().time(points, self.spend_s, peaks)
 
     def close(self) -> None:
         """Stay open."""
@@ -248,6 +249,7 @@ def main() -> None:
     parser.add_argument("--card", default="cpu:1")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--spend", type=float, default=0.1, help="seconds on one kind of step, each time it is timed")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait, in all, for others to be idle")
     parser.add_argument("--name", default="predictions")
     parser.add_argument("-o", "--output", type=Path)
@@ -261,17 +263,19 @@ def main() -> None:
         facts, calm = profile(files, structure), Calm(args.patience)
         subject = Subject(files, structure, facts, contexts, args.new_tokens, args.turns, calm)
         cuts = [int(cut) for cut in args.cuts.split(",") if cut] or [*range(0, structure.layers, 4), structure.layers]
-        lines = run_all(subject, cuts, args.formats.split(","), args.every, args.card)
+        lines = run_all(subject, cuts, args.formats.split(","), args.every, args.card, args.spend)
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         write(args.output, args.name, args.card, lines)
 
 
-def run_all(subject: Subject, cuts: Sequence[int], formats: Sequence[str], every: bool, other: str) -> list[Line]:
+def run_all(
+    subject: Subject, cuts: Sequence[int], formats: Sequence[str], every: bool, other: str, spend_s: float
+) -> list[Line]:
     """Format by format, so that benches are loaded once for each."""
     lines: list[Line] = []
     for number, weights in enumerate(formats):
-        benches = Benches()
+        benches = Benches(spend_s)
         for index, cut in enumerate(cuts):
             if every or index % len(formats) == number:
                 new = compare(subject, cut, weights, other, benches)

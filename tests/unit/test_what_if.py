@@ -15,6 +15,7 @@ from splitrun.errors import InvalidPlacement, SplitrunError
 from splitrun.planner.datasheet import SPREAD, device_names, find_device, find_link
 from splitrun.planner.facts import Cluster, Link, Workload
 from splitrun.planner.facts_file import Facts, read_facts, write_facts
+from splitrun.planner.peaks import RowsPeak, UnitPeak
 from splitrun.planner.picture import draw, save_picture
 from splitrun.planner.profile_table import distinct, profile_lines
 from splitrun.planner.solve import solve
@@ -98,7 +99,9 @@ def some_facts() -> Facts:
 
 
 def test_facts_survive_the_file(tmp_path: Path) -> None:
+    peak = UnitPeak(7, ((32, 1.0),), ((0, 1.0), (8, 2.0)), (RowsPeak(1, 1.0, 0.5),))
     facts = some_facts()
+    facts = replace(facts, profile=replace(facts.profile, peaks={("cpu", "bf16"): (peak, peak)}))
     write_facts(facts, tmp_path / "facts.json")
     assert read_facts(tmp_path / "facts.json") == facts
     (tmp_path / "file").write_text("")
