@@ -13,33 +13,33 @@ import torch
 from splitrun.measure.resident import give_back, high_water_bytes, reset_high_water, resident_bytes
 
 
-def held_bytes(kind: str) -> int:
-    """Bytes of main memory that are held now, for ``peak_of``; 0 where a card's allocator tells by itself."""
-    if kind != "cpu":
+def held_bytes(kind: str, device: str) -> int:
+    """Bytes that are held now, for ``peak_of``; begins anew with the highest mark of a card's allocator."""
+    if kind == "cpu":
+        give_back()
+        return resident_bytes()
+    if kind != "cuda":
         return 0
-    give_back()
-    return resident_bytes()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return int(torch.cuda.memory_reserved(device))
 
 
 def peak_of(run: Callable[[], object], kind: str, device: str, held: int) -> int:
     """Bytes that ``run`` needs at its highest beyond what was ``held`` before it and everything that ran since.
 
-    What the C library keeps of earlier, smaller steps counts: an engine's process keeps it too.
+    What is kept of earlier, smaller steps counts (freed pages, a captured graph's memory): an engine keeps it too.
     """
     if kind == "cpu":
         if not reset_high_water():
             return 0
         run()
         return max(0, high_water_bytes() - held)
-    if kind != "cuda":
-        run()
-        return 0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    reserved = torch.cuda.memory_reserved(device)
     run()
+    if kind != "cuda":
+        return 0
     torch.cuda.synchronize(device)
-    return max(0, int(torch.cuda.max_memory_reserved(device)) - int(reserved))
+    return max(0, int(torch.cuda.max_memory_reserved(device)) - held)
 
 
 def peak_beyond(run: Callable[[], object], kind: str, device: str) -> int:

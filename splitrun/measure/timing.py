@@ -103,7 +103,7 @@ class UnitBench:
         except BaseException:
             self.close()
             raise
-        self._held = self._worker.call(partial(held_bytes, setting.kind))
+        self._held = self._worker.call(partial(held_bytes, setting.kind, setting.device))
 
     def time(self, points: Sequence[Point], spend_s: float | None = None, peaks: bool = True) -> dict[Point, Sample]:
         """Seconds of a stage of the range for each point, in about ``spend_s`` each; with ``peaks``, bytes too."""

@@ -25,10 +25,10 @@ needs_marks = pytest.mark.skipif(not reset_high_water(), reason="this system doe
 @needs_marks
 def test_a_rise_is_seen_and_what_is_held_is_not() -> None:
     held = torch.ones(16 * MIB, dtype=torch.uint8)
-    before = held_bytes("cpu")
+    before = held_bytes("cpu", "cpu")
     rise = peak_of(lambda: torch.ones(64 * MIB, dtype=torch.uint8), "cpu", "cpu", before)
     assert 60 * MIB < rise < 80 * MIB
-    assert peak_of(held.max, "cpu", "cpu", held_bytes("cpu")) < 8 * MIB
+    assert peak_of(held.max, "cpu", "cpu", held_bytes("cpu", "cpu")) < 8 * MIB
 
 
 @needs_marks
