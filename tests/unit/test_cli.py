@@ -14,6 +14,7 @@ import pytest
 import splitrun
 from splitrun import api
 from splitrun.__main__ import main, one_line
+from splitrun.engine.interface import EngineStatus
 from splitrun.errors import ContextTooLong, DoesNotFit, StageLost
 from splitrun.planner.facts import Workload
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
@@ -52,7 +53,7 @@ class FakeEngine:
     def __init__(self, placement: Placement, **options: Any) -> None:
         self.placement, self.options = placement, options
         self.tokenizer = FakeTokenizer()
-        self.core = SimpleNamespace(context=placement.workload.context)
+        self.core = SimpleNamespace(context=placement.workload.context, status=lambda: EngineStatus(True))
         self.asked: list[tuple[list[int], Any]] = []
         self.closed = False
         FakeEngine.made.append(self)
