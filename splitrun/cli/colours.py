@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import sys
 
-import typer
-
 STYLES = (
     (r"█+", "blue"),
     (r"▓+", "cyan"),
@@ -26,7 +24,7 @@ def show(words: str, err: bool = False) -> None:
     """Print an explanation, coloured where it is read on a terminal."""
     stream = sys.stderr if err else sys.stdout
     if not stream.isatty():
-        typer.echo(words, err=err)
+        print(words, file=stream)
         return
     from rich.console import Console
     from rich.text import Text
