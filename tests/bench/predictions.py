@@ -103,7 +103,7 @@ class Benches:
 class KeptBench(UnitBench):
     """Times each point briefly, and outlives the one who asked."""
 
-    spend_s = 0.1
+    spend_s = 0.25
 
     def time(self, points: Sequence[Point], spend_s: float | None = None, peaks: bool = False) -> dict[Point, Sample]:
         """As `UnitBench.time`."""
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--card", default="cpu:1")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--spend", type=float, default=0.1, help="seconds on one kind of step, each time it is timed")
+    parser.add_argument("--spend", type=float, default=0.25, help="seconds on one kind of step, each time it is timed")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait, in all, for others to be idle")
     parser.add_argument("--name", default="predictions")
     parser.add_argument("-o", "--output", type=Path)
