@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 MIB = 1 << 20
 
 
+@pytest.mark.long
 def test_plans_keep_their_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from budgets import SMALL, Case, judge
 
