@@ -414,7 +414,7 @@ def test_placement_and_metrics_show_stages_and_tokens(http: httpx.Client) -> Non
     assert (shown["stages"][0]["memory_bytes"], shown["stages"][0]["mean_step_ms"]) == (1 << 20, 1.25)
     text = http.get("/metrics").text
     for line in (
-        'splitrun_stage_memory_bytes{device="cpu",stage="0",units="embed, layers 0-8, head"} 1.048576e+06',
+        'splitrun_stage_memory_bytes{device="cpu",node="",stage="0",units="embed, layers 0-8, head"} 1.048576e+06',
         'splitrun_blocks_total{group="full"} 64.0',
         'splitrun_requests_total{path="/v1/completions",status="413"}',
         "splitrun_healthy 1.0",
