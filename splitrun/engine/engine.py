@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -78,9 +78,9 @@ class Engine:
         self.placement = placement if isinstance(placement, Placement) else Placement.load(placement)
         reference = self.placement.model
         self.files = resolve(reference.source, reference.revision, weights=load == "weights")
-        self._tokenizer = _Beside(partial(Tokenizer.load, self.files.path))
+        self._tokenizer = _Later(partial(Tokenizer.load, self.files.path))
         if text:
-            self._tokenizer.start()
+            self._tokenizer.result()  # before the weights: making it takes 170 MB for a moment
         planned = self.placement.workload.chunk_tokens
         chunk = min(chunk_tokens or planned, planned)  # the plan's blocks and workspace are for chunks of that size
         self.core: EngineCore = assemble(
@@ -216,29 +216,21 @@ class _Job:
             yield event, text, reason
 
 
-class _Beside:
-    """The tokenizer, loaded on a thread of its own beside the weights, or when it is first asked for."""
+class _Later:
+    """The tokenizer, loaded when it is first asked for."""
 
     def __init__(self, load: Callable[[], Tokenizer]) -> None:
         self._load = load
         self._lock = threading.Lock()
         self._found: Tokenizer | None = None
 
-    def start(self) -> None:
-        """Begin to load it. What that raises, ``result`` raises."""
-        threading.Thread(target=self._attempt, name="splitrun tokenizer", daemon=True).start()
-
     def result(self) -> Tokenizer:
-        """The tokenizer, once it is there."""
+        """The tokenizer; what making it took is given back."""
         with self._lock:
             if self._found is None:
                 self._found = self._load()
                 release_free_memory()
             return self._found
-
-    def _attempt(self) -> None:
-        with suppress(OSError, ValueError):  # whoever asks for the tokenizer tries again, and is told
-            self.result()
 
 
 def _nth(sampling: SamplingParams, index: int) -> SamplingParams:

@@ -43,7 +43,7 @@ with splitrun.Engine(placement, text=False) as engine:
     mark("weights, KV and stage")
     engine.tokenizer.encode("Hello")
     mark("tokenizer")
-    engine.generate([list(range(3, 15))], splitrun.SamplingParams(max_tokens=1, temperature=0))
+    engine.generate([list(range(3, 35))], splitrun.SamplingParams(max_tokens=1, temperature=0))
     mark("first answer")
     # every stage is in this process: its links hold them
     stages = [link.stage for link in engine.core._pipeline._links]

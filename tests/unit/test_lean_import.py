@@ -35,6 +35,15 @@ print("done")
 """
 
 
+TESTED = """
+import sys
+from splitrun.kernels.cpu import library, many
+library.kernel(), many.many_rows(), many.attention_rows()
+assert not {"bitsandbytes", "torch._dynamo"} & set(sys.modules)
+print("done")
+"""
+
+
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
@@ -45,3 +54,7 @@ def test_the_compiler_is_loaded_only_when_it_is_wanted() -> None:
 
 def test_a_transformers_that_cannot_be_imported_leanly_is_imported_as_usual() -> None:
     assert run(REFUSED) == "done\n"
+
+
+def test_the_kernels_test_themselves_without_bitsandbytes() -> None:
+    assert run(TESTED) == "done\n"

@@ -13,6 +13,8 @@ import threading
 
 HUGE_PAGE_BYTES = 2 << 20
 STEP_BYTES = 32 << 20
+LEFT_BYTES = 128 << 20
+"""Not fetched ahead: what imports and the tokenizer take for a moment must not come on top of all the weights."""
 SLACK_BYTES = 1 << 20
 """Beyond what was asked for: the ends of pieces are rounded up."""
 POPULATE_WRITE = 23
@@ -98,6 +100,7 @@ def _populate(region: mmap.mmap, wanted: threading.Event) -> None:
     held = ctypes.c_char.from_buffer(region)
     start, end = ctypes.addressof(held), ctypes.addressof(held) + len(region)
     start += -start % HUGE_PAGE_BYTES
+    end -= LEFT_BYTES
     while start < end and wanted.is_set():
         count = min(STEP_BYTES, end - start)
         if advise(ctypes.c_void_p(start), ctypes.c_size_t(count), POPULATE_WRITE):

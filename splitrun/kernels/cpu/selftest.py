@@ -50,12 +50,7 @@ def _results(
         expected = plain.dequantize()
     weight = TiledWeight.empty(format, values.shape, torch.bfloat16, kernel)
     weight.store(0, values)
-    made = weight.plain()
-    if isinstance(made, Nf4Weight):  # not its own dequantize: that imports bitsandbytes, for seconds
-        table = torch.tensor(NF4_TABLE)
-        yield "quantization", dequantize_reference(made.packed, made.maxima, table, torch.bfloat16), expected
-    else:
-        yield "quantization", made.dequantize(), expected
+    yield "quantization", _reference(weight.plain()), expected
     weight = TiledWeight.of(plain, kernel)
     yield "the value", weight.dequantize(), expected
     for rows in ROWS:
@@ -74,6 +69,13 @@ def _results(
             DenseWeight(dense, kernel).apply(narrow),
             dense_reference(narrow, dense),
         )
+
+
+def _reference(plain: Nf4Weight | Int8Weight) -> torch.Tensor:
+    """The values by definition. An nf4 weight's own `dequantize` imports bitsandbytes: seconds, and 180 MB."""
+    if isinstance(plain, Nf4Weight):
+        return dequantize_reference(plain.packed, plain.maxima, torch.tensor(NF4_TABLE), torch.bfloat16)
+    return plain.dequantize()
 
 
 MANY_ROWS = 37
@@ -103,8 +105,8 @@ def first_fault_of_many(kernel: ManyRows) -> str | None:
             scales = plain.maxima if isinstance(plain, Nf4Weight) else plain.scales
             right = torch.equal(found, product_reference(x, codes, scales, format, bias, kernel.span))
         else:
-            exact = x.double() @ plain.dequantize().double().T + bias.double()
-            right = bool(((found.double() - exact).abs() <= many_bound(x, plain.dequantize(), exact)).all())
+            exact = x.double() @ _reference(plain).double().T + bias.double()
+            right = bool(((found.double() - exact).abs() <= many_bound(x, _reference(plain), exact)).all())
         if not right:
             return f"the product of {MANY_ROWS} rows of {format} weights differs from the reference"
     return None
