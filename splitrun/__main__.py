@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         log_json("coordinator")
     from typer import BadParameter
+    from typer.main import get_command
 
     from splitrun.cli.app import app
 
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage_error = cast(type[BadParameter], BadParameter.__mro__[1])
     try:
         # Words that are none ask for the help, which has many lines.
-        status = app(args=words, prog_name="splitrun", standalone_mode=not words)
+        # Not through the app's own call, which would put typer's report of faults in the place of ours.
+        status = get_command(app)(args=words, prog_name="splitrun", standalone_mode=not words)
         return status if isinstance(status, int) else 0
     except usage_error as error:
         path = error.ctx.command_path if error.ctx else "splitrun"
