@@ -25,7 +25,7 @@ from splitrun.kernels.weight import Weight, install
 from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.structure import ModelStructure, inspect
 from splitrun.schedule.request import SamplingParams
-from splitrun.schedule.step import RowSampling, Step
+from splitrun.schedule.step import RowSampling, Step, Tokens
 from splitrun.stage import load
 from splitrun.stage.card import CardStage, card_stage
 from splitrun.stage.generic import RangeStage
@@ -110,6 +110,7 @@ class Run:
             replay=(False,) * len(rows),
         )
         self.index += 1
+        self.latest = step
         computed = self.stage.compute(step, incoming)
         for row, ids in rows.items():
             self.lengths[row] = self.lengths.get(row, 0) + len(ids)
@@ -209,6 +210,16 @@ def test_scored_prompts_report_every_token(monkeypatch: pytest.MonkeyPatch) -> N
     found, expected = ours.scores[0], wanted.scores[0]
     assert [entry.token_id for entry in found] == rows[0][1:]
     assert [entry.logprob for entry in found] == pytest.approx([entry.logprob for entry in expected], abs=0.03)
+
+
+def test_greedy_rows_bring_back_their_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make("llama", "dense", TYPE, monkeypatch)
+    run.feed({0: tokens(6), 1: tokens(3)})
+    for rows in ({0: [5], 1: [6]}, {1: [9]}):
+        logits = run.feed(rows)
+        found = run.stage.run(run.latest, None)
+        assert isinstance(found, Tokens)
+        assert [row.token_ids for row in found.rows] == [(int(logits[row].argmax()),) for row in rows]
 
 
 def test_models_that_the_kernels_do_not_compute_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
