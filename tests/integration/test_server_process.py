@@ -182,7 +182,7 @@ def test_a_client_that_does_not_read_leaves_no_traceback(empty_model: Path, capf
             deaf.sendall(head.encode() + b"\r\n\r\n" + body)
             assert engine.wait_for(lambda: len(engine.submitted) == 1)
             server.stop()
-            waiter.join(20)
+            waiter.join(60)
             assert server._child.poll() == 0
     assert "Traceback" not in capfd.readouterr().err
 
