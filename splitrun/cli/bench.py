@@ -53,6 +53,9 @@ def bench(
     table: Annotated[
         bool, typer.Option("--table", help="The prompt lengths and formats of a much-read guide, in its columns.")
     ] = False,
+    predict: Annotated[
+        bool, typer.Option("--predict/--no-predict", help="Also say what was foretold; measures units if need be.")
+    ] = True,
     questions: Annotated[int, typer.Option("--questions", min=1, help="Held-out questions of --quality.")] = 200,
     json_output: Annotated[bool, typer.Option("--json", help="End with one JSON line.")] = False,
 ) -> None:
@@ -96,7 +99,7 @@ def bench(
         terms = contest.make_terms(placement, file, prompt_tokens, new_tokens, repeat, load)
         # What other machines take is theirs to measure; everything here is timed just before it runs.
         here = all("/" not in name for name in placement.device_names)
-        foretold = contest.predict_apart(placement, terms) if here else None
+        foretold = contest.predict_apart(placement, terms) if here and predict else None
         results = contest.hold(terms, dict.fromkeys(versus or ()))
     _show(results, foretold, json_output)
 

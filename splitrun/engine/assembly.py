@@ -121,11 +121,7 @@ def _require_possible(spec: StageSpec) -> None:
         raise InvalidPlacement(
             f"{stage_name(spec)}: there is no such device here; `splitrun doctor` lists those there are"
         )
-    unused = {
-        "kv.host_blocks": spec.kv.host_blocks,
-        "kv.disk_blocks": spec.kv.disk_blocks,
-        "stream_buffer": spec.stream_buffer_bytes,
-    }
+    unused = {"kv.host_blocks": spec.kv.host_blocks, "kv.disk_blocks": spec.kv.disk_blocks}
     for key, value in unused.items():
         if value:
             raise InvalidPlacement(f"{stage_name(spec)}: {key} {value} is not supported by this version: set it to 0")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from splitrun.engine.filling import Load as Load
 from splitrun.engine.pipeline import Link, RemoteLink, translated
 from splitrun.errors import SplitrunError
 from splitrun.kernels.cpu.regions import drop_ahead
+from splitrun.kernels.gpu.library import usable
 from splitrun.measure.accelerators import half_type
 from splitrun.measure.host import read_processor
 from splitrun.measure.probe import probe
@@ -39,6 +41,9 @@ from splitrun.stage.batch import Traits
 from splitrun.stage.generic import RangeStage
 from splitrun.stage.load import StageSize, load_stage
 from splitrun.transport.local import FromHost, Hop, Worker, hop, torch_device
+
+if TYPE_CHECKING:
+    from splitrun.stage.streamed import StreamCard
 
 
 def compute_dtype(device: str, weights: str) -> str:
@@ -67,6 +72,7 @@ class StageLoading:
         self._blocks = blocks
         self._traits = traits
         self._filling = Filling(files, structure, load)
+        self._prompt_card: StreamCard | None = None
 
     def stage(self, index: int) -> RangeStage:
         """The stage of that index, loaded; runs on the stage's worker."""
@@ -90,11 +96,23 @@ class StageLoading:
                 size,
                 lambda model: self._filling.fill(model, spec.weights, name),
                 self._traits,
+                self._stream_card() if size.device == "cpu" and cut.stop > cut.start else None,
             )
         except SplitrunError:
             raise
         except (RuntimeError, MemoryError, OSError) as error:
             raise translated(error, name) from error
+
+    def _stream_card(self) -> StreamCard | None:
+        """The card of this process with slabs for the processor's weights; the processor's stages share it."""
+        specs = [spec for spec in self._placement.stages if spec.stream_buffer_bytes and not machine_of(spec.device)]
+        if not specs or not usable(torch_device(specs[0].device)):
+            return None
+        if self._prompt_card is None:
+            from splitrun.stage.streamed import StreamCard  # Triton is not everywhere
+
+            self._prompt_card = StreamCard(torch.device(specs[0].device), specs[0].stream_buffer_bytes)
+        return self._prompt_card
 
 
 def stage_name(spec: StageSpec) -> str:

@@ -45,6 +45,7 @@ class Captures:
         launch()
         current = torch.cuda.current_stream(self._device)
         current.synchronize()
+        torch.cuda.empty_cache()  # graphs have memory of their own; the first run's must not stand beside it
         graph = torch.cuda.CUDAGraph()
         own = None if current == torch.cuda.default_stream(self._device) else current
         with torch.cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode="thread_local"):
@@ -167,6 +168,8 @@ class PromptGraphs:
             room = max(size, self._hidden.shape[0])
             self._hidden = torch.zeros((room, self._card.hidden), dtype=self._dtype, device=self._device)
         key = ("prompt", size, places)
+        if incoming is not None and not self._card.layers:
+            return incoming
         if not self._captures.has(key):
             self._inputs.clear()
             self._captures.capture(key, lambda: self._launch(size, places))

@@ -8,10 +8,11 @@ in one call. Knows no steps and no plans.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,19 @@ from splitrun.stage.blocks import BlockStore, BlockView
 from splitrun.stage.known import is_known, is_known_base, is_plain_head
 from splitrun.stage.parts import layer_parts
 
+if TYPE_CHECKING:
+    from splitrun.stage.streamed import StreamCard, StreamedLayers
+
+log = logging.getLogger(__name__)
+
 MOST_GROUPS = 4
 """KV groups whose latest histories are kept."""
 
 
-def fuse(model: CutModel, stores: Mapping[int, BlockStore]) -> int:
+def fuse(model: CutModel, stores: Mapping[int, BlockStore], card: StreamCard | None = None) -> int:
     """Give the range's layers, and its head, the kernels where they are of that kind. Returns how many layers were
-    given one. Modifies the model."""
+    given one. ``card``: longer prompts are computed there, where its kernels take all of the layers. Modifies the
+    model."""
     fast, histories = kernel(), _Histories()
     if fast is None or model.device.type != "cpu":
         return 0
@@ -50,13 +57,24 @@ def fuse(model: CutModel, stores: Mapping[int, BlockStore]) -> int:
     chain = [blocks[index] for index in own if index in blocks]
     joined = all(first.joins(second) for first, second in pairwise(chain))
     if len(chain) == len(own) > 0 and joined and is_known_base(model.skeleton.base):
-        model.shorten(_Range(blocks, histories))
+        model.shorten(_Range(blocks, histories, None if card is None else _streamed(chain, card)))
     if model.cut.head and is_plain_head(model.skeleton.model):
         outputs: Any = model.skeleton.model.get_output_embeddings()
         _take_dense(outputs, fast, model.skeleton.model.get_input_embeddings().weight)
         if isinstance(outputs.weight, TiledWeight | DenseWeight) and outputs.bias is None:
             model.chooser = outputs.weight.largest
     return len(blocks)
+
+
+def _streamed(chain: Sequence[BlockKernel], card: StreamCard) -> StreamedLayers | None:
+    """The layers with their prompts on the card, None where it does not take them."""
+    from splitrun.stage.streamed import StreamedLayers  # Triton is not everywhere
+
+    try:
+        return StreamedLayers([block.parts for block in chain], card)
+    except ValueError as error:
+        log.warning("prompts stay on the processor: %s", error)
+        return None
 
 
 def _take_dense(module: nn.Module, fast: Kernel, shared: Any = None) -> None:
@@ -75,14 +93,19 @@ def _take_dense(module: nn.Module, fast: Kernel, shared: Any = None) -> None:
 class _Range:
     """Consecutive layers in one call of the kernel for every 16 tokens."""
 
-    def __init__(self, blocks: Mapping[int, BlockKernel], histories: _Histories) -> None:
+    def __init__(
+        self, blocks: Mapping[int, BlockKernel], histories: _Histories, streamed: StreamedLayers | None = None
+    ) -> None:
         self._indices = tuple(sorted(blocks))
         self._blocks = [blocks[index] for index in self._indices]
         self._chain = LayerChain(self._blocks)
         self._histories = histories
+        self._streamed = streamed
 
     def takes(self, rows: int, count: int) -> bool:
         """Whether rows of so many new tokens are for the kernel."""
+        if self._streamed is not None and self._streamed.takes(count):
+            return rows > 0
         return rows > 0 and (0 < count <= MOST_ROWS or all(block.takes_chunks() for block in self._blocks))
 
     def run(self, hidden: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor:
@@ -101,6 +124,8 @@ class _Range:
     def _call(self, hidden: Tensor, cosines: Tensor, sines: Tensor, call: Sequence[RowHistories]) -> Tensor:
         if call[0].tokens <= MOST_ROWS:
             return self._chain.run(hidden, cosines, sines, call)
+        if self._streamed is not None and self._streamed.takes(call[0].tokens):
+            return self._streamed.run(hidden, cosines, sines, call)
         for block, histories in zip(self._blocks, call, strict=True):
             hidden = block.run_chunk(hidden, cosines, sines, histories)
         return hidden

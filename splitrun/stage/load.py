@@ -5,10 +5,9 @@ Knows the numbers that a plan decided, not how it decided them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,8 +21,9 @@ from splitrun.stage.cache import BlockCache
 from splitrun.stage.fused import fuse
 from splitrun.stage.generic import GenericStage, RangeStage
 
-CUBLAS_WORKSPACE = ":4096:2:16:8"
-"""8 MiB, as on every card before Hopper; there cuBLAS would take 32."""
+if TYPE_CHECKING:
+    from splitrun.stage.streamed import StreamCard
+
 Fill = Callable[[CutModel], int]
 """Installs a cut model's own weights and returns their bytes."""
 
@@ -47,10 +47,10 @@ def load_stage(
     size: StageSize,
     fill: Fill,
     traits: Traits = FREE,
+    prompt_card: StreamCard | None = None,
 ) -> RangeStage:
-    """The stage of a range, ready to run. ``traits`` are what the proof learned about the model."""
-    if size.device.startswith("cuda"):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+    """The stage of a range, ready to run. ``traits`` are what the proof learned about the model; ``prompt_card``
+    computes the longer prompts of layers on the processor."""
     if size.dtype == "fp32" and size.device.startswith("cuda"):
         torch.backends.cudnn.allow_tf32 = False  # convolutions would otherwise round their inputs to 10 bits
     model = CutModel(config, structure, cut, size.dtype, size.device)
@@ -70,7 +70,7 @@ def load_stage(
         stage = card_stage(model, stores, rules, weight_bytes)
         if stage is not None:
             return stage
-    fuse(model, stores)
+    fuse(model, stores, prompt_card)
     cache = BlockCache(model.skeleton.model.config, structure.caches, stores, states)
     return GenericStage(model, cache, stores, states, rules, weight_bytes)
 

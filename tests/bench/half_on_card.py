@@ -52,6 +52,7 @@ def main() -> None:
         half = Path(folder, "half.yaml")
         half.write_text(HALF.format(model=model, card=args.card, budget=args.budget, host=args.host, context=context))
         common = ["--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens), "--json"]
+        common += ["--no-predict"]
         common += ["--repeat", str(args.repeat), "--load", "weights" if args.model else "dummy"]
         versus = [word for name in args.vs for word in ("--vs", name)]
         memory = f"{args.card}={args.budget},cpu={args.host}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 from splitrun.kernels.formats import DTYPES

@@ -93,7 +93,12 @@ class Run:
 
 
 def make(
-    name: str, overrides: dict[str, Any], format: str = "nf4", dtype: str = "bf16", blocks: int = BLOCKS
+    name: str,
+    overrides: dict[str, Any],
+    format: str = "nf4",
+    dtype: str = "bf16",
+    blocks: int = BLOCKS,
+    prompt_card: Any = None,
 ) -> tuple[Run, list[bool]]:
     """A stage of embedding and layers with random weights, and which layers have the kernel."""
     inner = {"intermediate_size": 192 if format == "nf4" else 212}
@@ -115,14 +120,14 @@ def make(
 
     pools = {group.name: blocks * 3 for group in structure.groups}
     size = StageSize("cpu", dtype, dtype, pools, BLOCK_TOKENS, 3)
-    stage = load_stage(config, structure, CutRange(True, 0, LAYERS, False), size, fill)
+    stage = load_stage(config, structure, CutRange(True, 0, LAYERS, False), size, fill, prompt_card=prompt_card)
     taken = [isinstance(stage.model._inner[index].forward, fused._Forward) for index in range(LAYERS)]
     return Run(stage, structure, {}, blocks), taken
 
 
 def generic(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Run:
     with monkeypatch.context() as patch:
-        patch.setattr(load, "fuse", lambda model, stores: 0)
+        patch.setattr(load, "fuse", lambda *arguments: 0)
         run, taken = make(*arguments)
     assert not any(taken)
     return run

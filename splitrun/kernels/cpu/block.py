@@ -118,6 +118,7 @@ class RowHistories:
     """
 
     def __init__(self, tables: Sequence[Sequence[int]], skips: Sequence[int], lengths: Sequence[int], count: int):
+        self.tables, self.skips, self.lengths = tables, skips, lengths
         starts = [0]
         for table in tables:
             starts.append(starts[-1] + len(table))

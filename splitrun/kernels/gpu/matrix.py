@@ -18,8 +18,8 @@ from splitrun.kernels.nf4 import Nf4Weight
 from splitrun.kernels.nf4_definition import NF4_TABLE
 from splitrun.kernels.weight import Weight
 
-DENSE, INT8, NF4 = 0, 1, 2
-"""Formats as kernels know them."""
+DENSE, INT8, NF4, TILED_INT8, TILED_NF4 = 0, 1, 2, 3, 4
+"""Formats as kernels know them; tiled are those that the processor's kernels read, copied here as they lie."""
 MOST_PARTS = 3
 
 AnyWeight = Weight | Tensor
@@ -31,6 +31,7 @@ class Part:
 
     codes   nf4: uint8 (rows, columns / 2); int8: int8 (rows, columns); dense: the values
     scales  nf4: fp32 (rows, columns / 64); int8: fp32 (rows,); dense: the values again, not read
+    tiled: as many bytes and scales for each row, in the order of `splitrun/kernels/cpu/source/kernels.h`
     """
 
     codes: Tensor
@@ -85,7 +86,7 @@ def matrix_of(weights: Sequence[object]) -> GpuMatrix | None:
     format = NF4 if isinstance(first, Nf4Weight) else INT8 if isinstance(first, Int8Weight) else DENSE
     widths = {int(part.codes.shape[1]) * (2 if format == NF4 else 1) for part in found}
     device = found[0].codes.device
-    return GpuMatrix(format, tuple(found), widths.pop(), _table(device)) if len(widths) == 1 else None
+    return GpuMatrix(format, tuple(found), widths.pop(), nf4_table(device)) if len(widths) == 1 else None
 
 
 def _part(weight: object) -> Part | None:
@@ -98,5 +99,6 @@ def _part(weight: object) -> Part | None:
     return Part(weight.detach(), weight.detach())
 
 
-def _table(device: torch.device) -> Tensor:
+def nf4_table(device: torch.device) -> Tensor:
+    """The values of nf4's codes. Shape: fp32 (16,)."""
     return torch.tensor(NF4_TABLE, device=device)

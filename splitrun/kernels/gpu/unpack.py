@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from splitrun.kernels.gpu.matrix import DENSE, GpuMatrix, Part
+from splitrun.kernels.gpu.matrix import DENSE, TILED_INT8, TILED_NF4, GpuMatrix, Part
 from splitrun.kernels.gpu.values import weight_tile
 
 SCRATCH_VALUES = 1 << 23
@@ -27,6 +27,31 @@ def _unpack(
     places = start + tl.arange(0, COLUMNS)
     target = out + (row - first).to(tl.int64)[:, None] * columns + places[None, :]
     tl.store(target, values, mask=(row < rows)[:, None] & (places < columns)[None, :])
+
+
+@triton.jit
+def _unpack_tiled(
+    codes, scales, table, out, first, rows, all_rows, columns, FORMAT: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """One tile of 16 rows, some columns of it, from the layout of the processor's kernels: lines of four bytes."""
+    tile = first // 16 + tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    lane = tl.arange(0, 16)
+    height = tl.minimum(all_rows - tile * 16, 16)
+    inside = (tile * 16 + lane < rows)[:, None] & (column < columns)[None, :]
+    before = (tile * 16).to(tl.int64)
+    if FORMAT == 4:
+        at = before * (columns // 2) + column[None, :] // 8 * 4 * height + lane[:, None] * 4 + column[None, :] % 4
+        packed = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+        code = tl.where(((column % 8) < 4)[None, :], packed & 15, packed >> 4)
+        scale_at = before * (columns // 64) + column[None, :] // 64 * height + lane[:, None]
+        values = tl.load(table + code) * tl.load(scales + scale_at, mask=inside, other=0.0)
+    else:
+        at = before * columns + column[None, :] // 4 * 4 * height + lane[:, None] * 4 + column[None, :] % 4
+        scale = tl.load(scales + before + lane, mask=before + lane < rows, other=0.0)
+        values = tl.load(codes + at, mask=inside, other=0).to(tl.float32) * scale[:, None]
+    target = out + (before - first + lane)[:, None] * columns + column[None, :]
+    tl.store(target, values.to(out.dtype.element_ty), mask=inside)
 
 
 class PromptProducts:
@@ -58,15 +83,32 @@ class PromptProducts:
             self._scratch = torch.empty(SCRATCH_VALUES, dtype=self._dtype, device=self._device)
         for part, first in zip(matrix.parts, matrix.starts, strict=True):
             pieces = -(-part.rows * matrix.columns // SCRATCH_VALUES)
-            step = min(-(-part.rows // pieces // 64) * 64 + 64, SCRATCH_VALUES // matrix.columns)
+            step = min(-(-part.rows // pieces // 64) * 64 + 64, SCRATCH_VALUES // matrix.columns // 16 * 16)
             for start in range(0, part.rows, step):
                 stop = min(start + step, part.rows)
                 yield first + start, unpacked(matrix, part, start, stop, self._scratch)
 
 
 def unpacked(matrix: GpuMatrix, part: Part, start: int, stop: int, memory: Tensor) -> Tensor:
-    """Values of some rows of a part, in ``memory``'s type and at its beginning. Shape: (stop - start, columns)."""
+    """Values of some rows of a part, in ``memory``'s type and at its beginning. Shape: (stop - start, columns).
+
+    Of a tiled part, ``start`` is the first row of a tile.
+    """
     values = memory[: (stop - start) * matrix.columns].view(stop - start, matrix.columns)
+    if matrix.format in (TILED_INT8, TILED_NF4):
+        _unpack_tiled[(triton.cdiv(stop - start, 16), triton.cdiv(matrix.columns, 256))](
+            part.codes,
+            part.scales,
+            matrix.table,
+            values,
+            start,
+            stop,
+            part.rows,
+            matrix.columns,
+            FORMAT=matrix.format,
+            COLUMNS=256,
+        )
+        return values
     grid = (triton.cdiv(stop - start, 8), triton.cdiv(matrix.columns, 256))
     _unpack[grid](
         part.codes,

@@ -66,9 +66,11 @@ def nf4_values(packed, table, TYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
             first, second = tl.inline_asm_elementwise(
                 FP16_ASSEMBLY, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
             )
-        return first, second
-    codes = packed.to(tl.int32)
-    return tl.load(table + (codes >> 4)).to(TYPE), tl.load(table + (codes & 15)).to(TYPE)
+    else:
+        codes = packed.to(tl.int32)
+        first = tl.load(table + (codes >> 4)).to(TYPE)
+        second = tl.load(table + (codes & 15)).to(TYPE)
+    return first, second
 
 
 @triton.jit
@@ -100,12 +102,15 @@ def weight_tile(
         scale = tl.load(scales + rows.to(tl.int64)[:, None] * (columns // 64) + groups[None, :], mask=inside, other=0.0)
         first = (tl.load(table + (packed >> 4)) * scale[:, :, None]).to(TYPE)
         second = (tl.load(table + (packed & 15)) * scale[:, :, None]).to(TYPE)
-        return tl.reshape(tl.join(first, second), (ROWS, COLUMNS))
-    places = columns_from + tl.arange(0, COLUMNS)
-    inside = (rows < total_rows)[:, None] & (places < columns_to)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * columns + places[None, :]
-    if FORMAT == 1:
-        scale = tl.load(scales + rows, mask=rows < total_rows, other=0.0)
-        values = tl.load(codes + offsets, mask=inside, other=0)
-        return (values.to(tl.float32) * scale[:, None]).to(TYPE)
-    return tl.load(codes + offsets, mask=inside, other=0.0)
+        tile = tl.reshape(tl.join(first, second), (ROWS, COLUMNS))
+    else:
+        places = columns_from + tl.arange(0, COLUMNS)
+        inside = (rows < total_rows)[:, None] & (places < columns_to)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * columns + places[None, :]
+        if FORMAT == 1:
+            scale = tl.load(scales + rows, mask=rows < total_rows, other=0.0)
+            values = tl.load(codes + offsets, mask=inside, other=0)
+            tile = (values.to(tl.float32) * scale[:, None]).to(TYPE)
+        else:
+            tile = tl.load(codes + offsets, mask=inside, other=0.0)
+    return tile
