@@ -75,7 +75,7 @@ def plan(
     wanted = min(DEFAULT_CONTEXT, known.profile.max_context) if context is None else context
     workload = Workload(context=wanted, sessions=sessions, objective=objective)
     try:
-        found = solve(known.profile, known.cluster, workload, weights, quality)
+        found = solve(known.profile, known.cluster, workload, weights, quality, stream=True)
     except DoesNotFit as error:
         if memory is None or any(name.startswith("cpu") for name in memory):
             raise

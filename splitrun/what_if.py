@@ -53,7 +53,7 @@ def answer(question: Question, report: Callable[[str], None] = lambda text: None
         workload = Workload(context=context, sessions=question.sessions, objective=question.objective)
     elif question.context is not None:
         workload = replace(workload, context=context)
-    plan = solve(found.profile, cluster, workload, question.weights, question.quality)
+    plan = solve(found.profile, cluster, workload, question.weights, question.quality, stream=True)
     if plan.estimate is None or not notes:
         return plan
     return replace(plan, estimate=replace(plan.estimate, notes=(*plan.estimate.notes, *notes)))

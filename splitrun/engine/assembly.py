@@ -122,6 +122,11 @@ def _require_possible(spec: StageSpec) -> None:
             f"{stage_name(spec)}: there is no such device here; `splitrun doctor` lists those there are"
         )
     unused = {"kv.host_blocks": spec.kv.host_blocks, "kv.disk_blocks": spec.kv.disk_blocks}
+    if spec.stream_buffer_bytes and kind == "cpu":
+        raise InvalidPlacement(
+            f"{stage_name(spec)}: stream_buffer {spec.stream_buffer_bytes} is memory of a card, which computes prompts "
+            "of layers on the processor: set it to 0 here"
+        )
     for key, value in unused.items():
         if value:
             raise InvalidPlacement(f"{stage_name(spec)}: {key} {value} is not supported by this version: set it to 0")

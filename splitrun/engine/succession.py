@@ -121,7 +121,7 @@ def plan_without(placement: Placement, facts: Facts, lost: Collection[str]) -> P
     formats = {(spec.weights, spec.kv.dtype) for spec in placement.stages}
     if len(formats) == 1:
         ((weights, kv_dtype),) = formats
-        found = solve(facts.profile, facts.cluster, placement.workload, weights)
+        found = solve(facts.profile, facts.cluster, placement.workload, weights, stream=True)
         stages = tuple(replace(spec, kv=replace(spec.kv, dtype=kv_dtype or spec.kv.dtype)) for spec in found.stages)
         return replace(found, model=placement.model, stages=stages)
     taken = max(facts.cluster.devices, key=lambda device: device.budget_bytes, default=None)

@@ -123,7 +123,7 @@ def device_memory(
     stream_bytes: int = 0,
 ) -> DeviceMemory:
     """The device's bill for those units; ``shared_weight_bytes`` are in two of them and paid once. ``stream_bytes``
-    are the slabs that other devices' weights pass through, held all the time and shown with the workspace."""
+    are for layers of other devices whose prompts are computed here, slabs and temporaries; shown with the workspace."""
     weights = sum(unit.weight_bytes for unit in units) - shared_weight_bytes
     cache, state = sum(unit.kv_bytes for unit in units), sum(unit.state_bytes for unit in units)
     return DeviceMemory(
@@ -154,9 +154,24 @@ def placement_memory(profile: ModelProfile, cluster: Cluster, placement: Placeme
             head_formats |= {stage.weights} if stage.head else set()
         shared = sum(profile.tied_bytes.get(weights, 0) for weights in embed_formats & head_formats)
         slabs = sum(stage.stream_buffer_bytes for stage in placement.stages if stage.device == name)
+        slabs += _streamed_workspace_bytes(profile, cluster, placement, device) if slabs else 0
         budget = placement.devices.get(name, device.budget_bytes)
         bills.append(device_memory(device, budget, units, shared, slabs))
     return tuple(bills)
+
+
+def _streamed_workspace_bytes(profile: ModelProfile, cluster: Cluster, placement: Placement, card: Device) -> int:
+    """Temporary bytes on a card for prompts of layers on the processor, which it may compute beside its own."""
+    workload = placement.workload
+    found = 0
+    for stage in placement.stages:
+        if cluster.device(stage.device).kind == "cpu" and "/" not in stage.device and stage.layers[0] < stage.layers[1]:
+            kv_dtype = stage.kv.dtype or compute_dtype(card, stage.weights)
+            unit = stage.layers[0] + 1
+            kept = kv.unit_kv_bytes(profile.units[unit], profile.groups, workload, kv_dtype)
+            needed = workspace_bytes(profile, unit, card, stage.weights, workload, kv_dtype)
+            found = max(found, needed + 2 * kept // max(workload.sessions, 1))
+    return found
 
 
 def pool_budgets(cluster: Cluster) -> dict[str, int]:

@@ -21,7 +21,7 @@ from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, plac
 from splitrun.planner.reasons import Findings, left_out, limit, measure_text, more_context, runner_up, slowest
 from splitrun.planner.refuse import does_not_fit
 from splitrun.planner.search import MAX_DEVICES, fastest
-from splitrun.planner.stream import with_stream_buffer
+from splitrun.planner.stream import first_token_gain_s, with_stream_buffer
 from splitrun.planner.tables import build_tables
 from splitrun.planner.within import fastest_within
 from splitrun.quantities import format_seconds
@@ -81,6 +81,9 @@ def solve(
         notes.append(f"weights lose {loss:.0%} of the precision that all-nf4 loses; less with --quality")
     if stream:
         plan = with_stream_buffer(profile, cluster, plan)
+        gain = first_token_gain_s(profile, cluster, plan)
+        if gain:
+            notes.append(f"weights on the processor are copied to the card for prompts: {gain * 1e3:.3g} ms less")
     return replace(plan, estimate=estimate(profile, cluster, plan, limit(found), notes))
 
 

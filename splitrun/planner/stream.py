@@ -16,12 +16,17 @@ from splitrun.planner.placement import Placement, StageSpec
 
 SLABS = 2
 """One is computed with while the other is filled."""
+PADDING_BYTES = 8192
+"""In a slab, for matrices that begin at round addresses."""
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""Whose layers the card's kernels compute."""
 
 
 def slab_bytes(profile: ModelProfile, stage: StageSpec) -> int:
     """Bytes of both slabs for the layers of a stage on the processor, in its format; 0 for a stage without layers."""
     units = range(stage.layers[0] + 1, stage.layers[1] + 1)
-    return SLABS * max((profile.units[unit].weight_bytes[stage.weights] for unit in units), default=0)
+    largest = max((profile.units[unit].weight_bytes[stage.weights] for unit in units), default=0)
+    return SLABS * (largest + PADDING_BYTES) if largest else 0
 
 
 def streamed_s(profile: ModelProfile, cluster: Cluster, card: Device, stage: StageSpec, workload: Workload) -> float:
@@ -42,7 +47,8 @@ def streamed_s(profile: ModelProfile, cluster: Cluster, card: Device, stage: Sta
 def crossover_tokens(profile: ModelProfile, cluster: Cluster, placement: Placement, stage: StageSpec) -> int | None:
     """The shortest chunk, in tokens, for which copying the stage's layers to a card pays; None when none does."""
     card = _card(cluster, placement)
-    if card is None or stage.layers[0] == stage.layers[1] or cluster.device(stage.device).kind != "cpu":
+    here = "/" not in stage.device and cluster.device(stage.device).kind == "cpu"
+    if card is None or profile.model_type not in MODEL_TYPES or stage.layers[0] == stage.layers[1] or not here:
         return None
     workload = placement.workload
     for tokens in (32, 64, 128, 256, 512, 1024, 2048):

@@ -11,6 +11,7 @@ from splitrun.planner.cost import prefill_s
 from splitrun.planner.facts import Cluster, Link, Workload
 from splitrun.planner.memory import placement_memory
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
+from splitrun.planner.solve import solve
 from splitrun.planner.stream import crossover_tokens, first_token_gain_s, slab_bytes, streamed_s, with_stream_buffer
 
 PROFILE = model(layers=8, values=40 * MIB)
@@ -42,10 +43,10 @@ def test_long_chunks_pay_and_short_ones_do_not() -> None:
 def test_slabs_are_planned_and_on_the_bill() -> None:
     made = with_stream_buffer(PROFILE, CLUSTER, PLAN)
     size = slab_bytes(PROFILE, ON_HOST)
-    assert size == 2 * 80 * MIB
+    assert 2 * 80 * MIB < size < 2 * 80.1 * MIB
     assert [stage.stream_buffer_bytes for stage in made.stages] == [0, size]
     before, after = (placement_memory(PROFILE, CLUSTER, plan)[1] for plan in (PLAN, made))
-    assert after.workspace_bytes - before.workspace_bytes == size
+    assert after.workspace_bytes - before.workspace_bytes > size  # layers of both kinds may compute at once
     assert first_token_gain_s(PROFILE, CLUSTER, made) > 0
     assert first_token_gain_s(PROFILE, CLUSTER, PLAN) == 0
 
@@ -59,3 +60,16 @@ def test_slabs_are_planned_and_on_the_bill() -> None:
 )
 def test_where_slabs_are_not_planned(cluster: Cluster) -> None:
     assert with_stream_buffer(PROFILE, cluster, PLAN) == PLAN
+
+
+def test_other_models_and_other_machines_compute_their_prompts_where_they_lie() -> None:
+    assert crossover_tokens(replace(PROFILE, model_type="gemma2"), CLUSTER, PLAN, ON_HOST) is None
+    far = Cluster((HOST, replace(HOST, name="attic/cpu"), CARD), WIRE | {("attic/cpu", "cuda:0"): Link(20e-6, 25e9)})
+    assert crossover_tokens(PROFILE, far, PLAN, replace(ON_HOST, device="attic/cpu")) is None
+
+
+def test_the_plan_says_what_prompts_gain() -> None:
+    found = solve(PROFILE, CLUSTER, Workload(), "bf16", stream=True)
+    assert found.estimate is not None
+    copied = any("copied to the card for prompts" in note for note in found.estimate.notes)
+    assert copied == any(stage.stream_buffer_bytes for stage in found.stages)
