@@ -21,10 +21,14 @@ from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageError, StageL
 from splitrun.schedule.limits import check_request
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import Scheduler
+from splitrun.schedule.step import Tokens
 
 Deliver = Callable[[TokenEvent], None]
+Message = Outcome | list[tuple[Deliver, TokenEvent]]
+"""What came back from the stages, or who is to be told of what is committed already."""
 _WARM_UP_ID = -1
 _WARM_UP = Request(_WARM_UP_ID, (0,), SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
+_BUG = "the engine's loop ended on an internal error: start the server again"
 _LOG = logging.getLogger(__name__)
 
 
@@ -37,7 +41,7 @@ class EngineCore:
     def __init__(self, scheduler: Scheduler, line: Line) -> None:
         self._scheduler = scheduler
         self._line = line
-        self._inbox: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._deliveries: dict[int, Deliver] = {}
@@ -50,7 +54,7 @@ class EngineCore:
         self.closed = threading.Event()
         self._prompt_tokens = 0
         self._completion_tokens = 0
-        self._pipeline = line.make_pipeline(self._inbox.put)
+        self._pipeline = line.make_pipeline(self._come_back)
         self._thread = threading.Thread(target=self._loop, name="splitrun engine", daemon=True)
         self._thread.start()
 
@@ -178,7 +182,7 @@ class EngineCore:
                 if self._closed:
                     line.close()
                     return
-                self._line, self._pipeline = line, line.make_pipeline(self._inbox.put)
+                self._line, self._pipeline = line, line.make_pipeline(self._come_back)
                 self._scheduler.recompute_all()
             self._inbox.put(Resumed())
         except SplitrunError as error:
@@ -188,6 +192,37 @@ class EngineCore:
                 self._replacing = False
                 self._idle.notify_all()
 
+    def _come_back(self, message: Outcome) -> None:
+        """Take what stages send back. The next step after tokens is sent off at once, by the worker that made them:
+        the loop would have to wake up first. It hands them out meanwhile."""
+        if not isinstance(message, Tokens) or not self._pipeline.all_here:
+            self._inbox.put(message)
+            return
+        deliveries = None
+        try:
+            deliveries = self._go_on(message)
+        finally:
+            if deliveries is None:
+                self._stop(_BUG)
+        self._inbox.put(deliveries)
+
+    def _go_on(self, message: Tokens) -> Message:
+        """Commit tokens and send off the next step, if it is their turn; what is left to do for the loop."""
+        with self._lock:
+            if self._closed or self._paused or self._scheduler.next_commit != (message.epoch, message.step):
+                return message
+            self._reason = ""
+            deliveries = self._take_deliveries(self._scheduler.commit(message))
+            self._submit_steps()
+            if not self._scheduler.has_work:
+                self._idle.notify_all()
+        return deliveries
+
+    def _submit_steps(self) -> None:
+        """Send off all steps that can run. Called under the lock."""
+        while not self._closed and not self._paused and (step := self._scheduler.schedule()) is not None:
+            self._pipeline.submit(step)
+
     def _loop(self) -> None:
         try:
             while not self._closed:
@@ -195,11 +230,10 @@ class EngineCore:
                 while not self._inbox.empty():
                     deliveries += self._handle(self._inbox.get())
                 with self._lock:
-                    while not self._closed and not self._paused and (step := self._scheduler.schedule()) is not None:
-                        self._pipeline.submit(step)
+                    self._submit_steps()
                 self._hand_out(deliveries)  # while the stages compute the next step
         finally:
-            self._stop("the engine's loop ended on an internal error: start the server again")
+            self._stop(_BUG)
 
     def _stop(self, reason: str) -> None:
         """End every request, so that nobody waits for an engine that has stopped."""
@@ -210,10 +244,11 @@ class EngineCore:
             self._idle.notify_all()
         self._hand_out(deliveries)
 
-    def _handle(self, message: Outcome | None) -> list[tuple[Deliver, TokenEvent]]:
-        """Commit what came back from the stages, and say who is to be told; None only wakes the loop."""
-        if message is None:
-            return []
+    def _handle(self, message: Message | None) -> list[tuple[Deliver, TokenEvent]]:
+        """Commit what came back from the stages, and say who is to be told; None only wakes the loop, and a list is
+        of those to be told of what is committed already."""
+        if message is None or isinstance(message, list):
+            return message or []
         with self._lock:
             if self._closed:
                 return []

@@ -154,6 +154,11 @@ class Pipeline:
         return all(link.worker.alive for link in self._local) and (self._elsewhere is None or self._elsewhere.alive)
 
     @property
+    def all_here(self) -> bool:
+        """Whether every stage is one of this process."""
+        return len(self._local) == len(self._links)
+
+    @property
     def busy(self) -> bool:
         """Whether a stage of this process computes, or is about to."""
         return self._begun > self._ended

@@ -219,6 +219,11 @@ class Scheduler:
         self.epoch += 1
 
     @property
+    def next_commit(self) -> tuple[int, int] | None:
+        """Epoch and index of the step whose tokens are committed next; None when none is in flight."""
+        return (self.epoch, self._flights[0][0]) if self._flights else None
+
+    @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._roster.live)
