@@ -14,8 +14,6 @@ from typing import Any
 
 CUBLAS_WORKSPACE = ":4096:2:16:8"
 """8 MiB for each thread that multiplies, as on every card before Hopper; there cuBLAS would take 32."""
-ALLOCATOR = "expandable_segments:True"
-"""Pages are put behind each other as they are needed, so that freed pieces of other sizes are not lost."""
 DEFAULT_CONTEXT_BYTES = 512 << 20
 """Where it cannot be measured: between the 200 MiB of a small old card and the 600 MiB of a data-centre one."""
 PLAUSIBLE_BYTES = (16 << 20, 2 << 30)
@@ -37,7 +35,6 @@ class CardMemory:
 def card_memory(torch: Any, index: int, driver_free: DriverFree, known_context_bytes: int | None = None) -> CardMemory:
     """Create the context of card ``index`` where there is none yet, and say what it took."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)
     cuda = torch.cuda
     fresh = not _has_context(torch, index)
     before = driver_free(str(getattr(cuda.get_device_properties(index), "uuid", ""))) if fresh else None

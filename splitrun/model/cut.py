@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,8 +33,8 @@ class Layers(Protocol):
     def takes(self, rows: int, count: int) -> bool:
         """Whether they run for so many rows of so many new tokens."""
 
-    def run(self, hidden: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor:
-        """What comes out of the last layer. Updates the cache.
+    def run(self, hidden: Tensor, angles: Callable[[], tuple[Tensor, Tensor]], cache: Any) -> Tensor:
+        """What comes out of the last layer; ``angles`` makes cosines and sines. Updates the cache.
 
         Shape: (rows, count, hidden), twice (rows, count, width) -> (rows, count, hidden).
         """
@@ -168,7 +169,7 @@ class CutModel:
                 hidden = hidden if multiplier is None else hidden * multiplier
             else:
                 hidden = self._received()
-            hidden = self._captured = layers.run(hidden, base.rotary_emb(hidden, positions), cache)
+            hidden = self._captured = layers.run(hidden, partial(base.rotary_emb, hidden, positions), cache)
             return BaseModelOutputWithPast(base.norm(hidden) if self.cut.head else hidden, past_key_values=cache)
 
         base.forward = forward

@@ -56,7 +56,9 @@ def fuse(model: CutModel, stores: Mapping[int, BlockStore], card: StreamCard | N
     own = range(model.cut.start, model.cut.stop)
     chain = [blocks[index] for index in own if index in blocks]
     joined = all(first.joins(second) for first, second in pairwise(chain))
-    if len(chain) == len(own) > 0 and joined and is_known_base(model.skeleton.base):
+    if not own and is_known_base(model.skeleton.base):
+        model.shorten(_NoLayers())
+    elif len(chain) == len(own) and joined and is_known_base(model.skeleton.base):
         model.shorten(_Range(blocks, histories, None if card is None else _streamed(chain, card)))
     if model.cut.head and is_plain_head(model.skeleton.model):
         outputs: Any = model.skeleton.model.get_output_embeddings()
@@ -90,6 +92,18 @@ def _take_dense(module: nn.Module, fast: Kernel, shared: Any = None) -> None:
         install(linear, "weight", make(values.detach(), fast))
 
 
+class _NoLayers:
+    """The layers of a stage that only embeds or has only the head."""
+
+    def takes(self, rows: int, count: int) -> bool:
+        """All steps."""
+        return True
+
+    def run(self, hidden: Tensor, angles: Callable[[], tuple[Tensor, Tensor]], cache: Any) -> Tensor:
+        """What came in."""
+        return hidden
+
+
 class _Range:
     """Consecutive layers in one call of the kernel for every 16 tokens."""
 
@@ -108,11 +122,13 @@ class _Range:
             return rows > 0
         return rows > 0 and (0 < count <= MOST_ROWS or all(block.takes_chunks() for block in self._blocks))
 
-    def run(self, hidden: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+    def run(self, hidden: Tensor, angles: Callable[[], tuple[Tensor, Tensor]], cache: Any) -> Tensor:
         """What comes out of the last layer. Shape: (rows, count, hidden), twice (rows, count, width)."""
         rows, count, width = hidden.shape
         calls = list(zip(*(self._histories_of(cache.layers[index], count) for index in self._indices), strict=True))
-        cosines, sines = (table.expand(rows, count, -1).to(hidden.dtype).reshape(rows * count, -1) for table in angles)
+        cosines, sines = (
+            table.expand(rows, count, -1).to(hidden.dtype).reshape(rows * count, -1) for table in angles()
+        )
         flat = hidden.reshape(rows * count, width).contiguous()
         done, parts = 0, []
         for call in calls:
@@ -145,7 +161,7 @@ class _Forward:
         cache, angles = kwargs.get("past_key_values"), kwargs.get("position_embeddings")
         if cache is None or angles is None or not self._layers.takes(*hidden_states.shape[:2]):
             return self._own(hidden_states, *args, **kwargs)
-        return self._layers.run(hidden_states, angles, cache)
+        return self._layers.run(hidden_states, lambda: angles, cache)
 
 
 class _Histories:

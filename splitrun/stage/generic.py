@@ -106,6 +106,7 @@ class GenericStage(RangeStage):
         super().__init__(model, stores, rules, weight_bytes)
         self._cache = cache
         self._states = states
+        self.at_close: Callable[[], None] | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -143,6 +144,8 @@ class GenericStage(RangeStage):
 
     def close(self) -> None:
         """Give the memory back."""
+        if self.at_close is not None:
+            self.at_close()
         self._states.clear()
         del self._cache
         super().close()

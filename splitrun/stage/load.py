@@ -67,12 +67,15 @@ def load_stage(
     if _has_gpu_kernels(size) and not states:
         from splitrun.stage.card import card_stage  # Triton is not everywhere
 
-        stage = card_stage(model, stores, rules, weight_bytes)
-        if stage is not None:
-            return stage
+        on_card = card_stage(model, stores, rules, weight_bytes)
+        if on_card is not None:
+            return on_card
     fuse(model, stores, prompt_card)
     cache = BlockCache(model.skeleton.model.config, structure.caches, stores, states)
-    return GenericStage(model, cache, stores, states, rules, weight_bytes)
+    stage = GenericStage(model, cache, stores, states, rules, weight_bytes)
+    if prompt_card is not None:
+        stage.at_close = prompt_card.close
+    return stage
 
 
 def _has_gpu_kernels(size: StageSize) -> bool:

@@ -8,7 +8,7 @@ where decoding finds them. Knows layers and memory, no steps and no plans.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -100,7 +100,7 @@ class StreamCard:
         if self.device.type != "cuda":
             return list(tensors)
         large = [tensor for tensor in tensors if tensor.nbytes >= SMALL_BYTES]
-        for start, stop in _pages(large):
+        for start, stop in _without(_pages(large), self._pinned):
             code = torch.cuda.cudart().cudaHostRegister(start, stop - start, 0)
             if int(code):
                 log.warning("pinning %d bytes for the card failed (%s): prompts will take longer", stop - start, code)
@@ -109,7 +109,7 @@ class StreamCard:
         return [tensor if tensor.nbytes >= SMALL_BYTES else tensor.pin_memory() for tensor in tensors]
 
     def close(self) -> None:
-        """Unpin what was pinned, and give the memory back."""
+        """Unpin what was pinned, and give the memory back. May be called by every stage that used the card."""
         for start, _ in self._pinned:
             torch.cuda.cudart().cudaHostUnregister(start)
         self._pinned.clear()
@@ -135,6 +135,19 @@ def _pages(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
         stop = max(stop, last)
     if stop:
         yield start, stop
+
+
+def _without(spans: Iterable[tuple[int, int]], taken: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What of the ranges is in none of those ``taken``: the ends of neighbours share pages."""
+    for start, stop in spans:
+        rest = start
+        for first, last in sorted(taken):
+            if first < stop and last > rest:
+                if first > rest:
+                    yield rest, first
+                rest = max(rest, last)
+        if rest < stop:
+            yield rest, stop
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from test_fused import LEVELS, MODELS, Run, make, tokens
 
-from splitrun.stage.streamed import LEAST_TOKENS, StreamCard, StreamedLayers, _pages
+from splitrun.stage.streamed import LEAST_TOKENS, StreamCard, StreamedLayers, _pages, _without
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="nothing is compiled here")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,3 +77,9 @@ def test_pages_that_tensors_share_are_pinned_once() -> None:
         (start, start + 2 * 4096),
         (start + 4 * 4096, start + 5 * 4096),
     ]
+
+
+def test_pages_of_neighbours_are_left_out() -> None:
+    assert list(_without([(0, 10), (20, 30)], [(8, 12), (22, 24)])) == [(0, 8), (20, 22), (24, 30)]
+    assert list(_without([(2, 5)], [(0, 9)])) == []
+    assert list(_without([(2, 5)], [])) == [(2, 5)]
