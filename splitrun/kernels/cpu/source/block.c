@@ -162,6 +162,7 @@ static void attend(const struct run *run, const struct block *block, const struc
     int64_t slots = head * block->block_tokens, bytes[] = {4, 2, 2, 1};
     int group = block->heads / block->kv_heads;
     seen_slots(block, rows, token, &first, &last);
+    int64_t end = last;
     if (segments > 1) {
         first = first > segment * SEGMENT_KEYS ? first : segment * SEGMENT_KEYS;
         last = last < (segment + 1) * SEGMENT_KEYS ? last : (segment + 1) * SEGMENT_KEYS;
@@ -172,7 +173,7 @@ static void attend(const struct run *run, const struct block *block, const struc
                         block->key_scales ? block->key_scales + slots : 0,
                         block->value_scales ? block->value_scales + slots : 0,
                         block->block_tokens * block->kv_heads, rows->tables + rows->table_starts[row], first, last,
-                        block->block_tokens, block->kv_dtype, block->width, group};
+                        end, block->block_tokens, block->kv_dtype, block->width, group};
     float *out = partial_of(run, block, task), *largest = out + group * block->width;
     run->level->attend(&view, run->projected + token * projected_width(block) + head * group * block->width, out, largest,
                        largest + group);

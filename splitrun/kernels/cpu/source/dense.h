@@ -6,6 +6,7 @@
 #include "lanes.h"
 
 #define PAIR 2 /* matrix rows at a time: two chains of additions hide their latency */
+#define STEP (2 * LANES) /* columns of a line */
 #ifndef DENSE_ROWS /* activation rows at a time, as the level has registers */
 #define DENSE_ROWS 2
 #endif
@@ -16,27 +17,34 @@ ALWAYS_INLINE lanes some_lanes(const void *values, const int dtype, int64_t inde
     return load_lanes(padded);
 }
 
-/* sums[row][..] = partial sums of `matrix_rows` matrix rows with `rows` activation rows; sums of a row are TILE apart. */
+/* sums[row][..] = partial sums of `matrix_rows` matrix rows with `rows` activation rows; sums of a row are TILE apart.
+ * Lines are fetched ahead one after the other, as they lie in memory: alternately along two rows takes twice as long. */
 ALWAYS_INLINE void dense_strip(const int matrix_rows, const int rows, const uint16_t *weights, const int dtype,
                                int64_t columns, const float *x, int64_t stride, lanes *sums) {
     lanes strip[PAIR][DENSE_ROWS] = {{{0}}};
-    int64_t ahead = matrix_rows * columns * 2 < 16384 ? matrix_rows * columns : LOOK_AHEAD / 2, column = 0;
-    for (; column + LANES <= columns; column += LANES) {
-        lanes values[PAIR];
+    int64_t column = 0;
+    for (; column + STEP <= columns; column += STEP) {
 #pragma GCC unroll 2
-        for (int i = 0; i < matrix_rows; i++) {
-            if (column % (2 * LANES) == 0) __builtin_prefetch(weights + i * columns + column + ahead);
-            values[i] = load_as_lanes(weights, dtype, i * columns + column);
-        }
+        for (int i = 0; i < matrix_rows; i++) __builtin_prefetch(weights + matrix_rows * column + i * STEP + LOOK_AHEAD / 2);
+#pragma GCC unroll 4
+        for (int at = 0; at < STEP; at += LANES) {
+            lanes values[PAIR];
+#pragma GCC unroll 2
+            for (int i = 0; i < matrix_rows; i++) values[i] = load_as_lanes(weights, dtype, i * columns + column + at);
 #pragma GCC unroll 8
-        for (int row = 0; row < rows; row++)
+            for (int row = 0; row < rows; row++)
 #pragma GCC unroll 2
-            for (int i = 0; i < matrix_rows; i++) strip[i][row] += values[i] * load_lanes(x + row * stride + column);
+                for (int i = 0; i < matrix_rows; i++)
+                    strip[i][row] += values[i] * load_lanes(x + row * stride + column + at);
+        }
     }
-    for (int row = 0; column < columns && row < rows; row++)
-        for (int i = 0; i < matrix_rows; i++)
-            strip[i][row] += some_lanes(weights, dtype, i * columns + column, (int)(columns - column)) *
-                             some_lanes(x, FP32, row * stride + column, (int)(columns - column));
+    for (; column < columns; column += LANES) {
+        int left = columns - column < LANES ? (int)(columns - column) : LANES;
+        for (int row = 0; row < rows; row++)
+            for (int i = 0; i < matrix_rows; i++)
+                strip[i][row] += some_lanes(weights, dtype, i * columns + column, left) *
+                                 some_lanes(x, FP32, row * stride + column, left);
+    }
     for (int row = 0; row < rows; row++)
         for (int i = 0; i < matrix_rows; i++) sums[row * TILE + i] = strip[i][row];
 }

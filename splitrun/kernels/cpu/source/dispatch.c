@@ -22,10 +22,15 @@ EXPORT const struct level *splitrun_level(int32_t index) {
     int count = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512vnni");
+    (void)avx512;
+#ifdef HAVE_AVX512DOTS
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found[count++] = &level_avx512dots;
+#endif
 #ifdef HAVE_AVX512VNNI
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-        found[count++] = &level_avx512vnni;
+    if (avx512) found[count++] = &level_avx512vnni;
 #endif
 #ifdef HAVE_AVX2VNNI
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni")) found[count++] = &level_avx2vnni;

@@ -69,7 +69,7 @@ struct view {
     const float *key_scales, *value_scales; /* of INT8_KV, of this head in block 0: one for each slot */
     int64_t block_stride;                   /* slots between a block and the next */
     const int64_t *table;
-    int64_t first, last, block_tokens; /* half-open, counted from the start of the table's first block */
+    int64_t first, last, end, block_tokens; /* [first, last) of a history that ends at end, in slots of the table */
     int32_t dtype, width, heads;
 };
 
@@ -101,7 +101,7 @@ struct level {
     const struct level level_##name = {#name,  nf4_tile,     int8_tile, dense_tile, nf4_row, int8_row,                 \
                                        attend, quantize_row, norm_row,  rotate_row, gate_row}
 
-extern const struct level level_avx512vnni, level_avx2vnni, level_avx2, level_neon, level_portable;
+extern const struct level level_avx512dots, level_avx512vnni, level_avx2vnni, level_avx2, level_neon, level_portable;
 
 extern const float nf4_table[16]; /* the format's values */
 extern const int8_t nf4_codes[16]; /* the same times 127, rounded: what products use */

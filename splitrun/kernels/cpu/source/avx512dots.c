@@ -1,0 +1,4 @@
+/* x86 with AVX-512, VNNI and BF16: as avx512vnni, but for attention to bf16 keys and values by dot products of bf16. */
+#include "avx512_body.h"
+
+LEVEL(avx512dots);
