@@ -36,9 +36,10 @@ ALWAYS_INLINE int heads_at_once(int left) {
 
 ALWAYS_INLINE int bytes_of(const int dtype) { return dtype == FP32 ? 4 : dtype == INT8_KV ? 1 : 2; }
 
-/* Let the line come that holds the index-th value, if one begins there. */
+/* Let the line come that begins with the index-th value, if one does: to the second cache, for a stretch of keys and
+ * values fills the first. */
 ALWAYS_INLINE void fetch(const void *values, const int dtype, int64_t index) {
-    if (index * bytes_of(dtype) % LINE == 0) __builtin_prefetch((const uint8_t *)values + index * bytes_of(dtype));
+    if (index * bytes_of(dtype) % LINE == 0) __builtin_prefetch((const uint8_t *)values + index * bytes_of(dtype), 0, 2);
 }
 
 /* Slots of one block that are read together, and the first of those that follow. */

@@ -13,7 +13,7 @@
 ALWAYS_INLINE void dot_strip(const struct view *view, const int heads, const struct stretch *stretch, int start,
                              const uint16_t *query, lanes *quarters_of) {
     const uint16_t *keys = (const uint16_t *)view->keys + (stretch->first + start) * view->width;
-    const uint16_t *upcoming = (const uint16_t *)view->keys + (stretch->upcoming + start) * view->width;
+    int64_t upcoming = (stretch->upcoming + start) * view->width;
     __m512 sums[HEAD_STRIP][KEY_STRIP];
 #pragma GCC unroll 6
     for (int head = 0; head < heads; head++)
@@ -24,7 +24,7 @@ ALWAYS_INLINE void dot_strip(const struct view *view, const int heads, const str
 #pragma GCC unroll 4
         for (int key = 0; key < KEY_STRIP; key++) {
             values[key] = (__m512bh)_mm512_loadu_si512(keys + (start + key < stretch->count ? key : 0) * view->width + i);
-            __builtin_prefetch(upcoming + key * view->width + i);
+            fetch(view->keys, BF16, upcoming + key * view->width + i);
         }
 #pragma GCC unroll 6
         for (int head = 0; head < heads; head++) {
@@ -56,7 +56,7 @@ ALWAYS_INLINE void dot_values(const struct view *view, const int heads, const in
                                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i low = _mm512_loadu_si512(low_half), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     const uint16_t *values = (const uint16_t *)view->values + stretch->first * view->width + column;
-    const uint16_t *upcoming = (const uint16_t *)view->values + stretch->upcoming * view->width + column;
+    int64_t upcoming = stretch->upcoming * view->width + column;
     __m512 sums[HEAD_STRIP][4];
 #pragma GCC unroll 6
     for (int head = 0; head < heads; head++)
@@ -69,8 +69,8 @@ ALWAYS_INLINE void dot_values(const struct view *view, const int heads, const in
         for (int part = 0; part < parts; part += 2) {
             __m512i one = _mm512_loadu_si512(values + part * LANES), other = _mm512_setzero_si512();
             if (key + 1 < stretch->count) other = _mm512_loadu_si512(values + view->width + part * LANES);
-            __builtin_prefetch(upcoming + part * LANES);
-            __builtin_prefetch(upcoming + view->width + part * LANES);
+            fetch(view->values, BF16, upcoming + part * LANES);
+            fetch(view->values, BF16, upcoming + view->width + part * LANES);
             pairs_of[part] = (__m512bh)_mm512_permutex2var_epi16(one, low, other);
             pairs_of[part + 1] = (__m512bh)_mm512_permutex2var_epi16(one, high, other);
         }
