@@ -20,6 +20,7 @@ import splitrun
 from splitrun.errors import SplitrunError
 from splitrun.measure.cache import Cache
 from splitrun.measure.host import worker_threads
+from splitrun.measure.resident import only_new_objects
 from splitrun.measure.timing import Sample, Setting, UnitBench, copies_needed, figures, samples_of
 from splitrun.measure.unit_steps import Point
 from splitrun.measure.versions import versions
@@ -70,13 +71,14 @@ def measure(
     """
     seconds, peaks = dict(profile.seconds), dict(profile.peaks)
     hosts = sum(device.kind == "cpu" for device in cluster.devices)
-    for device in cluster.devices:
-        threads = worker_threads(hosts) if device.kind == "cpu" else None
-        for weights in (name for name in wanted.formats.get(device.name, ()) if name in device.formats):
-            task = _Task(files, structure, profile, device, weights, threads, wanted, kept, report, open_bench)
-            found = task.measured()
-            if found is not None:
-                seconds[device.name, weights], peaks[device.name, weights] = found
+    with only_new_objects():
+        for device in cluster.devices:
+            threads = worker_threads(hosts) if device.kind == "cpu" else None
+            for weights in (name for name in wanted.formats.get(device.name, ()) if name in device.formats):
+                task = _Task(files, structure, profile, device, weights, threads, wanted, kept, report, open_bench)
+                found = task.measured()
+                if found is not None:
+                    seconds[device.name, weights], peaks[device.name, weights] = found
     known = {key: found for key, found in peaks.items() if any(peak.load_bytes for peak in found)}
     return replace(profile, seconds=seconds, peaks=known)
 
