@@ -29,7 +29,8 @@ def calibrate(placement: Placement, load: str) -> list[str]:
         file = Path(folder, "placement.yaml")
         placement.save(file)
         terms = contest.make_terms(placement, file, min(PROMPT_TOKENS, context - new), new, REPEAT, load)
-        predicted = contest.predict_apart(placement, terms)
+        with contest.other_process() as process:
+            predicted = contest.predict_in(process, placement, terms)
         (result,) = contest.hold(terms, ())
     if result.error:
         raise StageError(result.error)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,21 +25,26 @@ from splitrun.quantities import format_bytes, format_rate, format_seconds
 FOREIGN = ("accelerate", "transformers")
 
 
-def plan_apart(model: str, options: dict[str, Any]) -> Placement:
-    """``api.plan(model, **options)`` in another process: planning opens cards, and their contexts take memory."""
+@contextmanager
+def other_process() -> Iterator[Executor]:
+    """A process to plan and predict in: both open cards, whose contexts would take memory from the contestants."""
+    with safe_spawning(), ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+        yield process
+
+
+def plan_in(process: Executor, model: str, options: dict[str, Any]) -> Placement:
+    """``api.plan(model, **options)`` in that process."""
     from splitrun.api import plan
 
-    with safe_spawning(), ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(plan, model, **options).result()
+    return process.submit(plan, model, **options).result()
 
 
-def predict_apart(placement: Placement, terms: Terms) -> Estimate:
-    """``api.predict`` on the terms of the contest, in another process, as ``plan_apart``."""
+def predict_in(process: Executor, placement: Placement, terms: Terms) -> Estimate:
+    """``api.predict`` on the terms of the contest, in that process."""
     from splitrun.api import predict
 
     load: Literal["weights", "dummy"] = "dummy" if terms.load == "dummy" else "weights"
-    with safe_spawning(), ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(predict, placement, terms.prompt_tokens, terms.new_tokens, load).result()
+    return process.submit(predict, placement, terms.prompt_tokens, terms.new_tokens, load).result()
 
 
 def against(predicted: Estimate, result: Result) -> list[str]:

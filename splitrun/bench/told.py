@@ -52,7 +52,8 @@ def _row(
     shown = card or devices.get("cpu") or next(iter(devices.values()))
     options: dict[str, Any] = {"memory": memory, "context": tokens + new_tokens, "weights": weights, "load": load}
     try:
-        placement = contest.plan_apart(model, options)
+        with contest.other_process() as process:
+            placement = contest.plan_in(process, model, options)
     except PlacementError as error:
         return Told(shown.description, tokens, weights, error=str(error))
     with tempfile.TemporaryDirectory() as folder:

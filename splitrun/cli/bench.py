@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -73,34 +73,42 @@ def bench(
             )
         _table(model, load, budgets, new_tokens, repeat, json_output)
         return
+    if is_placement(model) and (memory or weights != "auto" or objective != "latency" or revision or context):
+        raise InvalidPlacement(f"{model} is planned already; edit it, or name the model instead")
+    options = {
+        "memory": budgets, "context": context or prompt_tokens + new_tokens, "objective": objective,
+        "weights": weights, "revision": revision, "load": load,
+    }  # fmt: skip
+    _contest(model, options, prompt_tokens, new_tokens, repeat, versus or [], predict, json_output)
+
+
+def _contest(
+    model: str, options: dict[str, Any], prompt_tokens: int, new_tokens: int, repeat: int, versus: list[str],
+    predict: bool, json_output: bool,
+) -> None:  # fmt: skip
+    """Plan or load, predict, run everybody, show."""
+    from splitrun import Placement
     from splitrun.bench import contest
 
-    unknown = [name for name in versus or () if name not in contest.FOREIGN]
+    unknown = [name for name in versus if name not in contest.FOREIGN]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(contest.FOREIGN)}", param_hint="--vs")
-    if is_placement(model):
-        from splitrun import Placement
-
-        if memory or weights != "auto" or objective != "latency" or revision or context:
-            raise InvalidPlacement(f"{model} is planned already; edit it, or name the model instead")
-        placement = Placement.load(model)
-    else:
-        options = {"memory": budgets, "context": context or prompt_tokens + new_tokens, "objective": objective}
-        placement = contest.plan_apart(model, options | {"weights": weights, "revision": revision, "load": load})
-    if prompt_tokens + new_tokens > placement.workload.context:
-        raise InvalidRequest(
-            f"{prompt_tokens} + {new_tokens} tokens exceed the planned context of {placement.workload.context}; "
-            "lower --prompt-tokens, or plan with a larger --context"
-        )
-    show(placement.explain(), err=json_output)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "placement.yaml")
-        placement.save(file)
-        terms = contest.make_terms(placement, file, prompt_tokens, new_tokens, repeat, load)
-        # What other machines take is theirs to measure; everything here is timed just before it runs.
-        here = all("/" not in name for name in placement.device_names)
-        foretold = contest.predict_apart(placement, terms) if here and predict else None
-        results = contest.hold(terms, dict.fromkeys(versus or ()))
+        with contest.other_process() as process:
+            placement = Placement.load(model) if is_placement(model) else contest.plan_in(process, model, options)
+            if prompt_tokens + new_tokens > placement.workload.context:
+                raise InvalidRequest(
+                    f"{prompt_tokens} + {new_tokens} tokens exceed the planned context of "
+                    f"{placement.workload.context}; lower --prompt-tokens, or plan with a larger --context"
+                )
+            show(placement.explain(), err=json_output)
+            placement.save(file)
+            terms = contest.make_terms(placement, file, prompt_tokens, new_tokens, repeat, options["load"])
+            # What other machines take is theirs to measure; everything here is timed just before it runs.
+            here = all("/" not in name for name in placement.device_names)
+            foretold = contest.predict_in(process, placement, terms) if here and predict else None
+        results = contest.hold(terms, dict.fromkeys(versus))
     _show(results, foretold, json_output)
 
 

@@ -84,13 +84,15 @@ def compare(model: str, budget: str, args: argparse.Namespace) -> Pair:
     shown = ", ".join(f"{name} {size}" for name, size in memory.items())
     context = args.prompt_tokens + args.new_tokens
     file = Path(tempfile.mkdtemp(), "placement.yaml")
-    try:
-        placement = contest.plan_apart(model, {"memory": memory, "context": context, "load": load})
-        plan = "; ".join(f"{stage.device} {stage.units_text} {stage.weights}" for stage in placement.stages)
-        refusal = ""
-    except DoesNotFit as error:
-        refusal, plan = str(error), "nothing fits"
-        placement = contest.plan_apart(model, {"memory": {"cpu": "auto"}, "context": context, "load": load})
+    with contest.other_process() as process:
+        try:
+            placement = contest.plan_in(process, model, {"memory": memory, "context": context, "load": load})
+            plan = "; ".join(f"{stage.device} {stage.units_text} {stage.weights}" for stage in placement.stages)
+            refusal = ""
+        except DoesNotFit as error:
+            refusal, plan = str(error), "nothing fits"
+            options = {"memory": {"cpu": "auto"}, "context": context, "load": load}
+            placement = contest.plan_in(process, model, options)
     placement.save(file)
     terms = contest.make_terms(placement, file, args.prompt_tokens, args.new_tokens, 1, load)
     budgets = {name: parse_bytes(size) for name, size in memory.items()}

@@ -5,40 +5,55 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import splitrun
 from splitrun.__main__ import main
+from splitrun.bench import contest, foreign, own
+from splitrun.bench.terms import Result, Terms
+from splitrun.measure import timing
 
 FIGURES = ("ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "load_s")
 
 
-def test_bench_beside_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["bench", "demo", "--prompt-tokens", "20", "--new-tokens", "4", "--repeat", "1", "--memory", "cpu=1GiB"]
-    assert main([*words, "--vs", "transformers", "--vs", "accelerate", "--json"]) == 0
+def test_bench_beside_the_others_on_random_weights_over_two_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "demo", "--prompt-tokens", "20", "--new-tokens", "4", "--repeat", "1", "--weights", "bf16"]
+    words += ["--load", "dummy", "--memory", "cpu=1GiB,cpu:1=26MiB", "--vs", "transformers", "--vs", "accelerate"]
+    assert main([*words, "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
-    own = json.loads(lines[0])
-    for result in (own, *own["vs"].values()):
+    figures = json.loads(lines[0])
+    check(figures, *figures["vs"].values())
+    assert all(result["peak_bytes"]["cpu"] > 0 for result in (figures, *figures["vs"].values()))
+    assert set(figures["devices"]) <= {"cpu", "cpu:1"}
+    assert set(figures["vs"]) == {"transformers", "accelerate"}
+    assert figures["vs"]["transformers"]["ratios"]["decode"] > 0
+
+
+@pytest.mark.parametrize("play", [own.play, foreign.play], ids=["splitrun", "foreign"])
+def test_contestants_load_a_real_model(play: Callable[[Terms], Result], tmp_path: Path) -> None:
+    placement = splitrun.plan("demo", memory={"cpu": "1GiB"}, context=32, weights="bf16")
+    placement.save(tmp_path / "placement.yaml")
+    terms = contest.make_terms(placement, tmp_path / "placement.yaml", 20, 4, 1, "weights")
+    for name in ("splitrun",) if play is own.play else contest.FOREIGN:
+        check(play(replace(terms, contestant=name)).to_json())
+
+
+def check(*results: Mapping[str, Any]) -> None:
+    """Everybody did the whole task and has figures."""
+    for result in results:
         assert result["error"] is None
         assert (result["prompt_tokens"], result["new_tokens"]) == (20, 4)
         assert all(result[name] > 0 for name in FIGURES)
-        assert result["peak_bytes"]["cpu"] > 0
-    assert set(own["vs"]) == {"transformers", "accelerate"}
-    assert own["vs"]["transformers"]["ratios"]["decode"] > 0
 
 
-def test_bench_on_random_weights_over_two_workers(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["bench", "demo", "--prompt-tokens", "20", "--new-tokens", "4", "--repeat", "1", "--load", "dummy"]
-    assert main([*words, "--memory", "cpu=1GiB,cpu:1=26MiB", "--json"]) == 0
-    own = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert own["error"] is None
-    assert set(own["devices"]) <= {"cpu", "cpu:1"}
-
-
-def test_quality_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quality_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "POINT_SECONDS", 0.0)
     assert main(["bench", "demo", "--quality", "--questions", "8", "--json"]) == 0
     shares = {weights: entry["share"] for weights, entry in json.loads(capsys.readouterr().out).items()}
     assert set(shares) == {"fp32", "bf16", "fp16", "int8", "nf4"}
