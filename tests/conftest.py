@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # No test meets a node that runs on this machine, unless it has started it.
 os.environ["SPLITRUN_HOME"] = str(Path(tempfile.gettempdir(), f"splitrun-no-node-{os.getpid()}"))
+# What tests measure is measured once for all of them, and never mixes with what the user's own runs keep.
+MEASURED = None if "SPLITRUN_CACHE" in os.environ else tempfile.mkdtemp(prefix="splitrun-measured-")
+os.environ.setdefault("SPLITRUN_CACHE", MEASURED or "")
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    if MEASURED is not None:
+        shutil.rmtree(MEASURED, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

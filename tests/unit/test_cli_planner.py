@@ -18,8 +18,8 @@ MACHINE = ("--machine", "desktop DDR4 CPU")
 
 
 @pytest.fixture(autouse=True)
-def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Few runs, a cache of its own, and the hook for unexpected errors as it was."""
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few runs, and the hook for unexpected errors as it was."""
     monkeypatch.setattr(timing, "POINT_SECONDS", 0.0)
     before = sys.excepthook
     yield

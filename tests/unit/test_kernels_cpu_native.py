@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,8 @@ SOURCE = ROOT / "splitrun/kernels/cpu/source"
 CHECK = ROOT / "tests/native/check.c"
 CHECK_MANY = ROOT / "tests/native/check_many.c"
 EMULATION = ['-DSPLITRUN_EMULATED_TILES="emulated_tiles.h"', f"-I{ROOT / 'tests/native'}"]
+EMULATED = "amx.c"
+"""The source that the emulation changes."""
 UNAVAILABLE = 77
 """Status of a check that this processor cannot run."""
 COMMON = [
@@ -41,29 +47,56 @@ def flags_by_family() -> dict[str, dict[str, list[str]]]:
     raise AssertionError("setup.py has no LEVELS")
 
 
-def build(compiler: str, family: str, options: list[str], folder: Path, check: Path = CHECK) -> Path:
+def compile_all(compiler: str, family: str, options: list[str], folder: Path, paths: Sequence[Path]) -> list[Path]:
+    """The objects of the sources that the family of processors has, compiled side by side."""
     levels = flags_by_family().get(family, {})
     others = {name for flags in flags_by_family().values() for name in flags} - set(levels)
     macros = [f"-DHAVE_{Path(name).stem.upper()}" for name in levels]
-    objects = []
-    for path in (*sorted(SOURCE.glob("*.c")), check):
-        if path.name in others:
-            continue
-        objects.append(folder / f"{path.stem}.o")
+
+    def compile_one(path: Path) -> Path:
+        target = folder / f"{path.stem}.o"
         command = [compiler, *options, *COMMON, *macros, *levels.get(path.name, []), "-c", str(path)]
-        subprocess.run([*command, "-o", str(objects[-1])], check=True, timeout=200)
+        subprocess.run([*command, "-o", str(target)], check=True, timeout=200)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, (path for path in paths if path.name not in others)))
+
+
+def link(compiler: str, options: list[str], objects: Sequence[Path], folder: Path) -> Path:
     program = folder / "check"
     subprocess.run([compiler, *options, *map(str, objects), "-o", str(program)], check=True, timeout=200)
     return program
 
 
-def sanitizing(folder: Path) -> tuple[str, list[str]]:
-    """A compiler and its options for both sanitizers; skips the test where there is none."""
-    compiler = find_compiler()
-    options = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+@dataclass(frozen=True)
+class Sanitized:
+    """The library's objects under both sanitizers, with what they were compiled with."""
+
+    compiler: str
+    family: str
+    options: list[str]
+    objects: list[Path]
+
+    def program(self, check: Path, folder: Path, emulation: Sequence[str] = ()) -> Path:
+        """The check linked with the library, in which what emulation changes is compiled again."""
+        options, changed = [*self.options, *emulation], [SOURCE / EMULATED] if emulation else []
+        again = compile_all(self.compiler, self.family, options, folder, [*changed, check])
+        names = {path.name for path in again}
+        kept = [path for path in self.objects if path.name not in names]
+        return link(self.compiler, self.options, [*kept, *again], folder)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
+    """Skips the test where no compiler has the sanitizers."""
+    folder, compiler = tmp_path_factory.mktemp("sanitized"), find_compiler()
+    options = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     if compiler is None or not compiles(compiler, options, folder):
         pytest.skip("no C compiler with sanitizers")
-    return compiler, options
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    objects = compile_all(compiler, machine, options, folder, sorted(SOURCE.glob("*.c")))
+    return Sanitized(compiler, machine, options, objects)
 
 
 def compiles(compiler: str, options: list[str], folder: Path) -> bool:
@@ -73,19 +106,16 @@ def compiles(compiler: str, options: list[str], folder: Path) -> bool:
     return subprocess.run(command, check=False, capture_output=True, timeout=100).returncode == 0
 
 
-def test_under_sanitizers(tmp_path: Path) -> None:
-    compiler, options = sanitizing(tmp_path)
-    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    program = build(compiler, machine, options, tmp_path)
+def test_under_sanitizers(sanitized: Sanitized, tmp_path: Path) -> None:
+    program = sanitized.program(CHECK, tmp_path)
     run = subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=250)
     assert run.returncode == 0, run.stdout + run.stderr
     assert set(compiled_levels()) <= set(run.stdout.split())
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="tile instructions are x86's")
-def test_products_of_many_rows_under_sanitizers_with_emulated_tiles(tmp_path: Path) -> None:
-    compiler, options = sanitizing(tmp_path)
-    program = build(compiler, "x86_64", [*options, *EMULATION], tmp_path, CHECK_MANY)
+def test_products_of_many_rows_under_sanitizers_with_emulated_tiles(sanitized: Sanitized, tmp_path: Path) -> None:
+    program = sanitized.program(CHECK_MANY, tmp_path, EMULATION)
     run = subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=250)
     if run.returncode == UNAVAILABLE:
         pytest.skip("no AVX-512 VNNI and BF16 here")
@@ -94,7 +124,9 @@ def test_products_of_many_rows_under_sanitizers_with_emulated_tiles(tmp_path: Pa
 
 @pytest.mark.skipif(not (shutil.which(CROSS_COMPILER) and shutil.which(EMULATOR)), reason="no Arm compiler or emulator")
 def test_arm_under_an_emulator(tmp_path: Path) -> None:
-    program = build(CROSS_COMPILER, "aarch64", ["-O3", "-static"], tmp_path)
+    options = ["-O3", "-static"]
+    objects = compile_all(CROSS_COMPILER, "aarch64", options, tmp_path, [*sorted(SOURCE.glob("*.c")), CHECK])
+    program = link(CROSS_COMPILER, options, objects, tmp_path)
     run = subprocess.run([EMULATOR, str(program)], check=False, capture_output=True, text=True, timeout=250)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.split() == ["neon", "portable"]
