@@ -23,6 +23,7 @@ from splitrun.kernels.cpu.library import MOST_ROWS, Kernel, kernel
 from splitrun.kernels.cpu.tiled import TiledWeight
 from splitrun.kernels.weight import install
 from splitrun.model.cut import CutModel
+from splitrun.model.weights import release_free_memory
 from splitrun.stage.blocks import BlockStore, BlockView
 from splitrun.stage.known import is_known, is_known_base, is_plain_head
 from splitrun.stage.parts import layer_parts
@@ -90,6 +91,8 @@ def _take_dense(module: nn.Module, fast: Kernel, shared: Any = None) -> None:
             continue
         make = DenseWeight if values is shared else DenseWeight.on_huge_pages
         install(linear, "weight", make(values.detach(), fast))
+        del values
+    release_free_memory()  # before the next layer moves: two copies of a stage must not stand side by side
 
 
 class _NoLayers:

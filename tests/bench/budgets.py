@@ -40,7 +40,7 @@ from splitrun.planner.placement import Placement
 from splitrun.planner.solve import solve
 
 SMALL = SHAPE | {
-    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16,
     "num_key_value_heads": 4, "vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 WITHIN = 0.05
@@ -77,7 +77,7 @@ def cases(facts: Facts, count: int, seed: int, card: str | None) -> list[Case]:
     found = []
     for number in range(count):
         weights = draw.choice(("auto", "bf16", "int8", "nf4"))
-        context, sessions = draw.choice((512, 1024, 2048, 4096)), draw.choice((1, 1, 2, 4))
+        context, sessions = draw.choice(((512, 1), (512, 4), (1024, 1), (1024, 2), (2048, 1), (2048, 2), (4096, 1)))
         size = sum(unit.weight_bytes["nf4" if weights == "auto" else weights] for unit in facts.profile.units)
         names = ["cpu"] if card is None and draw.random() < 0.6 else ["cpu", card or "cpu:1"]
         shares = [draw.uniform(0.1, 1.5) for _ in names]
