@@ -79,7 +79,7 @@ class Filling:
 
         nbytes = loader.nbytes(names, weights)
         writer = None if packed is None else packed.writer(nbytes)
-        keep: Callable[[str, Weight | Tensor], None] = lambda name, value: None  # noqa: E731
+        keep: Callable[[str, Weight | Tensor], None] = _keep_nothing
         with ExitStack() as writing:
             if model.device.type == "cpu" and weights in QUANTIZED:
                 writing.enter_context(ARENA.reserved(nbytes))
@@ -106,3 +106,7 @@ class Filling:
         if loader is not None:
             return loader.map.ties
         return {} if packed is None else packed.ties
+
+
+def _keep_nothing(name: str, value: Weight | Tensor) -> None:
+    """Where no packed copy is written."""

@@ -16,7 +16,7 @@ from splitrun.planner.facts import FORMATS, VALUE_BYTES, Cluster, Device, ModelP
 from splitrun.planner.many import fastest_of_many
 from splitrun.planner.memory import compute_dtype
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
-from splitrun.planner.problem import Split, Tables, used_devices
+from splitrun.planner.problem import Split, used_devices
 from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss
 from splitrun.planner.reasons import Findings, left_out, limit, measure_text, more_context, runner_up, slowest
 from splitrun.planner.refuse import does_not_fit
@@ -55,7 +55,7 @@ def solve(
     tables = build_tables(profile, cluster, formats, workload)
     bottleneck = workload.objective == "throughput"
     if len(devices) > MAX_DEVICES:
-        return _of_many(profile, cluster, workload, tables, devices, (tried, weights, quality))
+        return _of_many(profile, cluster, workload, devices, formats, quality if weights == "auto" else None)
     outcome = fastest(tables, bottleneck)
     if outcome.split is None:
         raise does_not_fit(profile, cluster, workload, tried)
@@ -63,12 +63,7 @@ def solve(
     if weights == "auto" and placement_loss(profile, plan) > most:
         outcome = fastest_within(tables, profile, bottleneck, most)
         if outcome.split is None:
-            raise DoesNotFit(
-                f"no plan within --quality {quality} fits; the fastest without it loses "
-                f"{loss_share(profile, plan):.0%} of what nf4 does: allow that with --quality "
-                f"{loss_share(profile, plan):.2f}",
-                dict.fromkeys((device.name for device in cluster.devices), 0),
-            )
+            raise _too_lossy(profile, cluster, plan, quality)
         plan = build_placement(profile, devices, workload, outcome.split)
     unable = [device.name for device in cluster.devices if device not in devices]
     notes = [f"{name} was left out: it does not compute {' or '.join(tried)}" for name in unable]
@@ -91,29 +86,49 @@ def _of_many(
     profile: ModelProfile,
     cluster: Cluster,
     workload: Workload,
-    tables: Tables,
     devices: Sequence[Device],
-    wanted: tuple[Sequence[str], str, str],
+    formats: Mapping[str, tuple[str, ...]],
+    quality: str | None,
 ) -> Placement:
-    """As ``solve`` for more devices than the exact search takes: with how far from the best the plan may be."""
-    tried, weights, quality = wanted
-    outcome, least = fastest_of_many(tables, workload.objective == "throughput")
-    if outcome.split is None:
+    """As ``solve`` for more devices than the exact search takes: with how far from the best the plan may be.
+
+    A plan that loses more than ``quality`` is searched again without the least precise format, for all devices alike.
+    """
+    bottleneck = workload.objective == "throughput"
+    tried = [name for name in FORMATS if any(name in each for each in formats.values())]
+    first: Placement | None = None
+    lower = 0.0
+    for count in range(len(tried), 0, -1):
+        named = {name: tuple(each for each in found if each in tried[:count]) for name, found in formats.items()}
+        able = [device for device in devices if named[device.name]]
+        tables = build_tables(profile, cluster, named, workload)
+        outcome, least = fastest_of_many(tables, bottleneck)
+        lower = lower or least  # with every format: no plan with fewer is faster
+        if outcome.split is None:
+            break
+        plan = build_placement(profile, able, workload, outcome.split)
+        if quality is None or placement_loss(profile, plan) <= loss_limit(profile, quality):
+            more = outcome.value / lower - 1 if lower > 0 else 0.0
+            notes = [
+                f"{len(devices)} devices are more than the {MAX_DEVICES} that are searched exactly: this plan takes "
+                f"{measure_text(workload, outcome.value)}, no plan less than {format_seconds(lower)}, so it is at most "
+                f"{more:.1%} from the best"
+            ]
+            speed = f"speed of {slowest(tables, outcome.split, able)}"
+            return replace(plan, estimate=estimate(profile, cluster, plan, speed, notes))
+        first = first or plan
+    if first is None or quality is None:
         raise does_not_fit(profile, cluster, workload, tried)
-    plan = build_placement(profile, devices, workload, outcome.split)
-    if weights == "auto" and placement_loss(profile, plan) > loss_limit(profile, quality):
-        raise InvalidPlacement(
-            f"--quality {quality} is not searched over {len(devices)} devices: name at most {MAX_DEVICES} with "
-            "--memory, or one format with --weights"
-        )
-    more = outcome.value / least - 1 if least > 0 else 0.0
-    notes = [
-        f"{len(devices)} devices are more than the {MAX_DEVICES} that are searched exactly: this plan takes "
-        f"{measure_text(workload, outcome.value)}, no plan less than {format_seconds(least)}, so it is at most "
-        f"{more:.1%} from the best"
-    ]
-    speed = f"speed of {slowest(tables, outcome.split, devices)}"
-    return replace(plan, estimate=estimate(profile, cluster, plan, speed, notes))
+    raise _too_lossy(profile, cluster, first, quality)
+
+
+def _too_lossy(profile: ModelProfile, cluster: Cluster, plan: Placement, quality: str) -> DoesNotFit:
+    share = loss_share(profile, plan)
+    return DoesNotFit(
+        f"no plan within --quality {quality} fits; the fastest without it loses {share:.0%} of what nf4 does: allow "
+        f"that with --quality {share:.2f}",
+        dict.fromkeys((device.name for device in cluster.devices), 0),
+    )
 
 
 def device_formats(profile: ModelProfile, cluster: Cluster, weights: str = "auto") -> Mapping[str, tuple[str, ...]]:

@@ -1,12 +1,13 @@
 """Do plans keep the memory they promise? Random budgets, each plan run in a process of its own, its peak measured.
 
-    python tests/bench/budgets.py [--count 200] [--card cuda:0] [--seed 0] [--shape small|deepseek-1.5b] [-o FILE.json]
+    python tests/bench/budgets.py [--count 200] [--start 0] [--card cuda:0] [--seed 0] [--jobs 1]
+        [--shape small|deepseek-1.5b] [-o FILE.json]
 
 For every budget the planner either makes a plan or refuses. A plan is run with its longest prompt and all its sessions,
 a card's allocator held to the budget; no device's peak may exceed its budget, and what the plan expects must be within
 5 % of it. A refusal must name the true shortfall: with that much more the planner finds a plan, with 2 % less than that
 it does not. Virtual processors are threads of one process, so theirs are added up. Ends with one JSON line; status 1
-when anything fails.
+when anything fails. Cases that FILE.json holds already count too, so that a long run may be made in pieces (--start).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -166,12 +167,14 @@ def main() -> None:
     """Judge every case and say what came of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--start", type=int, default=0, help="the first case to run; those before it are skipped")
     parser.add_argument("--card")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shape", choices=("small", "deepseek-1.5b"), default="small")
     parser.add_argument("--jobs", type=int, default=1, help="plans that run side by side, each in its process")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
+    rows = earlier_rows(args.output)
     with tempfile.TemporaryDirectory() as folder:
         shape = SMALL if args.shape == "small" else SHAPE
         Path(folder, "config.json").write_text(json.dumps(shape))
@@ -179,28 +182,43 @@ def main() -> None:
         facts = gather_facts(
             folder, memory, "auto", None, "dummy", (1, 2, 4), report=lambda text: print(text, flush=True)
         )
+        wanted = cases(facts, args.start + args.count, args.seed, args.card)[args.start :]
         with ThreadPoolExecutor(args.jobs) as pool:
-            outcomes = []
-            wanted = cases(facts, args.count, args.seed, args.card)
             for outcome in pool.map(lambda case: judge(facts, case), wanted):
-                outcomes.append(outcome)
+                rows[outcome.case.number] = asdict(outcome) | {"told": line(outcome)}
                 print(line(outcome), flush=True)
-    ran = [outcome for outcome in outcomes if outcome.peak]
-    errors = sorted(abs(outcome.error) for outcome in ran)
-    result: dict[str, Any] = {
-        "cases": len(outcomes),
-        "ran": len(ran),
-        "refused": len(outcomes) - len(ran),
-        "faults": sum(bool(outcome.fault) for outcome in outcomes),
+                write(args.output, rows)
+    result = summary(rows.values())
+    print(json.dumps(result))
+    sys.exit(bool(result["faults"]))
+
+
+def earlier_rows(file: Path | None) -> dict[int, dict[str, Any]]:
+    """Number -> outcome of the cases that the file has."""
+    if file is None or not file.exists():
+        return {}
+    return {row["case"]["number"]: row for row in json.loads(file.read_text("utf-8"))["outcomes"]}
+
+
+def write(file: Path | None, rows: Mapping[int, Mapping[str, Any]]) -> None:
+    """The summary and all outcomes, after each one: a long run that is cut short is not lost."""
+    if file is not None:
+        ordered = [rows[number] for number in sorted(rows)]
+        file.write_text(json.dumps(summary(ordered) | {"outcomes": ordered}, indent=1) + "\n", "utf-8")
+
+
+def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts and errors."""
+    rows = list(rows)
+    errors = sorted(abs(row["error"]) for row in rows if row["peak"])
+    return {
+        "cases": len(rows),
+        "ran": len(errors),
+        "refused": len(rows) - len(errors),
+        "faults": sum(bool(row["fault"]) for row in rows),
         "median_error": round(errors[len(errors) // 2], 4) if errors else None,
         "worst_error": round(errors[-1], 4) if errors else None,
     }
-    if args.output:
-        args.output.write_text(
-            json.dumps(result | {"outcomes": [asdict(each) for each in outcomes]}, indent=1), "utf-8"
-        )
-    print(json.dumps(result))
-    sys.exit(bool(result["faults"]))
 
 
 def line(outcome: Outcome) -> str:

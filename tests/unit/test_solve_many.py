@@ -14,6 +14,7 @@ from splitrun.planner.facts import Cluster, Objective, Workload
 from splitrun.planner.many import fastest_of_many
 from splitrun.planner.memory import over_budget
 from splitrun.planner.problem import INFINITE
+from splitrun.planner.quality import loss_limit, placement_loss
 from splitrun.planner.search import fastest
 from splitrun.planner.solve import device_formats, solve
 from splitrun.planner.tables import build_tables
@@ -61,3 +62,14 @@ def test_sixteen_devices(objective: str) -> None:
 def test_too_much_for_many() -> None:
     with pytest.raises(DoesNotFit, match="short"):
         solve(model(layers=100, values=800 * MIB), machines(12), Workload(), "bf16")
+
+
+def test_many_keep_the_quality_or_say_what_they_lose() -> None:
+    profile = model(layers=12, values=100 * MIB)
+    plan = solve(profile, machines(10), Workload(context=2048), quality="int8")
+    assert plan.estimate is not None
+    assert placement_loss(profile, plan) <= loss_limit(profile, "int8")
+    assert "at most" in plan.estimate.notes[0]
+    small = Cluster(tuple(device(f"cuda:{index}", budget=500 * MIB, context_bytes=256 * MIB) for index in range(10)))
+    with pytest.raises(DoesNotFit, match=r"no plan within --quality bf16 fits; .* loses 100%"):
+        solve(profile, small, Workload(context=512), quality="bf16")
