@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from splitrun.cli.colours import show
 from splitrun.cli.options import (
     ContextOption,
     FactsOption,
@@ -22,8 +21,8 @@ from splitrun.cli.options import (
     RevisionOption,
     SessionsOption,
     WeightsOption,
-    refuse_destinations,
 )
+from splitrun.cli.outcome import Destination
 from splitrun.errors import InvalidPlacement
 
 
@@ -55,26 +54,16 @@ def plan(
     import splitrun
     from splitrun.measure.budget import parse_memory
 
-    refuse_destinations({"-o": output, "--svg": svg})
-    if facts is not None and no_cache:
-        raise InvalidPlacement("--no-cache measures this machine and --facts describes another; give one of them")
-    if facts is not None and calibrate:
-        raise InvalidPlacement("--calibrate runs on this machine and --facts describes another; give one of them")
+    destination = Destination(output, svg, json_output)
+    destination.check()
+    for given, other in ((no_cache, "--no-cache measures"), (calibrate, "--calibrate runs on")):
+        if facts is not None and given:
+            raise InvalidPlacement(f"{other} this machine and --facts describes another; give one of them")
     make = partial(
-        splitrun.plan,
-        model,
-        memory=parse_memory(memory),
-        context=context,
-        sessions=sessions or 1,
-        objective=objective,
-        weights=weights,
-        revision=revision,
-        load=load,
-        quality=quality,
-        facts=facts,
-        nodes=nodes,
+        splitrun.plan, model, memory=parse_memory(memory), context=context, sessions=sessions or 1,
+        objective=objective, weights=weights, revision=revision, load=load, quality=quality, facts=facts, nodes=nodes,
         report=lambda text: typer.echo(text, err=True),
-    )
+    )  # fmt: skip
     placement = make(refresh=no_cache)
     if calibrate:
         from splitrun.bench.calibrate import calibrate as run_and_fold
@@ -85,19 +74,4 @@ def plan(
         from splitrun import api
 
         placement = api.hashed(placement)
-    if output is not None:
-        placement.save(output)
-    if svg is not None:
-        from splitrun.planner.picture import save_picture
-
-        save_picture(placement, svg)
-    if json_output:
-        typer.echo(placement.to_json())
-        return
-    show(placement.explain())
-    if derive:
-        from splitrun.planner.derivation import derivation
-
-        typer.echo("\n" + "\n".join(derivation(placement)))
-    if output is not None:
-        typer.echo(f"\nsaved to {output}; serve it with: splitrun serve {output}")
+    destination.send(placement, derive)

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from splitrun.cli.colours import show
 from splitrun.cli.options import (
     ContextOption,
     FactsOption,
@@ -19,8 +18,8 @@ from splitrun.cli.options import (
     RevisionOption,
     SessionsOption,
     WeightsOption,
-    refuse_destinations,
 )
+from splitrun.cli.outcome import Destination
 
 
 def what_if(
@@ -58,30 +57,11 @@ def what_if(
     from splitrun.planner.what_if import Changes
     from splitrun.what_if import Question, answer
 
-    refuse_destinations({"-o": output, "--svg": svg})
+    destination = Destination(output, svg, json_output)
+    destination.check()
     changes = Changes(tuple(add or ()), tuple(add_node or ()), tuple(drop or ()), link)
     question = Question(
-        model,
-        changes,
-        machine,
-        facts,
-        parse_memory(memory),
-        context,
-        sessions or 1,
-        objective,
-        weights,
-        quality,
-        revision,
-        load,
-    )
-    placement = answer(question, lambda text: typer.echo(text, err=True))
-    if svg is not None:
-        from splitrun.planner.picture import save_picture
-
-        save_picture(placement, svg)
-    if output is not None:
-        placement.save(output)
-    if json_output:
-        typer.echo(placement.to_json())
-    else:
-        show(placement.explain())
+        model, changes, machine, facts, parse_memory(memory), context, sessions or 1, objective, weights, quality,
+        revision, load,
+    )  # fmt: skip
+    destination.send(answer(question, lambda text: typer.echo(text, err=True)))

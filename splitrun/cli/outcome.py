@@ -1,0 +1,47 @@
+"""What the planning commands do with a placement: save it, draw it, print it. Decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from splitrun.cli.colours import show
+from splitrun.cli.options import refuse_destinations
+
+if TYPE_CHECKING:
+    from splitrun.planner.placement import Placement
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a plan goes, as a command was told."""
+
+    output: Path | None
+    svg: Path | None
+    json_output: bool = False
+
+    def check(self) -> None:
+        """Before minutes of planning: raise InvalidPlacement for a file that could not be written."""
+        refuse_destinations({"-o": self.output, "--svg": self.svg})
+
+    def send(self, placement: Placement, derive: bool = False) -> None:
+        """Save, draw and print; with ``derive`` also how the figures come about."""
+        if self.output is not None:
+            placement.save(self.output)
+        if self.svg is not None:
+            from splitrun.planner.picture import save_picture
+
+            save_picture(placement, self.svg)
+        if self.json_output:
+            typer.echo(placement.to_json())
+            return
+        show(placement.explain())
+        if derive:
+            from splitrun.planner.derivation import derivation
+
+            typer.echo("\n" + "\n".join(derivation(placement)))
+        if self.output is not None:
+            typer.echo(f"\nsaved to {self.output}; serve it with: splitrun serve {self.output}")
