@@ -51,13 +51,19 @@ def main() -> None:
     with pytest.MonkeyPatch.context() as patch:
         triton.runtime.driver.set_active(NoDevice())
         patch.setattr(JITFunction, "run", compiling(seen))
-        from test_card import Run, make, tokens
+        from test_card import make, tokens
+
+        from splitrun.kernels.gpu import matrix, unpack
 
         for format in ("dense", "int8", "nf4"):
-            run: Run = make("qwen3", format, "bf16", patch)
+            run = make("qwen3", format, "bf16", patch)
             run.feed({0: tokens(26, 1), 1: tokens(5, 2)})
             run.feed({0: tokens(1, 3)})
-            run.feed({0: tokens(1, 3), 1: tokens(1, 4)})
+        memory, scales = torch.zeros(64 * 64, dtype=torch.bfloat16), torch.zeros(64)
+        for kind, width, values in ((matrix.TILED_INT8, 64, torch.int8), (matrix.TILED_NF4, 32, torch.uint8)):
+            part = matrix.Part(torch.zeros((64, width), dtype=values), scales)
+            tiled = matrix.GpuMatrix(kind, (part,), 64, matrix.nf4_table(torch.device("cpu")))
+            unpack.unpacked(tiled, part, 0, 64, memory)
     print(*sorted(seen))
 
 

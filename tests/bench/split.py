@@ -1,0 +1,204 @@
+"""A card and the processor: every cut, what the seams cost, prompts copied to the card, several streams at once.
+
+    python tests/bench/split.py [--cuts 0,7,14,21,28] [--weights nf4] [--budget 8GiB] [--streams 1,4] [-o FILE]
+    python tests/bench/split.py --second cuda:1 --cuts 14      two cards against one, token for token
+
+Random weights in the shape of DeepSeek-R1-Distill-Qwen-1.5B, or of --model; embedding and head lie on the processor (on
+the cards with --second). "isolated" is the sum of the stages' own times for one token, each run alone on its worker;
+"seams" is what a token takes beyond that: hops, scheduling and handing out. Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from half_on_card import SHAPE
+
+from splitrun import Engine, Placement, SamplingParams
+from splitrun.engine.pipeline import Link
+from splitrun.schedule.step import Step
+
+FILE = """version: 1
+model: {{source: {model}, layers: {layers}}}
+workload: {{context: {context}, sessions: {sessions}}}
+stages:
+{stages}
+devices: {{{devices}}}
+"""
+ROUNDS = 30
+COLUMNS = (
+    "cut",
+    "streams",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "token_ms",
+    "isolated_ms",
+    "seams_us",
+    "peak_mib",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a directory with a config.json; default: the 1.5B shape")
+    parser.add_argument("--card", default="cuda:0")
+    parser.add_argument("--second", help="a second card: takes the layers behind the cut, and head and embedding too")
+    parser.add_argument("--cuts", default="0,7,14,21,28")
+    parser.add_argument("--weights", default="nf4")
+    parser.add_argument("--budget", default="8GiB")
+    parser.add_argument("--slabs", default="56MiB", help="memory for weights that are copied for prompts; 0MB: none")
+    parser.add_argument("--streams", default="1,4")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model is None:
+            Path(folder, "config.json").write_text(json.dumps(SHAPE))
+        rows, texts = [], []
+        for cut in map(int, args.cuts.split(",")):
+            for stages in [_cards(args, cut), _one(args)] if args.second else [_split(args, cut)]:
+                found, ids = measure(args, args.model or folder, stages, cut)
+                rows += found
+                texts.append(ids)
+    table = to_table(rows)
+    print(table)
+    if args.second:
+        same = all(first == second for first, second in zip(texts[::2], texts[1::2], strict=True))
+        print(f"two cards and one: {'the same' if same else 'OTHER'} tokens")
+    if args.output:
+        args.output.write_text(table + "\n")
+    print(json.dumps(rows))
+
+
+def _split(args: argparse.Namespace, cut: int) -> list[str]:
+    layers, weights = _layers(args), f"weights: {args.weights}"
+    if cut == 0:
+        return [f"device: cpu, units: [embed, head], layers: [0, {layers}], {weights}"]
+    slabs = f", stream_buffer: {args.slabs}" if cut < layers else ""
+    rest = f"layers: [{cut}, {layers}], " if cut < layers else ""
+    return [
+        f"device: cpu, units: [embed], {weights}",
+        f'device: "{args.card}", layers: [0, {cut}], {weights}{slabs}',
+        f"device: cpu, units: [head], {rest}{weights}",
+    ]
+
+
+def _cards(args: argparse.Namespace, cut: int) -> list[str]:
+    weights = f"weights: {args.weights}"
+    return [
+        f'device: "{args.card}", units: [embed], layers: [0, {cut}], {weights}',
+        f'device: "{args.second}", units: [head], layers: [{cut}, {_layers(args)}], {weights}',
+    ]
+
+
+def _one(args: argparse.Namespace) -> list[str]:
+    return [f'device: "{args.card}", units: [embed, head], layers: [0, {_layers(args)}], weights: {args.weights}']
+
+
+def _layers(args: argparse.Namespace) -> int:
+    config = SHAPE if args.model is None else json.loads(Path(args.model, "config.json").read_text())
+    return int(config["num_hidden_layers"])  # type: ignore[call-overload]
+
+
+def measure(
+    args: argparse.Namespace, model: str, stages: list[str], cut: int
+) -> tuple[list[dict[str, Any]], list[tuple[int, ...]]]:
+    """One placement: a row for each number of streams, and the token ids of the first."""
+    streams = list(map(int, args.streams.split(",")))
+    cards = [card for card in (args.card, args.second) if card and any(card in stage for stage in stages)]
+    devices = ", ".join(
+        [f'"{card}": {{memory: {args.budget}}}' for card in cards] + ["cpu: {memory: 32GiB}"] * (not args.second)
+    )
+    lines = "\n".join(f"  - {{{stage}}}" for stage in stages)
+    context = args.prompt_tokens + args.new_tokens + 1
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "placement.yaml")
+        sizes = {"model": model, "layers": _layers(args), "context": context, "sessions": max(streams)}
+        file.write_text(FILE.format(stages=lines, devices=devices, **sizes))
+        torch.cuda.reset_peak_memory_stats()
+        rows, ids = [], []
+        with Engine(Placement.load(file), load="dummy") as engine:
+            for count in streams:
+                first_s, step_s, steps, found = run(engine, args, count)
+                ids = ids or found
+                isolated_s = sum(isolated(engine, steps)) if count == 1 else float("nan")
+                rows.append(
+                    {
+                        "cut": cut,
+                        "stages": len(stages),
+                        "streams": count,
+                        "prefill_tokens_per_s": round(count * args.prompt_tokens / first_s),
+                        "decode_tokens_per_s": round(count / step_s, 1),
+                        "token_ms": round(step_s * 1e3, 3),
+                        "isolated_ms": round(isolated_s * 1e3, 3) if count == 1 else None,
+                        "seams_us": round((step_s - isolated_s) * 1e6) if count == 1 else None,
+                        "peak_mib": torch.cuda.max_memory_reserved() >> 20,
+                    }
+                )
+    return rows, ids
+
+
+def run(engine: Engine, args: argparse.Namespace, count: int) -> tuple[float, float, list[Step], list[tuple[int, ...]]]:
+    """Seconds to the first tokens and of one decoding step, steps of one token, and the ids; the better of two runs."""
+    seen: list[Step] = []
+    pipeline = engine.core._pipeline
+    submit = pipeline.submit
+    pipeline.submit = lambda step: (seen.append(step), submit(step))[1]  # type: ignore[method-assign]
+    firsts, steps, ids = [], [], []
+    for turn in range(3):
+        prompts = [
+            [(7 * place + 13 * row + turn) % 1000 + 5 for place in range(args.prompt_tokens)] for row in range(count)
+        ]
+        times = []
+        for tokens in (1, 1 + args.new_tokens):
+            start = time.perf_counter()
+            found = engine.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
+            times.append(time.perf_counter() - start)
+        ids = [tuple(completion.token_ids) for completion in found]
+        if turn:
+            firsts.append(times[0])
+            steps.append((times[1] - times[0]) / args.new_tokens)
+    pipeline.submit = submit  # type: ignore[method-assign]
+    return min(firsts), min(steps), [step for step in seen if len(step.token_ids) == 1], ids
+
+
+def isolated(engine: Engine, steps: list[Step]) -> list[float]:
+    """Median seconds of each stage for one token, alone on its worker with an activation that lies there already."""
+    found = []
+    for link in engine.core._pipeline._links:
+        assert isinstance(link, Link)
+        stage, device = link.stage, link.stage.model.device  # type: ignore[attr-defined]
+        cut, hidden = stage.model.cut, stage.model.skeleton.model.config.hidden_size  # type: ignore[attr-defined]
+        incoming = None if cut.embed else torch.full((1, hidden), 0.1, dtype=stage.model.dtype, device=device)  # type: ignore[attr-defined]
+
+        def timed(stage: Any = stage, incoming: Any = incoming, device: Any = device) -> float:
+            times = []
+            for step in steps[-ROUNDS:]:
+                start = time.perf_counter()
+                stage.run(step, incoming)
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()
+                times.append(time.perf_counter() - start)
+            return statistics.median(times)
+
+        found.append(link.worker.call(timed))
+    return found
+
+
+def to_table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of the rows."""
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines += ["| " + " | ".join("" if row[name] is None else str(row[name]) for name in COLUMNS) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
