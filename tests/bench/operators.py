@@ -1,21 +1,24 @@
-"""Every operator of the processor kernels for few rows: gigabytes a second, and their share of a plain read.
+"""Every operator of the processor kernels: gigabytes and operations a second, and the share of the machine's bound.
 
-    python tests/bench/operators.py [--threads N] [--level avx2] [--seconds S] [--only nf4]
+    python tests/bench/operators.py [--threads N] [--level avx2] [--seconds S] [--only nf4] [-o tests/bench/results]
 
-Weights and KV are larger than the caches. Each operator runs in turn with a plain read of memory; the share is the
-median of the pairs' ratios of bytes a second, so that a busy neighbour, who slows both, moves it little. Above a few
-rows the products are bound by arithmetic: their GFLOP/s say more than the share. Ends with one line of JSON.
+Weights and KV are larger than the caches. Each operator runs in turn with what bounds it, and the share is the median
+of the pairs' ratios, so that a busy neighbour, who slows both, moves it little. Few rows are bound by memory: a plain
+read of it. Prompts are bound by arithmetic: the same instruction on registers alone; so are products of more than a
+few rows, whose GFLOP/s say more than their share of a read. Ends with one line of JSON; -o writes that and a table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,24 +27,33 @@ from splitrun.kernels.cpu.arena import ARENA
 from splitrun.kernels.cpu.block import BlockKernel, LayerChain, LayerParts, RowHistories
 from splitrun.kernels.cpu.dense import DenseWeight
 from splitrun.kernels.cpu.library import Kernel, kernel, levels
+from splitrun.kernels.cpu.many import ManyRows, every
 from splitrun.kernels.cpu.tiled import TiledWeight
 
 HIDDEN, INNER, WIDTH, HEADS, KV_HEADS = 1536, 8960, 128, 12, 2
 MATRICES, LAYERS = 16, 6
 BLOCK_TOKENS = 64
 ROWS = (1, 2, 4, 8, 16)
+PROMPT_ROWS = 512
 READ_BYTES = 1 << 28
+SPINS = 20000
+TITLE = f"{'operator':44} {'GB/s':>7} {'GFLOP/s':>8}  {'bound':>12} {'share':>6}"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One operator. ``share`` is of a plain read's bytes a second."""
+    """One operator. ``bound`` is what it is held against, in ``unit``, GB/s or GFLOP/s; ``share`` its share of that."""
 
     operator: str
     gigabytes_per_s: float
     gigaflops: float
-    read_gigabytes_per_s: float
+    bound: float
+    unit: str
     share: float
+
+    def __str__(self) -> str:
+        bound = f"{self.bound:.0f} {self.unit}"
+        return f"{self.operator:44} {self.gigabytes_per_s:7.1f} {self.gigaflops:8.1f}  {bound:>12} {self.share:6.2f}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,8 @@ class Operator:
     run: Callable[[], object]
     nbytes: int
     operations: int
+    spin: ManyRows | None = None
+    """Whose instruction bounds it; None: memory does."""
 
 
 def matrix(format: str, rows: int, columns: int, level: Kernel) -> TiledWeight | DenseWeight:
@@ -129,6 +143,8 @@ def layers(
 def operators(level: Kernel) -> Iterator[Operator]:
     for format in ("nf4", "int8", "bf16"):
         yield from products(format, level)
+        if format != "bf16":
+            yield from prompts(format, level)
         parts = [layer_parts(format, HIDDEN, INNER, 8, torch.bfloat16, level) for _ in range(LAYERS)]
         for rows in (1, 4):
             yield layers(f"{format} whole layers, 100 tokens", parts, 100, rows, level)
@@ -141,22 +157,46 @@ def operators(level: Kernel) -> Iterator[Operator]:
         del parts
 
 
-def compare(operator: Operator, read: Callable[[], object], read_bytes: int, spend_s: float) -> Line:
+def prompts(format: str, level: Kernel) -> Iterator[Operator]:
+    """Products of a prompt's rows with the codes, by every kernel of this processor."""
+    weight = matrix(format, INNER, HIDDEN, level)
+    x = torch.randn(PROMPT_ROWS, HIDDEN).bfloat16()
+    out = torch.empty(PROMPT_ROWS, INNER, dtype=torch.bfloat16)
+    for name, many in every().items():
+
+        def multiply(many: ManyRows = many) -> None:
+            many.product(weight.matrix, x, out)
+
+        operations = 2 * PROMPT_ROWS * INNER * HIDDEN
+        nbytes = weight.nbytes + x.nbytes + out.nbytes
+        yield Operator(f"{format} product, {PROMPT_ROWS} rows, {name}", multiply, nbytes, operations, many)
+
+
+def compare(operator: Operator, memory: Tensor, level: Kernel, spend_s: float) -> Line:
+    """Run it in turn with its bound."""
     operator.run()
     own: list[float] = []
-    plain: list[float] = []
+    bounds: list[float] = []
+    done = operator.nbytes if operator.spin is None else operator.operations
     until = time.perf_counter() + spend_s
     while len(own) < 5 or time.perf_counter() < until:
         own.append(seconds(operator.run))
-        plain.append(seconds(read))
-    ratio = statistics.median(reading / working for working, reading in zip(own, plain, strict=True))
+        start = time.perf_counter()
+        if operator.spin is None:
+            level.read(memory)
+            possible = memory.nbytes
+        else:
+            possible = operator.spin.spin(SPINS)
+        bounds.append(possible / (time.perf_counter() - start))
+    share = statistics.median(done / took / bound for took, bound in zip(own, bounds, strict=True))
     median = statistics.median(own)
     return Line(
         operator.name,
         round(operator.nbytes / median / 1e9, 1),
         round(operator.operations / median / 1e9, 1),
-        round(read_bytes / statistics.median(plain) / 1e9, 1),
-        round(operator.nbytes / read_bytes * ratio, 3),
+        round(statistics.median(bounds) / 1e9, 1),
+        "GB/s" if operator.spin is None else "GFLOP/s",
+        round(share, 3),
     )
 
 
@@ -172,26 +212,29 @@ def main() -> None:
     parser.add_argument("--level", choices=list(levels()), default=None)
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each operator")
     parser.add_argument("--only", default="", help="operators whose name begins so")
+    parser.add_argument("-o", dest="output", type=Path, help="folder for the table, in text and in JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     level = levels()[options.level] if options.level else kernel()
     if level is None:
         sys.exit("no kernel runs here: install a C compiler and splitrun again")
     memory = ARENA.empty(READ_BYTES, torch.uint8).fill_(1)
-    print(f"{level.name}, {options.threads} threads, bf16 activations")
-    print(f"{'operator':40} {'GB/s':>8} {'GFLOP/s':>8} {'read GB/s':>10} {'share':>6}")
+    about = f"{level.name}, {options.threads} threads, bf16 activations, {platform.processor() or platform.machine()}"
+    print(about)
+    print(TITLE)
     lines = []
     for operator in operators(level):
-        if not operator.name.startswith(options.only):
-            continue
-        line = compare(operator, lambda: level.read(memory), memory.nbytes, options.seconds)
-        lines.append(line)
-        print(
-            f"{line.operator:40} {line.gigabytes_per_s:8.1f} {line.gigaflops:8.1f} "
-            f"{line.read_gigabytes_per_s:10.1f} {line.share:6.2f}",
-            flush=True,
-        )
-    print(json.dumps({"level": level.name, "threads": options.threads, "operators": [asdict(line) for line in lines]}))
+        if operator.name.startswith(options.only):
+            lines.append(compare(operator, memory, level, options.seconds))
+            print(lines[-1], flush=True)
+    found = {"level": level.name, "threads": options.threads, "operators": [asdict(line) for line in lines]}
+    print(json.dumps(found))
+    if options.output:
+        table = "\n".join(map(str, lines))
+        command = " ".join(["python", "tests/bench/operators.py", *sys.argv[1:]])
+        text = f"# Operators of the processor kernels\n\n`{command}`: {about}\n\n```\n{TITLE}\n{table}\n```\n"
+        (options.output / "operators.md").write_text(text)
+        (options.output / "operators.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
