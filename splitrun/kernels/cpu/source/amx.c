@@ -26,20 +26,33 @@ static void enter(void) { _tile_loadconfig(&all_full); }
 
 static void leave(void) { _tile_release(); }
 
+ALWAYS_INLINE void clear_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* The four tiles of sums to memory, bytes `beside` and `below` the first; the lower two only where there are rows. */
+ALWAYS_INLINE void store_sums(void *sums, int64_t beside, int64_t below, int64_t stride, int lower) {
+    uint8_t *first = sums;
+    _tile_stored(0, first, stride);
+    _tile_stored(1, first + beside, stride);
+    if (lower) _tile_stored(2, first + below, stride);
+    if (lower) _tile_stored(3, first + below + beside, stride);
+}
+
 /* One or two tiles of rows (the second is null for one) with two of outputs. */
 ALWAYS_INLINE void bf16_square(const uint8_t *first, const uint8_t *second, const uint8_t *lines, int64_t steps,
                                float *sums, int add) {
-    float *lower = sums + TILE * PANEL;
     if (add) {
+        const float *lower = sums + TILE * PANEL;
         _tile_loadd(0, sums, STRIDE);
         _tile_loadd(1, sums + TILE, STRIDE);
         if (second) _tile_loadd(2, lower, STRIDE);
         if (second) _tile_loadd(3, lower + TILE, STRIDE);
     } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        clear_sums();
     }
     for (int64_t step = 0; step < steps; step++, lines += 16 * ROW) {
         _tile_stream_loadd(4, first + step * STEP_TILE, STEP_BYTES);
@@ -53,10 +66,7 @@ ALWAYS_INLINE void bf16_square(const uint8_t *first, const uint8_t *second, cons
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, sums, STRIDE);
-    _tile_stored(1, sums + TILE, STRIDE);
-    if (second) _tile_stored(2, lower, STRIDE);
-    if (second) _tile_stored(3, lower + TILE, STRIDE);
+    store_sums(sums, LINE, TILE * STRIDE, STRIDE, second != 0);
 }
 
 static void multiply_bf16(const struct many *many, const struct packed *packed, int64_t tile, int64_t rows,
@@ -100,10 +110,7 @@ ALWAYS_INLINE void settle(struct pending *pending, int count) {
 ALWAYS_INLINE void int8_square(const uint8_t *first, const uint8_t *second, const uint8_t *lines, int64_t steps,
                                int32_t *dots, struct pending *pending) {
     int each = (int)parts(pending->rows, steps);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_sums();
     for (int64_t step = 0; step < steps; step++, lines += 16 * ROW) {
         _tile_stream_loadd(4, first + step * STEP_TILE, STEP_BYTES);
         _tile_loadd(6, lines, ROW);
@@ -118,10 +125,7 @@ ALWAYS_INLINE void int8_square(const uint8_t *first, const uint8_t *second, cons
         }
     }
     settle(pending, ROWS);
-    _tile_stored(0, dots, STEP_BYTES);
-    _tile_stored(1, dots + SUMS, STEP_BYTES);
-    if (second) _tile_stored(2, dots + 2 * SUMS, STEP_BYTES);
-    if (second) _tile_stored(3, dots + 3 * SUMS, STEP_BYTES);
+    store_sums(dots, SUMS * 4, SUMS * 8, STEP_BYTES, second != 0);
 }
 
 /* A slab is one span here. */
