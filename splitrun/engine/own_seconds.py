@@ -24,11 +24,13 @@ from splitrun.engine.pipeline import Link, Outcome, Pipeline
 from splitrun.engine.process_bytes import process_bytes
 from splitrun.measure.cache import Cache
 from splitrun.measure.gather import EngineCost
+from splitrun.measure.unit_seconds import code_digest
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
 from splitrun.schedule.step import RowTokens, Step, Tokens
 from splitrun.transport.local import SameMemory, Worker
 
+RUNNING = ("splitrun.engine", "splitrun.schedule", "splitrun.transport")
 TOKENS, ROUNDS = 40, 3
 READ_BYTES = 48 << 20
 """More than the last cache of most processors."""
@@ -60,6 +62,7 @@ def engine_cost(kept: Cache, card: str | None = None) -> EngineCost:
         return {"step_s": alone, "hop_s": max(0.0, two - alone), "process_bytes": process_bytes(card)}
 
     versions = f"splitrun {splitrun.__version__} torch {torch.__version__} transformers {transformers.__version__}"
+    versions += f" code {code_digest(*RUNNING)}"
     found = kept.get_or_measure(
         f"engine with {card or 'no card'} {versions}", ("step_s", "hop_s", "process_bytes"), measure
     )

@@ -43,6 +43,7 @@ Report = Callable[[str], None]
 OpenBench = Callable[[Any, ModelStructure, CutRange, Setting, Sequence[Point]], UnitBench]
 Samples = dict[Point, Sample]
 LOAD = "load bytes"
+COMPUTING = ("splitrun.kernels", "splitrun.stage", "splitrun.model")
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class _Task:
         conditions = {
             "device": [self.device.kind, self.device.description, self.threads, self.device.compute_dtype],
             "runtime": [torch.version.cuda, splitrun.__version__, *versions(self.device.kind)],
-            "code": code_digest(),
+            "code": code_digest(*COMPUTING),
             "config": _config_text(self.files.config),
             "units": shapes,
             "ends": [cut.embed, cut.head],
@@ -315,10 +316,10 @@ def unit_peak(found: Found, points: Iterable[Point]) -> UnitPeak:
 
 
 @cache
-def code_digest() -> str:
-    """A digest of the code that computes: measurements of other code are not this code's."""
+def code_digest(*packages: str) -> str:
+    """A digest of the code of those packages: measurements of other code are not this code's."""
     total = hashlib.sha256()
-    for package in ("splitrun.kernels", "splitrun.stage", "splitrun.model"):
+    for package in packages:
         files = [item for item in _files(resources.files(package)) if item.name.endswith((".py", ".c", ".cpp", ".h"))]
         for item in sorted(files, key=lambda found: found.name):
             total.update(item.name.encode() + item.read_bytes())
