@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +23,7 @@ os.environ.setdefault("SPLITRUN_CACHE", MEASURED or "")
 
 def pytest_unconfigure() -> None:
     """Leave nothing behind."""
+    gc.unfreeze()
     if MEASURED is not None:
         shutil.rmtree(MEASURED, ignore_errors=True)
 
@@ -31,6 +34,14 @@ def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_tokenizers import write_model_directory
 
     return write_model_directory(tmp_path_factory.mktemp("tiny-model"))
+
+
+def pytest_collection_finish() -> None:
+    """Every engine looks for garbage when it loads; a million objects of libraries need not be looked at each time."""
+    if "transformers" in sys.modules:
+        import transformers.modeling_utils  # noqa: F401  what it brings is among them
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
