@@ -17,7 +17,7 @@ QUESTION: list[Any] = [{"role": "user", "content": "What is 27 + 15?"}]
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[splitrun.Engine]:
-    placement = splitrun.plan("demo", memory={"cpu": "2GiB"}, context=512, sessions=4)
+    placement = splitrun.plan("demo", memory={"cpu": "2GiB"}, context=512, sessions=4, weights="bf16")
     with splitrun.Engine(placement) as engine:
         yield engine
 
