@@ -43,7 +43,7 @@ from splitrun.stage.load import StageSize, load_stage
 from splitrun.transport.local import FromHost, Hop, Worker, hop, torch_device
 
 if TYPE_CHECKING:
-    from splitrun.stage.streamed import StreamCard
+    from splitrun.stage.stream_card import StreamCard
 
 
 def compute_dtype(device: str, weights: str) -> str:
@@ -109,7 +109,7 @@ class StageLoading:
         if not specs or not usable(torch_device(specs[0].device)):
             return None
         if self._prompt_card is None:
-            from splitrun.stage.streamed import StreamCard  # Triton is not everywhere
+            from splitrun.stage.stream_card import StreamCard  # Triton is not everywhere
 
             self._prompt_card = StreamCard(torch.device(specs[0].device), specs[0].stream_buffer_bytes)
         return self._prompt_card

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from splitrun.errors import UnsupportedModel
 from splitrun.model.skeleton import DTYPES, Skeleton, build_skeleton
@@ -170,7 +169,7 @@ class CutModel:
             else:
                 hidden = self._received()
             hidden = self._captured = layers.run(hidden, partial(base.rotary_emb, hidden, positions), cache)
-            return BaseModelOutputWithPast(base.norm(hidden) if self.cut.head else hidden, past_key_values=cache)
+            return _BaseOutput(base.norm(hidden) if self.cut.head else hidden, cache)
 
         base.forward = forward
 
@@ -258,6 +257,19 @@ class _Inner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
+
+
+@dataclass
+class _BaseOutput:
+    """What a base model gives back, as heads read it: transformers' own class takes longer to make than some stages."""
+
+    last_hidden_state: Tensor
+    past_key_values: Any
+    hidden_states: None = None
+    attentions: None = None
+
+    def __getitem__(self, place: int) -> Any:
+        return (self.last_hidden_state, self.past_key_values)[place]
 
 
 def _with_plain_strides(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

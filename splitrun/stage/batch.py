@@ -149,7 +149,7 @@ def _view(
         for row in range(len(rows))
     ]
     assert min((int(piece.min()) for piece in pieces if len(piece)), default=0) >= 0, "a needed block was dropped"
-    written = numpy.take_along_axis(table, positions // block_tokens, axis=1).reshape(-1)
+    written = table[numpy.arange(len(rows))[:, None], positions // block_tokens].reshape(-1)
     sizes = [len(piece) for piece in pieces]
     indices = torch.from_numpy(numpy.concatenate([*pieces, written, (positions % block_tokens).reshape(-1)])).to(device)
     *tables, blocks, offsets = indices.split([*sizes, len(written), len(written)])

@@ -90,6 +90,9 @@ class BlockCache:
             self._in_blocks(original, caches[index] if index < len(caches) else None, stores.get(index))
             for index, original in enumerate(originals)
         ]
+        self._paged = [layer for layer in self._layers if isinstance(layer, _InBlocks)]
+        linear = (isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self._layers)
+        self._whole = None if any(linear) else Cache(layers=self._layers)
 
     @staticmethod
     def _in_blocks(original: Any, kept: LayerCache | None, store: BlockStore | None) -> Any:
@@ -108,6 +111,10 @@ class BlockCache:
 
     def bind(self, batch: Batch) -> Cache:
         """The cache for one batch. It must not outlive the batch."""
+        if self._whole is not None:
+            for paged in self._paged:
+                paged.batch = batch
+            return self._whole
         layers = []
         for index, template in enumerate(self._layers):
             layer = template

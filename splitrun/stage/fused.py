@@ -29,7 +29,8 @@ from splitrun.stage.known import is_known, is_known_base, is_plain_head
 from splitrun.stage.parts import layer_parts
 
 if TYPE_CHECKING:
-    from splitrun.stage.streamed import StreamCard, StreamedLayers
+    from splitrun.stage.stream_card import StreamCard
+    from splitrun.stage.streamed import StreamedLayers
 
 log = logging.getLogger(__name__)
 

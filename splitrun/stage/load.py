@@ -22,7 +22,7 @@ from splitrun.stage.fused import fuse
 from splitrun.stage.generic import GenericStage, RangeStage
 
 if TYPE_CHECKING:
-    from splitrun.stage.streamed import StreamCard
+    from splitrun.stage.stream_card import StreamCard
 
 Fill = Callable[[CutModel], int]
 """Installs a cut model's own weights and returns their bytes."""

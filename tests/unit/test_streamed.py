@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 
 from test_fused import LEVELS, MODELS, Run, make, tokens
 
-from splitrun.stage.streamed import LEAST_TOKENS, StreamCard, StreamedLayers, _pages, _without
+from splitrun.stage.stream_card import StreamCard, pages_of, without
+from splitrun.stage.streamed import LEAST_TOKENS, StreamedLayers
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="nothing is compiled here")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,15 +72,15 @@ def test_pages_that_tensors_share_are_pinned_once() -> None:
     base = -whole.data_ptr() % 4096
     parts = [whole[base + first : base + last] for first, last in ((10, 5000), (5000, 9000), (12288, 12289))]
     start = whole.data_ptr() + base
-    assert list(_pages(parts)) == [(start, start + 4 * 4096)]
-    assert list(_pages(parts[1:])) == [(start + 4096, start + 4 * 4096)]
-    assert list(_pages([parts[0], whole[base + 16384 : base + 16390]])) == [
+    assert list(pages_of(parts)) == [(start, start + 4 * 4096)]
+    assert list(pages_of(parts[1:])) == [(start + 4096, start + 4 * 4096)]
+    assert list(pages_of([parts[0], whole[base + 16384 : base + 16390]])) == [
         (start, start + 2 * 4096),
         (start + 4 * 4096, start + 5 * 4096),
     ]
 
 
 def test_pages_of_neighbours_are_left_out() -> None:
-    assert list(_without([(0, 10), (20, 30)], [(8, 12), (22, 24)])) == [(0, 8), (20, 22), (24, 30)]
-    assert list(_without([(2, 5)], [(0, 9)])) == []
-    assert list(_without([(2, 5)], [])) == [(2, 5)]
+    assert list(without([(0, 10), (20, 30)], [(8, 12), (22, 24)])) == [(0, 8), (20, 22), (24, 30)]
+    assert list(without([(2, 5)], [(0, 9)])) == []
+    assert list(without([(2, 5)], [])) == [(2, 5)]
