@@ -36,7 +36,7 @@ BLOCK_TOKENS = 64
 ROWS = (1, 2, 4, 8, 16)
 PROMPT_ROWS = 512
 READ_BYTES = 1 << 28
-SPINS = 20000
+SPINS = 1_000_000
 TITLE = f"{'operator':44} {'GB/s':>7} {'GFLOP/s':>8}  {'bound':>12} {'share':>6}"
 
 
