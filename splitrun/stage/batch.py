@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from splitrun.planner.facts import KVGroup
+from splitrun.schedule.blocks import REPLAY_TOKENS
 from splitrun.schedule.step import Step
 from splitrun.stage.blocks import BlockView
 
@@ -64,14 +65,20 @@ FREE = Traits()
 
 @dataclass(frozen=True)
 class BatchRules:
-    """What the model asks of a batch. ``has_states``: rows with and without history do not mix. ``float32``: the ids
-    do not depend on how tokens are grouped, so that tokens computed again need not be fed singly."""
+    """What model and kernels ask of a batch.
+
+    has_states  rows with and without history do not mix
+    groups_again  tokens computed again may go up to 16 together, as they lie in the step: what they give is a matter of
+                each token alone. Otherwise they are fed singly, as they were the first time
+    prompts_alone  a row of more than 16 tokens is alone in its batch: products of so many round by how many there are
+    """
 
     groups: tuple[KVGroup, ...]
     block_tokens: int
     has_states: bool = False
     traits: Traits = FREE
-    float32: bool = False
+    groups_again: bool = False
+    prompts_alone: bool = False
 
 
 def split(step: Step, rules: BatchRules, device: torch.device) -> Iterator[Batch]:
@@ -81,10 +88,11 @@ def split(step: Step, rules: BatchRules, device: torch.device) -> Iterator[Batch
     for row, count in enumerate(step.counts.tolist()):
         history = int(step.context_lengths[row])
         kind = history if rules.traits.equal_histories else int(history > 0) if rules.has_states else 0
-        scored = row if step.prompt_logprobs and step.prompt_logprobs[row] is not None else -1
-        again = _is_replay(step, row) and not rules.float32
+        scored = bool(step.prompt_logprobs) and step.prompt_logprobs[row] is not None
+        alone = row if scored or (rules.prompts_alone and count > REPLAY_TOKENS) else -1
+        again = _is_replay(step, row) and not rules.groups_again
         singly = count > 1 and (again or (rules.traits.one_by_one and history > 0))
-        members.setdefault((count, kind, scored, singly), []).append(row)
+        members.setdefault((count, kind, alone, singly), []).append(row)
     for (count, _, _, singly), rows in members.items():
         if singly:
             for offset in range(count):
@@ -94,7 +102,7 @@ def split(step: Step, rules: BatchRules, device: torch.device) -> Iterator[Batch
 
 
 def _is_replay(step: Step, row: int) -> bool:
-    """Generated tokens that are computed again take the way of their first time: one by one."""
+    """Whether the row holds generated tokens that are computed again."""
     return bool(step.replay) and step.replay[row]
 
 

@@ -38,13 +38,16 @@ MOST_GROUPS = 4
 """KV groups whose latest histories are kept."""
 
 
-def fuse(model: CutModel, stores: Mapping[int, BlockStore], card: StreamCard | None = None) -> int:
-    """Give the range's layers, and its head, the kernels where they are of that kind. Returns how many layers were
-    given one. ``card``: longer prompts are computed there, where its kernels take all of the layers. Modifies the
-    model."""
+def fuse(model: CutModel, stores: Mapping[int, BlockStore], card: StreamCard | None = None) -> bool:
+    """Give the range's layers, and its head, the kernels where they are of that kind. ``card``: longer prompts are
+    computed there, where its kernels take all of the layers. Modifies the model.
+
+    Returns whether all layers run in one call: then a token's bits are a matter of that token and its history, for
+    rows of up to 16 new tokens.
+    """
     fast, histories = kernel(), _Histories()
     if fast is None or model.device.type != "cpu":
-        return 0
+        return False
     blocks: dict[int, BlockKernel] = {}
     for index, store in stores.items():
         layer, kept = model.skeleton.layers[index], model.structure.caches[index]
@@ -58,16 +61,17 @@ def fuse(model: CutModel, stores: Mapping[int, BlockStore], card: StreamCard | N
     own = range(model.cut.start, model.cut.stop)
     chain = [blocks[index] for index in own if index in blocks]
     joined = all(first.joins(second) for first, second in pairwise(chain))
-    if not own and is_known_base(model.skeleton.base):
+    whole = len(chain) == len(own) and joined and is_known_base(model.skeleton.base)
+    if whole and not own:
         model.shorten(_NoLayers())
-    elif len(chain) == len(own) and joined and is_known_base(model.skeleton.base):
+    elif whole:
         model.shorten(_Range(blocks, histories, None if card is None else _streamed(chain, card)))
     if model.cut.head and is_plain_head(model.skeleton.model):
         outputs: Any = model.skeleton.model.get_output_embeddings()
         _take_dense(outputs, fast, model.skeleton.model.get_input_embeddings().weight)
         if isinstance(outputs.weight, TiledWeight | DenseWeight) and outputs.bias is None:
             model.chooser = outputs.weight.largest
-    return len(blocks)
+    return whole
 
 
 def _streamed(chain: Sequence[BlockKernel], card: StreamCard) -> StreamedLayers | None:

@@ -6,7 +6,7 @@ Knows the numbers that a plan decided, not how it decided them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,12 +57,14 @@ def load_stage(
     weight_bytes = fill(model)
     model.finish_loading()
     stores, states = _storage(structure, cut, size)
+    float32 = size.dtype == size.kv_dtype == "fp32"
     rules = BatchRules(
         groups=tuple(group for group in structure.groups if group.kind != "state"),
         block_tokens=size.block_tokens,
         has_states=any(cache.states for cache in structure.caches),
         traits=traits,
-        float32=size.dtype == size.kv_dtype == "fp32",
+        groups_again=float32,
+        prompts_alone=not float32 and size.device == "cpu" and prompt_card is None,
     )
     if _has_gpu_kernels(size) and not states:
         from splitrun.stage.card import card_stage  # Triton is not everywhere
@@ -70,7 +72,8 @@ def load_stage(
         on_card = card_stage(model, stores, rules, weight_bytes)
         if on_card is not None:
             return on_card
-    fuse(model, stores, prompt_card)
+    if fuse(model, stores, prompt_card):
+        rules = replace(rules, groups_again=True)
     cache = BlockCache(model.skeleton.model.config, structure.caches, stores, states)
     stage = GenericStage(model, cache, stores, states, rules, weight_bytes)
     if prompt_card is not None:

@@ -68,7 +68,7 @@ class Run:
     blocks: int = BLOCKS
     index: int = 0
 
-    def feed(self, rows: dict[int, Sequence[int]]) -> dict[int, Tensor]:
+    def feed(self, rows: dict[int, Sequence[int]], replay: bool = False) -> dict[int, Tensor]:
         """Run tokens of some sequences as one step. Shape of each result: (tokens, hidden)."""
         counts = [len(ids) for ids in rows.values()]
         tables = numpy.array(
@@ -83,6 +83,7 @@ class Run:
             slots=numpy.array(list(rows), dtype=numpy.int32),
             block_tables={group.name: tables for group in self.structure.groups},
             sampling=(None,) * len(rows),
+            replay=(replay,) * len(rows),
         )
         self.index += 1
         activation = self.stage.compute(step, None).activation
@@ -127,7 +128,7 @@ def make(
 
 def generic(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Run:
     with monkeypatch.context() as patch:
-        patch.setattr(load, "fuse", lambda *arguments: 0)
+        patch.setattr(load, "fuse", lambda *arguments: False)
         run, taken = make(*arguments)
     assert not any(taken)
     return run
@@ -221,6 +222,53 @@ def test_more_tokens_than_a_call_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     for row, own in enumerate(ids):
         alone, _ = make("qwen2", {})
         assert torch.equal(alone.feed({row: own})[row], found[row])
+
+
+@pytest.mark.parametrize("kind", [many.TORCH, "bf16"])
+def test_a_chunk_of_a_prompt_is_alone_in_its_product(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of many rows may round by how many there are: a chunk's are its own, whoever is in the step."""
+    monkeypatch.setenv(many.VARIABLE, kind)
+    ids = [tokens(33, seed) for seed in (1, 2, 3)]
+    together, _ = make("qwen2", {})
+    shapes = shapes_of(together, monkeypatch)
+    found = together.feed(dict(enumerate(ids)))
+    assert shapes == [(1, 33)] * 3
+    for row, own in enumerate(ids):
+        alone, _ = make("qwen2", {})
+        assert torch.equal(alone.feed({row: own})[row], found[row])
+
+
+def shapes_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Rows and new tokens of each batch that the model is given from now on."""
+    forward, shapes = run.stage.model.forward, list[tuple[int, ...]]()
+
+    def noted(ids: Tensor, *others: Any) -> Tensor:
+        shapes.append(tuple(ids.shape))
+        return forward(ids, *others)
+
+    monkeypatch.setattr(run.stage.model, "forward", noted)
+    return shapes
+
+
+@pytest.mark.parametrize("format", ["nf4", "bf16"])
+def test_tokens_computed_again_go_in_groups_where_that_changes_no_bit(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, again = make("qwen2", {}, format)[0], make("qwen2", {}, format)[0]
+    ids, other = tokens(20), tokens(20, 4)
+    for place in range(20):
+        first.feed({0: ids[place : place + 1], 1: other[place : place + 1]})
+    shapes = shapes_of(again, monkeypatch)
+    for part in (slice(0, 16), slice(16, 20)):
+        again.feed({0: ids[part], 1: other[part]}, replay=True)
+    assert shapes == [(2, 16), (2, 4)]
+    for index, store in first.stage._stores.items():
+        assert torch.equal(store.keys, again.stage._stores[index].keys)
+        assert torch.equal(store.values, again.stage._stores[index].values)
+    singly = generic(monkeypatch, "qwen2", {}, format)
+    shapes = shapes_of(singly, monkeypatch)
+    singly.feed({0: ids[:3]}, replay=True)
+    assert shapes == [(1, 1)] * 3
 
 
 @pytest.mark.parametrize("level", list(LEVELS))
