@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from splitrun.model.quantized_checkpoint import with_quantization
 from splitrun.model.source import SafetensorsSource, WeightSource
 
 RECEIVED = "received.txt"
+_LOG = logging.getLogger(__name__)
 Fetch = Callable[[str, int, int], None]
 
 
@@ -60,8 +62,8 @@ class ReceivedSource(SafetensorsSource):
         return super().read(name, rows)
 
 
-def locate(job: dict[str, Any], parent: Parent) -> ModelFiles:
-    """The model that ``job`` names (``source``, ``revision``, ``fingerprint``, ``weights``).
+def locate(job: dict[str, Any], parent: Parent, device: str) -> ModelFiles:
+    """The model that ``job`` names (``source``, ``revision``, ``fingerprint``, ``weights``). ``device``: for messages.
 
     Raises ClusterError when another model lies under the same path here, ModelError when there is none.
     """
@@ -71,10 +73,12 @@ def locate(job: dict[str, Any], parent: Parent) -> ModelFiles:
         if source == "demo" or Path(source).expanduser().is_dir():
             files = resolve(source, revision, weights=weights)
             if files.fingerprint != there:
-                raise ClusterError(
-                    f"{source} is another model on this node ({files.fingerprint[:19]}…) than on the coordinator "
-                    f"({there[:19]}…): copy the same files to both, or remove it here and they are sent"
+                fault = (
+                    f"{source} is another model for {device} ({files.fingerprint[:19]}…) than on the coordinator "
+                    f"({there[:19]}…): copy the same files to both, or remove it there and they are sent"
                 )
+                _LOG.error(fault)  # the node's side of it
+                raise ClusterError(fault)
             return files
     else:
         try:

@@ -26,7 +26,7 @@ from splitrun.cluster.ports import (
     split_address,
 )
 from splitrun.cluster.process import LOCAL_NODE
-from splitrun.cluster.runtime import Registry, set_environment
+from splitrun.cluster.runtime import Registry, remove_leftovers, set_environment
 from splitrun.cluster.versions import differences, own_versions
 from splitrun.errors import ClusterError
 
@@ -60,9 +60,11 @@ def join(
 
 
 def stop(home: Home) -> NodeRecord:
-    """End the node of this machine with everything that it started. Raises ClusterError when there is none."""
+    """End the node of this machine with everything that it started. Raises ClusterError when there is none; what one
+    that was killed has left behind goes either way."""
     record = running(home)
     if record is None:
+        remove_leftovers()
         raise ClusterError("no node runs on this machine")
     process = psutil.Process(record.process)
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -73,6 +75,7 @@ def stop(home: Home) -> NodeRecord:
         except psutil.TimeoutExpired:
             continue
     home.forget_record()
+    remove_leftovers()
     return record
 
 

@@ -26,7 +26,7 @@ def serve(parent: Parent, job: dict[str, Any]) -> None:
         return dict(device_formats(profile, cluster, str(job["formats"])))
 
     try:
-        files = locate(job["model"], parent)
+        files = locate(job["model"], parent, str(job["node"]))
         facts = gather(
             str(files.path),
             None,

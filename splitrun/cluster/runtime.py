@@ -21,7 +21,9 @@ from splitrun.errors import ClusterError
 
 OBJECT_STORE_BYTES = 80 << 20
 """Nothing large travels through Ray; it asks for no less."""
-MOST_CHARACTERS = 24
+MOST_CHARACTERS = 16
+PREFIX = "splitrun-ray-"
+"""Of the folder of a node; its process's number follows."""
 _SPACE = b"splitrun"
 OWN_THREADS = "SPLITRUN_NODE_OMP_NUM_THREADS"
 """What OMP_NUM_THREADS was before Ray set it for its workers."""
@@ -60,9 +62,8 @@ class Runtime:
         from ray._private.node import Node
         from ray._private.parameter import RayParams
 
-        # Ray's sockets lie deep in this folder, and their paths may have 107 characters.
-        short = None if len(tempfile.gettempdir()) <= MOST_CHARACTERS else "/tmp"
-        self._folder = Path(tempfile.mkdtemp(prefix="splitrun-ray-", dir=short))
+        remove_leftovers()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=_temporary()))
         parameters = RayParams(
             node_ip_address=host,
             node_manager_port=port + 1,
@@ -105,6 +106,22 @@ class Runtime:
                 child.kill()
         psutil.wait_procs(children, timeout=5)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _temporary() -> Path:
+    """Where Ray's folders lie: its sockets are deep in them, and their paths may have 107 characters."""
+    usual = Path(tempfile.gettempdir())
+    return usual if len(str(usual)) <= MOST_CHARACTERS else Path("/tmp")
+
+
+def remove_leftovers() -> None:
+    """Remove what nodes of this user wrote whose processes have ended without doing so."""
+    for folder in _temporary().glob(f"{PREFIX}*-*"):
+        owner = folder.name.removeprefix(PREFIX).partition("-")[0]
+        with suppress(OSError):
+            ended = owner.isdecimal() and not psutil.pid_exists(int(owner))
+            if ended and folder.stat().st_uid == os.getuid():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class Registry:

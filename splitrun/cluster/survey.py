@@ -79,8 +79,8 @@ def survey_nodes(
     found: dict[str, Facts] = {}
     try:
         for node in others:
-            job = {"model": provider.job(), "memory": memory.get(node.name), "formats": formats, "rows": rows,
-                   "refresh": refresh, "orphan_s": ORPHAN_S}  # fmt: skip
+            job = {"node": node.name, "model": provider.job(), "memory": memory.get(node.name), "formats": formats,
+                   "rows": rows, "refresh": refresh, "orphan_s": ORPHAN_S}  # fmt: skip
             try:
                 processes[node.name] = nodes.start(f"{node.name}/cpu", job, MODULE, provider)
             except SplitrunError as error:

@@ -56,7 +56,7 @@ class StageHost:
         """Load the stages; stage index -> bytes of weights and KV. Raises ModelError or DeviceOutOfMemory."""
         placement, job = _placement_of(self._job["placement"], self._device), self._job
         if "model" in job:
-            files = locate(job["model"], self._parent)
+            files = locate(job["model"], self._parent, self._device)
         else:
             files = resolve(placement.model.source, placement.model.revision, weights=job["load"] == "weights")
         structure = inspect(files.config)

@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,10 +71,14 @@ class TestCluster:
         return [one for one in self.processes(name) if command(one).startswith("ray::Keeper")]
 
     def stop(self) -> None:
-        """End all nodes."""
-        for home in reversed(list(self.homes.values())):
-            if node.running(home) is not None:
-                node.stop(home)
+        """End all nodes at once."""
+        ending = [
+            threading.Thread(target=node.stop, args=(home,)) for home in self.homes.values() if node.running(home)
+        ]
+        for thread in ending:
+            thread.start()
+        for thread in ending:
+            thread.join()
 
 
 def command(process: psutil.Process) -> str:

@@ -18,12 +18,13 @@ import psutil
 import pytest
 from cut_models import NEW_TOKENS, TinyModel, tiny_model
 from node_clusters import TestCluster, cluster, listening
-from test_processes import GREEDY, SAMPLED, at_step, demo, plan, remote_of, restarts, run
+from test_processes import GREEDY, SAMPLED, at_step, cut_everywhere, demo, plan, remote_of, restarts, run
 
 import splitrun
-from splitrun.cluster import node
+from splitrun.cluster import node, runtime
 from splitrun.cluster.home import Home
 from splitrun.cluster.nodes import Membership, Nodes
+from splitrun.engine import succession
 from splitrun.engine.remote import Patience
 from splitrun.errors import ClusterError, StageError, StageLost
 from splitrun.planner.facts import Workload
@@ -65,18 +66,22 @@ def answers(placement: splitrun.Placement, model: TinyModel) -> list[tuple[int, 
         return [completion.token_ids for completion in engine.generate(model.prompts, sampling)]
 
 
-@pytest.mark.parametrize("cut", [1, *(pytest.param(cut, marks=pytest.mark.long) for cut in (2, 3)), 4])
+@pytest.mark.parametrize("cut", [0, *(pytest.param(cut, marks=pytest.mark.long) for cut in (1, 2, 3, 4))])
 def test_every_cut_over_two_nodes(
     nodes: TestCluster, model: TinyModel, cut: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both stages are away: activations go from node to node, and only tokens come here. From here the relative path
-    leads to the model, and to nothing from where the nodes run: they receive what they compute."""
+    """All stages are away: activations go from node to node, and only tokens come here. 0 is every cut at once. From
+    here the relative path leads to the model, and to nothing from where the nodes run: they receive what they compute.
+    """
     assert model.layers == 3
     monkeypatch.chdir(model.path.parent)
-    devices = {"one/cpu": cut, "two/cpu": model.layers + 2}
     workload = Workload(64, sessions=3, block_tokens=4)
     source = str(model.path) if cut == 1 else f"./{model.path.name}"
-    assert answers(plan(source, model.layers, devices, workload), model) == list(model.answers)
+    if cut == 0:
+        placement = cut_everywhere(source, model.layers, ("one/cpu", "two/cpu"), workload)
+    else:
+        placement = plan(source, model.layers, {"one/cpu": cut, "two/cpu": model.layers + 2}, workload)
+    assert answers(placement, model) == list(model.answers)
 
 
 def test_the_nodes_answer_as_one(engine: splitrun.Engine, expected: dict[str, Any]) -> None:
@@ -105,6 +110,22 @@ def test_no_token_is_lost_with_a_stage(
     assert run(engine, sampling) == expected[kind]
     assert restarts(engine) > before
     assert not lost.is_running()
+
+
+@pytest.mark.long
+def test_the_whole_table_in_nf4(nodes: TestCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same faults, where equality rests on the kernels: each row's bits are its own."""
+    with splitrun.Engine(demo("cpu", weights="nf4"), chunk_tokens=16) as engine:
+        expected = {"greedy": run(engine), "sampled": run(engine, SAMPLED)}
+    before = {process.pid for name in ("one", "two") for process in nodes.stages(name)}
+    placement = demo("one/cpu", "cpu", "two/cpu", weights="nf4")
+    with splitrun.Engine(placement, chunk_tokens=16, patience=PATIENCE) as engine:
+        for number, name, step in FAULTS:
+            (lost,) = [process for process in nodes.stages(name) if process.pid not in before]
+            at_step(engine, monkeypatch, step, lambda lost=lost, number=number: lost.send_signal(number))
+            kind, sampling = ("sampled", SAMPLED) if step == 5 else ("greedy", GREEDY)
+            assert run(engine, sampling) == expected[kind], (number, name, step)
+        assert restarts(engine) == len(FAULTS)
 
 
 @pytest.mark.long
@@ -270,16 +291,22 @@ def after_steps(engine: splitrun.Engine, count: int, deed: Callable[[], None]) -
     pipeline.submit = counted  # type: ignore[method-assign]
 
 
-def test_a_whole_node_is_lost_and_comes_back(nodes: TestCluster, expected: dict[str, Any]) -> None:
+def test_a_whole_node_is_lost_and_comes_back(
+    nodes: TestCluster, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The streams go on here, and move back under load when the node has joined again; no token is lost."""
+    monkeypatch.setattr(succession, "RETURN_S", 0.3)
     nodes.start("three")
+    (left,) = runtime._temporary().glob(f"splitrun-ray-{nodes.processes('three')[0].pid}-*")
     placement = demo("cpu", "three/cpu")
     with splitrun.Engine(placement, chunk_tokens=16, patience=PATIENCE, rebalance=True) as engine:
         after_steps(engine, 9, lambda: nodes.lose("three"))
         assert run(engine, SAMPLED) == expected["sampled"]
         assert [stage.device for stage in engine.core.status().stages] == ["cpu"]
         assert engine.core.status().healthy
+        assert left.is_dir()
         nodes.start("three")
+        assert not left.exists()
         deadline = time.monotonic() + 60
         while [stage.device for stage in engine.core.status().stages] != ["cpu", "three/cpu"]:
             assert time.monotonic() < deadline, "the node is back and not used"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import queue
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from tiny_models import make_model
 
+from splitrun.cluster import runtime
 from splitrun.cluster.facts import joined
 from splitrun.cluster.home import Home, NodeRecord
 from splitrun.cluster.lines import Parent
@@ -174,11 +176,14 @@ def test_a_received_model_is_fetched_tensor_by_tensor_and_once(tmp_path: Path) -
     assert len(fetched) == 2
 
 
-def test_another_model_under_the_same_path_is_refused(tmp_path: Path) -> None:
+def test_another_model_under_the_same_path_is_named_on_both_sides(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     make_model("llama").save_pretrained(tmp_path)
     job = {"source": str(tmp_path), "revision": None, "fingerprint": "sha256:other", "weights": True}
-    with pytest.raises(ClusterError, match=r"is another model on this node .* than on the coordinator"):
-        locate(job, FakeParent())
+    with pytest.raises(ClusterError, match=r"is another model for desk/cpu .* than on the coordinator") as caught:
+        locate(job, FakeParent(), "desk/cpu")
+    assert caplog.messages == [str(caught.value)]
 
 
 class FakeParent(Parent):
@@ -227,11 +232,27 @@ def test_spans_of_others_are_set_to_this_clock() -> None:
             Span.from_list(broken, 0.0)
 
 
+def test_what_killed_nodes_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next start, and by a stop that finds no node; what belongs to a living process or is not ours stays."""
+    monkeypatch.setattr(runtime, "_temporary", lambda: tmp_path)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, used, other = (tmp_path / name for name in (f"splitrun-ray-{ended.pid}-x", f"splitrun-ray-{os.getpid()}-x",
+                                                      "splitrun-ray-other-x"))  # fmt: skip
+    for folder in (left, used, other):
+        (folder / "session").mkdir(parents=True)
+    with pytest.raises(ClusterError, match="no node runs on this machine"):
+        stop(Home(tmp_path / "home"))
+    assert [folder.exists() for folder in (left, used, other)] == [False, True, True]
+
+
 ONE_MACHINE = """
 import sys, splitrun
 from splitrun import api
-placement = splitrun.plan("demo", memory={"cpu": "1GiB"}, context=64, weights="fp32")
-with splitrun.Engine(placement) as engine:
+from splitrun.planner.facts import Workload
+from splitrun.planner.placement import ModelRef, Placement, StageSpec
+stages = (StageSpec("cpu", True, (0, 8), True, weights="fp32"),)
+with splitrun.Engine(Placement(1, ModelRef("demo", layers=8), Workload(64), stages)) as engine:
     engine.generate(["Hello"], splitrun.SamplingParams(max_tokens=2))
 print("ray" in sys.modules)
 """
