@@ -224,12 +224,20 @@ def make_links(
             following = "cpu"
         if stage is not None:
             onward = None if following is None else ring.hop(spec, following)
-            links.append(Link(stage, loaded.workers[spec.device], name, onward))
+            links.append(Link(stage, loaded.workers[_worker_device(placement, index, loaded)], name, onward))
         else:
             assert send is not None, f"{name} is not here"
             target = None if following is None else FromHost(torch_device(following))
             links.append(RemoteLink(name, partial(send, index), target))
     return links
+
+
+def _worker_device(placement: Placement, index: int, loaded: LoadedStages) -> str:
+    """The device whose worker runs a stage: its own, but that of the next stage here for one that only embeds. Looking
+    rows up takes less time than waking a thread."""
+    spec = placement.stages[index]
+    only_embeds = spec.embed and spec.layers[0] == spec.layers[1] and not spec.head
+    return placement.stages[index + 1].device if only_embeds and index + 1 in loaded.stages else spec.device
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,12 @@ A launch costs some ten microseconds of the processor's time, which a captured g
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
-_LOG = logging.getLogger(__name__)
 
 
 class CudaUnavailable(Exception):
