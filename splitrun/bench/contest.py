@@ -22,7 +22,7 @@ from splitrun.planner.estimate import Estimate
 from splitrun.planner.placement import Placement
 from splitrun.quantities import format_bytes, format_rate, format_seconds
 
-FOREIGN = ("accelerate", "transformers")
+FOREIGN = ("accelerate", "transformers", "bitsandbytes")
 
 
 @contextmanager

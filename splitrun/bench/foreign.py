@@ -1,6 +1,7 @@
-"""The contestants transformers and accelerate: what one would run without splitrun, in bf16, under the same budgets.
+"""The contestants transformers, bitsandbytes and accelerate: what one would run without splitrun, on the same budgets.
 
-``transformers`` runs the whole model on one device: the first card whose budget holds it, else the CPU. ``accelerate``
+``transformers`` runs the whole model on one device, in bf16: the first card whose budget holds it, else the CPU.
+``bitsandbytes`` is the same with the linear layers in nf4; it needs the weights. ``accelerate``
 splits it with ``device_map="auto"`` under ``max_memory``: what does not fit a card stays in main memory and is copied
 to the card for every token.
 """
@@ -15,6 +16,7 @@ import torch
 
 from splitrun.bench.memory import MemoryMeter
 from splitrun.bench.terms import Result, Round, Terms, summarise
+from splitrun.errors import InvalidRequest
 from splitrun.model.skeleton import quiet_transformers
 
 WORKSPACE_SHARE = 0.15
@@ -26,7 +28,7 @@ def play(terms: Terms) -> Result:
     meter = MemoryMeter(terms.budgets)
     start = time.perf_counter()
     with quiet_transformers():
-        model, devices = _accelerate(terms, meter) if terms.contestant == "accelerate" else _transformers(terms, meter)
+        model, devices = (_accelerate if terms.contestant == "accelerate" else _transformers)(terms, meter)
     load_s = time.perf_counter() - start
     rounds = [_round(model, terms, number) for number in range(terms.repeat + 1)]
     return summarise(terms, load_s, rounds[1:], meter.peak_bytes(), devices)
@@ -35,14 +37,28 @@ def play(terms: Terms) -> Result:
 def _transformers(terms: Terms, meter: MemoryMeter) -> tuple[Any, Mapping[str, str]]:
     from transformers import AutoModelForCausalLM
 
-    needed = 2 * _values(terms)
+    packed = terms.contestant == "bitsandbytes"
+    needed = 2 * _values(terms)  # bitsandbytes too begins with all of it
     cards = {name: budget - meter.context_bytes(name) for name, budget in terms.budgets.items() if _is_card(name)}
     device = next((name for name, room in cards.items() if needed < room * (1 - WORKSPACE_SHARE)), "cpu")
+    if terms.load == "dummy" and packed:
+        raise InvalidRequest("bitsandbytes quantizes weights that are there: leave --load dummy out")
     if terms.load == "dummy":
         model = _random_model(terms).to(device)
     else:
-        model = AutoModelForCausalLM.from_pretrained(terms.model, dtype=torch.bfloat16, device_map=device)
-    return model.eval(), {device: "everything bf16"}
+        model = AutoModelForCausalLM.from_pretrained(
+            terms.model,
+            dtype=torch.bfloat16,
+            device_map=device,
+            quantization_config=_nf4() if packed else None,
+        )
+    return model.eval(), {device: "linear layers nf4" if packed else "everything bf16"}
+
+
+def _nf4() -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def _accelerate(terms: Terms, meter: MemoryMeter) -> tuple[Any, Mapping[str, str]]:

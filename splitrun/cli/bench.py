@@ -37,7 +37,7 @@ def bench(
         list[str] | None,
         typer.Option(
             "--vs",
-            metavar="accelerate|transformers",
+            metavar="accelerate|transformers|bitsandbytes",
             help="Also measure this library, on the same terms. May be given twice.",
         ),
     ] = None,

@@ -16,6 +16,7 @@ import splitrun
 from splitrun.__main__ import main
 from splitrun.bench import contest, foreign, own
 from splitrun.bench.terms import Result, Terms
+from splitrun.errors import InvalidRequest
 from splitrun.measure import timing
 
 FIGURES = ("ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "load_s")
@@ -42,6 +43,14 @@ def test_contestants_load_a_real_model(play: Callable[[Terms], Result], tmp_path
     terms = contest.make_terms(placement, tmp_path / "placement.yaml", 20, 4, 1, "weights")
     for name in ("splitrun",) if play is own.play else contest.FOREIGN:
         check(play(replace(terms, contestant=name)).to_json())
+
+
+def test_bitsandbytes_needs_the_weights(tmp_path: Path) -> None:
+    placement = splitrun.plan("demo", memory={"cpu": "1GiB"}, context=32, weights="bf16")
+    placement.save(tmp_path / "placement.yaml")
+    terms = contest.make_terms(placement, tmp_path / "placement.yaml", 20, 4, 1, "dummy")
+    with pytest.raises(InvalidRequest, match="leave --load dummy out"):
+        foreign.play(replace(terms, contestant="bitsandbytes"))
 
 
 def check(*results: Mapping[str, Any]) -> None:
