@@ -22,6 +22,7 @@ from splitrun.engine.filling import Filling
 from splitrun.engine.filling import Load as Load
 from splitrun.engine.pipeline import Link, RemoteLink, translated
 from splitrun.errors import SplitrunError
+from splitrun.kernels.cpu.library import keep_awake
 from splitrun.kernels.cpu.regions import drop_ahead
 from splitrun.kernels.gpu.library import usable
 from splitrun.measure.accelerators import half_type
@@ -256,4 +257,5 @@ class Ring:
     def hop(self, spec: StageSpec, target: str) -> Hop:
         """The way from a stage of this process to a device."""
         dtype = DTYPES[compute_dtype(spec.device, spec.weights)]
-        return hop(spec.device, target, depth=self.depth, tokens=self.tokens, hidden=self.hidden, dtype=dtype)
+        sizes = {"depth": self.depth, "tokens": self.tokens, "hidden": self.hidden}
+        return hop(spec.device, target, **sizes, dtype=dtype, meanwhile=keep_awake)

@@ -21,6 +21,8 @@ from torch import Tensor
 from splitrun.errors import StageTimeout
 
 Result = TypeVar("Result")
+FEW_ROWS = 16
+"""A card has computed so few rows, a decoding step, before threads that spin in the meantime are a nuisance."""
 
 
 class Worker:
@@ -133,10 +135,11 @@ class PinnedRing:
 
 
 class DeviceToHost:
-    """From a GPU to the CPU through pinned memory."""
+    """From a GPU to the CPU through pinned memory. ``meanwhile`` is called again and again while the CPU waits."""
 
-    def __init__(self, ring: PinnedRing) -> None:
+    def __init__(self, ring: PinnedRing, meanwhile: Callable[[], None] | None = None) -> None:
         self._ring = ring
+        self._meanwhile = meanwhile
 
     def send(self, activation: Tensor) -> Parcel:
         """Copy on the source's stream and mark its end. Devices other than CUDA's have no such events: they wait."""
@@ -150,8 +153,11 @@ class DeviceToHost:
 
     def receive(self, parcel: Parcel) -> Tensor:
         """Wait for that copy alone."""
-        if parcel.ready is not None:
-            parcel.ready.synchronize()
+        if parcel.ready is None:
+            return parcel.tensor
+        while self._meanwhile is not None and parcel.tensor.shape[0] <= FEW_ROWS and not parcel.ready.query():
+            self._meanwhile()
+        parcel.ready.synchronize()
         return parcel.tensor
 
 
@@ -209,13 +215,23 @@ class FromHost:
         return parcel.tensor.to(self._target)
 
 
-def hop(source: str, target: str, *, depth: int, tokens: int, hidden: int, dtype: torch.dtype) -> Hop:
-    """The way from one device to another for activations of up to ``tokens`` rows of the source's type."""
+def hop(
+    source: str,
+    target: str,
+    *,
+    depth: int,
+    tokens: int,
+    hidden: int,
+    dtype: torch.dtype,
+    meanwhile: Callable[[], None] | None = None,
+) -> Hop:
+    """The way from one device to another for activations of up to ``tokens`` rows of the source's type. ``meanwhile``
+    is called while a processor waits for a few rows from a card."""
     start, end = torch_device(source), torch_device(target)
     if start == end:
         return SameMemory()
     if end == "cpu":
-        return DeviceToHost(PinnedRing(depth, tokens, hidden, dtype))
+        return DeviceToHost(PinnedRing(depth, tokens, hidden, dtype), meanwhile)
     if start == "cpu":
         return HostToDevice(PinnedRing(depth, tokens, hidden, dtype), end)
     return DeviceToDevice(end)
