@@ -24,7 +24,13 @@ from splitrun.schedule.scheduler import Scheduler
 from splitrun.schedule.step import Tokens
 
 Deliver = Callable[[TokenEvent], None]
-Message = Outcome | list[tuple[Deliver, TokenEvent]]
+
+
+class _Broken:
+    """A worker met a fault of our own while it committed tokens."""
+
+
+Message = Outcome | list[tuple[Deliver, TokenEvent]] | _Broken
 """What came back from the stages, or who is to be told of what is committed already."""
 _WARM_UP_ID = -1
 _WARM_UP = Request(_WARM_UP_ID, (0,), SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
@@ -158,10 +164,10 @@ class EngineCore:
             self._idle.notify_all()
             self.closed.set()
             self._idle.wait_for(lambda: not self._replacing)
-        self._hand_out(deliveries)
         self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        self._hand_out(self._committed() + deliveries)
         self._pipeline.close()
 
     def replace(self, reason: str, rebuild: Callable[[], Line]) -> None:
@@ -198,25 +204,26 @@ class EngineCore:
         if not isinstance(message, Tokens) or not self._pipeline.all_here:
             self._inbox.put(message)
             return
-        deliveries = None
+        well = False
         try:
-            deliveries = self._go_on(message)
+            with self._lock:
+                self._go_on(message)
+            well = True
         finally:
-            if deliveries is None:
-                self._stop(_BUG)
-        self._inbox.put(deliveries)
+            if not well:
+                self._inbox.put(_Broken())
 
-    def _go_on(self, message: Tokens) -> Message:
-        """Commit tokens and send off the next step, if it is their turn; what is left to do for the loop."""
-        with self._lock:
-            if self._closed or self._paused or self._scheduler.next_commit != (message.epoch, message.step):
-                return message
-            self._reason = ""
-            deliveries = self._take_deliveries(self._scheduler.commit(message))
-            self._submit_steps()
-            if not self._scheduler.has_work:
-                self._idle.notify_all()
-        return deliveries
+    def _go_on(self, message: Tokens) -> None:
+        """Commit tokens and send off the next step, if it is their turn; the rest is for the loop, in this order.
+        Called under the lock."""
+        if self._closed or self._paused or self._scheduler.next_commit != (message.epoch, message.step):
+            self._inbox.put(message)
+            return
+        self._reason = ""
+        self._inbox.put(self._take_deliveries(self._scheduler.commit(message)))
+        self._submit_steps()
+        if not self._scheduler.has_work:
+            self._idle.notify_all()
 
     def _submit_steps(self) -> None:
         """Send off all steps that can run. Called under the lock."""
@@ -242,13 +249,23 @@ class EngineCore:
             self._draining = True
             deliveries = self._take_deliveries(self._scheduler.fail_all(reason))
             self._idle.notify_all()
-        self._hand_out(deliveries)
+        self._hand_out(self._committed() + deliveries)
+
+    def _committed(self) -> list[tuple[Deliver, TokenEvent]]:
+        """What was committed and waits to be handed out when the loop has ended."""
+        found = []
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            found += message if isinstance(message, list) else []
+        return found
 
     def _handle(self, message: Message | None) -> list[tuple[Deliver, TokenEvent]]:
         """Commit what came back from the stages, and say who is to be told; None only wakes the loop, and a list is
         of those to be told of what is committed already."""
         if message is None or isinstance(message, list):
             return message or []
+        if isinstance(message, _Broken):
+            raise RuntimeError("a worker could not commit its tokens")
         with self._lock:
             if self._closed:
                 return []

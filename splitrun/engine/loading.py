@@ -22,7 +22,7 @@ from splitrun.engine.filling import Filling
 from splitrun.engine.filling import Load as Load
 from splitrun.engine.pipeline import Link, RemoteLink, translated
 from splitrun.errors import SplitrunError
-from splitrun.kernels.cpu.library import keep_awake
+from splitrun.kernels.cpu.library import keep_awake, native
 from splitrun.kernels.cpu.regions import drop_ahead
 from splitrun.kernels.gpu.library import usable
 from splitrun.measure.accelerators import half_type
@@ -104,10 +104,15 @@ class StageLoading:
         except (RuntimeError, MemoryError, OSError) as error:
             raise translated(error, name) from error
 
+    def close(self) -> None:
+        """Give back what stages share; for a load that failed."""
+        if self._prompt_card is not None:
+            self._prompt_card.close()
+
     def _stream_card(self) -> StreamCard | None:
         """The card of this process with slabs for the processor's weights; the processor's stages share it."""
-        specs = [spec for spec in self._placement.stages if spec.stream_buffer_bytes and not machine_of(spec.device)]
-        if not specs or not usable(torch_device(specs[0].device)):
+        specs = [spec for spec in self._placement.stages if spec.stream_buffer_bytes and "/" not in spec.device]
+        if not specs or not usable(specs[0].device):
             return None
         if self._prompt_card is None:
             from splitrun.stage.stream_card import StreamCard  # Triton is not everywhere
@@ -180,7 +185,9 @@ class LoadedStages:
         return self.stages[index].weight_bytes + self.stages[index].kv_bytes
 
     def close(self) -> None:
-        """End the workers; for stages that no pipeline runs."""
+        """Close the stages and end the workers; for stages that no pipeline runs."""
+        for stage in self.stages.values():
+            stage.close()
         for worker in self.workers.values():
             worker.close()
 
@@ -196,6 +203,7 @@ def load_stages(
     release_free_memory()
     with ExitStack() as undo:
         workers = {name: Worker(name, count) for name, count in threads.items()}
+        undo.callback(loading.close)
         for worker in workers.values():
             undo.callback(worker.close)
         _hold_budgets(placement, workers)
@@ -230,32 +238,43 @@ def make_links(
             assert send is not None, f"{name} is not here"
             target = None if following is None else FromHost(torch_device(following))
             links.append(RemoteLink(name, partial(send, index), target))
+    used = {id(link.worker) for link in links if isinstance(link, Link)}
+    for worker in loaded.workers.values():
+        if id(worker) not in used:
+            worker.close()
     return links
 
 
 def _worker_device(placement: Placement, index: int, loaded: LoadedStages) -> str:
-    """The device whose worker runs a stage: its own, but that of the next stage here for one that only embeds. Looking
-    rows up takes less time than waking a thread."""
+    """The device whose worker runs a stage: its own, but that of the next stage here for one that only embeds on the
+    processor. Looking rows up takes less time than waking a thread."""
     spec = placement.stages[index]
-    only_embeds = spec.embed and spec.layers[0] == spec.layers[1] and not spec.head
+    on_processor = torch_device(spec.device) == "cpu"
+    only_embeds = on_processor and spec.embed and spec.layers[0] == spec.layers[1] and not spec.head
     return placement.stages[index + 1].device if only_embeds and index + 1 in loaded.stages else spec.device
 
 
 @dataclass(frozen=True)
 class Ring:
-    """What the pinned buffers between devices must hold: steps in flight, rows of a step, and a row's width."""
+    """What the pinned buffers between devices must hold: steps in flight, rows of a step, and a row's width.
+
+    ``meanwhile``: what a processor does while it waits for a card.
+    """
 
     depth: int
     tokens: int
     hidden: int
+    meanwhile: Callable[[], None] | None = None
 
     @classmethod
     def of(cls, placement: Placement, hidden: int, depth: int, chunk_tokens: int) -> Ring:
         """For the steps that the scheduler will make."""
-        return cls(depth + 1, max(chunk_tokens, 16) + placement.workload.sessions, hidden)
+        alone = sum(torch_device(name) == "cpu" and "/" not in name for name in placement.device_names) == 1
+        awake = keep_awake if alone and native() is not None and read_processor().cores > 1 else None
+        return cls(depth + 1, max(chunk_tokens, 16) + placement.workload.sessions, hidden, awake)
 
     def hop(self, spec: StageSpec, target: str) -> Hop:
         """The way from a stage of this process to a device."""
         dtype = DTYPES[compute_dtype(spec.device, spec.weights)]
         sizes = {"depth": self.depth, "tokens": self.tokens, "hidden": self.hidden}
-        return hop(spec.device, target, **sizes, dtype=dtype, meanwhile=keep_awake)
+        return hop(spec.device, target, **sizes, dtype=dtype, meanwhile=self.meanwhile)

@@ -127,13 +127,13 @@ class StageHost:
 
 
 def _placement_of(text: str, device: str) -> Placement:
-    """The placement as this process sees it: its own device without the node's name."""
+    """The placement as this process sees it: its own device without the node's name, and no slabs."""
     with tempfile.TemporaryDirectory(prefix="splitrun-") as directory:
         file = Path(directory) / "placement.yaml"
         file.write_text(text, encoding="utf-8")
         placement = Placement.load(file)
     here = partial(_without_node, device)
-    stages = tuple(replace(spec, device=here(spec.device)) for spec in placement.stages)
+    stages = tuple(replace(spec, device=here(spec.device), stream_buffer_bytes=0) for spec in placement.stages)
     budgets = {name.rpartition("/")[2]: budget for name, budget in placement.devices.items() if name == device}
     return replace(placement, stages=stages, devices=budgets)
 

@@ -167,9 +167,9 @@ def _streamed_workspace_bytes(profile: ModelProfile, cluster: Cluster, placement
     for stage in placement.stages:
         if cluster.device(stage.device).kind == "cpu" and "/" not in stage.device and stage.layers[0] < stage.layers[1]:
             kv_dtype = stage.kv.dtype or compute_dtype(card, stage.weights)
-            unit = stage.layers[0] + 1
-            kept = kv.unit_kv_bytes(profile.units[unit], profile.groups, workload, kv_dtype)
-            needed = workspace_bytes(profile, unit, card, stage.weights, workload, kv_dtype)
+            units = range(stage.layers[0] + 1, stage.layers[1] + 1)
+            kept = max(kv.unit_kv_bytes(profile.units[unit], profile.groups, workload, kv_dtype) for unit in units)
+            needed = workspace_bytes(profile, units[0], card, stage.weights, workload, kv_dtype)
             found = max(found, needed + 2 * kept // max(workload.sessions, 1))
     return found
 

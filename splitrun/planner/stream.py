@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from splitrun.planner.cost import prefill_s, reference_prompt, stage_kv_dtype
 from splitrun.planner.facts import Cluster, Device, ModelProfile, Workload
-from splitrun.planner.memory import placement_memory
+from splitrun.planner.memory import compute_dtype, placement_memory
 from splitrun.planner.placement import Placement, StageSpec
 
 SLABS = 2
@@ -47,8 +47,11 @@ def streamed_s(profile: ModelProfile, cluster: Cluster, card: Device, stage: Sta
 def crossover_tokens(profile: ModelProfile, cluster: Cluster, placement: Placement, stage: StageSpec) -> int | None:
     """The shortest chunk, in tokens, for which copying the stage's layers to a card pays; None when none does."""
     card = _card(cluster, placement)
-    here = "/" not in stage.device and cluster.device(stage.device).kind == "cpu"
+    host = cluster.device(stage.device)
+    here = "/" not in stage.device and host.kind == "cpu"
     if card is None or profile.model_type not in MODEL_TYPES or stage.layers[0] == stage.layers[1] or not here:
+        return None
+    if compute_dtype(card, stage.weights) != compute_dtype(host, stage.weights):
         return None
     workload = placement.workload
     for tokens in (32, 64, 128, 256, 512, 1024, 2048):
@@ -103,4 +106,4 @@ def _resident_s(profile: ModelProfile, cluster: Cluster, stage: StageSpec, workl
 def _card(cluster: Cluster, placement: Placement) -> Device | None:
     """The placement's first card with memory of its own on this machine."""
     devices = (cluster.device(name) for name in placement.device_names if "/" not in name)
-    return next((device for device in devices if device.kind != "cpu" and device.memory_pool == device.name), None)
+    return next((device for device in devices if device.kind == "cuda" and device.memory_pool == device.name), None)

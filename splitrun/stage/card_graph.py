@@ -162,14 +162,14 @@ class PromptGraphs:
         tokens = int(step.counts[rows].sum())
         if incoming is not None and incoming.shape[0] != tokens:
             raise StageError(f"an activation of {incoming.shape[0]} tokens does not match its step")
+        if incoming is not None and not self._card.layers:
+            return incoming.to(self._dtype)
         size, places = max(LEAST_TOKENS, 1 << (tokens - 1).bit_length()), 1 if len(rows) == 1 else ROWS
         if self._inputs.make_room(step, size) or self._hidden.shape[0] < size:
             self._captures.forget()
             room = max(size, self._hidden.shape[0])
             self._hidden = torch.zeros((room, self._card.hidden), dtype=self._dtype, device=self._device)
         key = ("prompt", size, places)
-        if incoming is not None and not self._card.layers:
-            return incoming
         if not self._captures.has(key):
             self._inputs.clear()
             self._captures.capture(key, lambda: self._launch(size, places))

@@ -64,7 +64,7 @@ def load_stage(
         has_states=any(cache.states for cache in structure.caches),
         traits=traits,
         groups_again=float32,
-        prompts_alone=not float32 and size.device == "cpu" and prompt_card is None,
+        prompts_alone=not float32 and size.device == "cpu",
     )
     if _has_gpu_kernels(size) and not states:
         from splitrun.stage.card import card_stage  # Triton is not everywhere

@@ -6,8 +6,9 @@ Knows memory and streams, neither layers nor steps.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -28,11 +29,12 @@ log = logging.getLogger(__name__)
 class StreamCard:
     """What the streamed layers of a process share on a card: slabs, streams, and memory for written-out values.
 
-    Used from one thread at a time. ``slab_bytes`` is the size of both slabs together.
+    ``slab_bytes`` is the size of both slabs together.
     """
 
     def __init__(self, device: torch.device, slab_bytes: int) -> None:
         self.device = device
+        self._lock = threading.Lock()
         size = slab_bytes // SLABS // ALIGNMENT * ALIGNMENT
         self.slabs = tuple(torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLABS))
         self.table = nf4_table(device)
@@ -48,9 +50,23 @@ class StreamCard:
         """Products of a type; all layers share their memory."""
         return self._products.setdefault(dtype, PromptProducts(dtype, self.device))
 
-    def computing(self) -> AbstractContextManager[object]:
-        """The stream that layers compute on."""
-        return nullcontext() if self._computing is None else torch.cuda.stream(self._computing)
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The stream that layers compute on, for one thread at a time. After a fault nothing is under way any more."""
+        with self._lock, nullcontext() if self._computing is None else torch.cuda.stream(self._computing):
+            well = False
+            try:
+                yield
+                well = True
+            finally:
+                if not well:
+                    self._settle()
+
+    def _settle(self) -> None:
+        for stream in (self._copying, self._computing):
+            if stream is not None:
+                with suppress(RuntimeError):
+                    stream.synchronize()
 
     def arrive(self, slab: int, copy: Callable[[], None]) -> None:
         """Begin to ``copy`` into a slab as soon as nobody computes with it."""
@@ -84,25 +100,41 @@ class StreamCard:
             free.record(self._computing)
 
     def pinned(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors where copies to the card run at full speed: small ones copied, others pinned where they lie."""
+        """The tensors where copies to the card run at full speed: small ones copied, others pinned where they lie.
+
+        A copy must not reach over two pinned ranges: a tensor that would is copied too.
+        """
         if self.device.type != "cuda":
             return list(tensors)
         large = [tensor for tensor in tensors if tensor.nbytes >= SMALL_BYTES]
-        for start, stop in without(pages_of(large), self._pinned):
-            code = torch.cuda.cudart().cudaHostRegister(start, stop - start, 0)
-            if int(code):
-                log.warning("pinning %d bytes for the card failed (%s): prompts will take longer", stop - start, code)
-                continue
-            self._pinned.append((start, stop))
-        return [tensor if tensor.nbytes >= SMALL_BYTES else tensor.pin_memory() for tensor in tensors]
+        with torch.cuda.device(self.device):
+            for start, stop in without(pages_of(large), self._pinned):
+                code = torch.cuda.cudart().cudaHostRegister(start, stop - start, 0)
+                if int(code) == 0:
+                    self._pinned.append((start, stop))
+                    continue
+                log.warning("pinning %d bytes for the card failed (%s): prompts take longer", stop - start, code)
+                with suppress(RuntimeError):  # the failure is reported once more, by the next launch
+                    torch.zeros(1, device=self.device).add_(1)
+        return [tensor if self._copies_whole(tensor) else tensor.pin_memory() for tensor in tensors]
+
+    def _copies_whole(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies within one pinned range, or wholly outside all of them and is large."""
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        touched = [span for span in self._pinned if span[0] < stop and span[1] > start]
+        if not touched:
+            return tensor.nbytes >= SMALL_BYTES
+        return len(touched) == 1 and touched[0][0] <= start and stop <= touched[0][1]
 
     def close(self) -> None:
         """Unpin what was pinned, and give the memory back. May be called by every stage that used the card."""
-        for start, _ in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(start)
-        self._pinned.clear()
-        self._products.clear()
-        self.slabs = ()
+        with self._lock:
+            self._settle()
+            for start, _ in self._pinned:
+                torch.cuda.cudart().cudaHostUnregister(start)
+            self._pinned.clear()
+            self._products.clear()
+            self.slabs = ()
 
 
 def pages_of(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:

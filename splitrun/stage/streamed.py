@@ -25,6 +25,8 @@ LEAST_TOKENS = 32
 """Chunks of fewer tokens stay on the processor: copying the weights takes longer than computing with them there."""
 JOINED = (("projections", ("query", "key", "value")), ("output", ("output",)), ("gates", ("gate", "up")))
 MATRICES = (*JOINED, ("down", ("down",)))
+BF16_CARDS = (8, 0)
+"""The first compute capability with bf16 in its instructions."""
 BIASES = ("query_bias", "key_bias", "value_bias")
 
 
@@ -45,7 +47,18 @@ class StreamedLayers:
     def __init__(self, parts: Sequence[LayerParts], card: StreamCard) -> None:
         """``parts`` have no `fault`. Raises ValueError where the card's kernels or slabs do not take them."""
         self._card = card
-        self._layers = [self._layer(part) for part in parts]
+        tensors = [
+            [tensor for _, names in MATRICES for name in names for tensor in _bytes(part.weights[name])]
+            for part in parts
+        ]
+        for part, matrices in zip(parts, tensors, strict=True):
+            fault = _fault(part, matrices, card)
+            if fault is not None:
+                raise ValueError(fault)
+        pinned = iter(card.pinned([tensor for layer in tensors for tensor in layer]))
+        self._layers = [
+            self._layer(part, [next(pinned) for _ in layer]) for part, layer in zip(parts, tensors, strict=True)
+        ]
 
     def takes(self, tokens: int) -> bool:
         """Whether a chunk of so many tokens of one prompt is for the card."""
@@ -77,8 +90,8 @@ class StreamedLayers:
                 if index + SLABS < len(caches):
                     self._send(index + SLABS, caches[index + SLABS])
             out = state.to(hidden.device)  # waits for all of it
-        for cache in caches:
-            cache.finish_return()
+            for cache in caches:
+                cache.finish_return()
         return out
 
     def _caches(self, histories: Sequence[_History]) -> list[_Cache]:
@@ -113,24 +126,15 @@ class StreamedLayers:
 
         self._card.arrive(index % SLABS, copy)
 
-    def _layer(self, parts: LayerParts) -> _Layer:
-        first = parts.weights["query"]
-        if parts.rotated != parts.keys.shape[-1] or parts.residual != 1.0 or parts.keys.dtype != first.dtype:
-            raise ValueError("the card's kernels compute another kind of layer")
-        tensors: list[Tensor] = []
-        for _, names in MATRICES:
-            for name in names:
-                tensors += _bytes(parts.weights[name])
+    def _layer(self, parts: LayerParts, sources: Sequence[Tensor]) -> _Layer:
+        """A layer whose matrices are copied from ``sources``."""
         places, end = [], 0
-        for tensor in tensors:
+        for tensor in sources:
             places.append(end)
             end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        if end > self._card.slabs[0].nbytes:
-            raise ValueError(f"a layer's {end} bytes exceed a slab of {self._card.slabs[0].nbytes}")
-        sources = tuple(self._card.pinned(tensors))
         vectors = {name: vector.to(self._card.device) for name, vector in parts.vectors.items()}
         weights = tuple(self._weights(parts, vectors, slab, places) for slab in self._card.slabs)
-        return _Layer(sources, tuple(places), weights, vectors, parts)
+        return _Layer(tuple(sources), tuple(places), weights, vectors, parts)
 
     def _weights(
         self, parts: LayerParts, vectors: dict[str, Tensor], slab: Tensor, places: Sequence[int]
@@ -143,8 +147,6 @@ class StreamedLayers:
             columns = parts.weights[names[0]].shape[1]
             matrices[joined] = GpuMatrix(_format(parts.weights[names[0]]), tuple(found), columns, self._card.table)
         biases = [vectors[name] for name in BIASES if name in vectors]
-        if len(biases) not in (0, len(BIASES)):
-            raise ValueError("some projections have a bias and others none")
         return LayerWeights(
             **matrices,
             first_norm=vectors["first_norm"],
@@ -153,6 +155,22 @@ class StreamedLayers:
             output_bias=vectors.get("output_bias"),
             epsilon=parts.epsilon,
         )
+
+
+def _fault(parts: LayerParts, matrices: Sequence[Tensor], card: StreamCard) -> str | None:
+    """Why a card cannot compute a layer's prompts, None when it can."""
+    dtype = parts.weights["query"].dtype
+    if parts.rotated != parts.keys.shape[-1] or parts.residual != 1.0 or parts.keys.dtype != dtype:
+        return "the card's kernels compute another kind of layer"
+    if sum(name in parts.vectors for name in BIASES) not in (0, len(BIASES)):
+        return "some projections have a bias and others none"
+    needed = sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in matrices)
+    if needed > card.slabs[0].nbytes:
+        return f"a layer's {needed} bytes exceed a slab of {card.slabs[0].nbytes}"
+    on_card = card.device.type == "cuda" and torch.version.hip is None
+    if dtype == torch.bfloat16 and on_card and torch.cuda.get_device_capability(card.device) < BF16_CARDS:
+        return "the card does not compute in bf16, as the processor does"
+    return None
 
 
 class _History:

@@ -7,6 +7,7 @@ import json
 import queue
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from splitrun.errors import (
 )
 from splitrun.planner.facts import Workload
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
+from splitrun.schedule.request import Request, TokenEvent
 
 LAYERS = 8
 QUESTIONS = ("What is 27 + 15?", "Sort 31, 4, 159.", "What is 812 - 390?", "Write 345 in words.", "What is 7 + 8?")
@@ -463,3 +465,34 @@ def test_a_sliding_window_pays_for_its_window_only(tmp_path: Path) -> None:
         completion = engine.generate([prompt[0].tolist()], greedy(max_tokens=8, ignore_eos=True))[0]
     assert blocks == {"sliding(8)": 7, "full": 256}
     assert completion.token_ids == tuple(expected.tolist())
+
+
+def test_what_was_committed_is_handed_out_before_the_engine_closes() -> None:
+    """A receiver slower than the stages: every token and the end reach it, though the engine is closed at once."""
+    engine = splitrun.Engine(demo_placement())
+    events: list[TokenEvent] = []
+
+    def slowly(event: TokenEvent) -> None:
+        time.sleep(0.03)
+        events.append(event)
+
+    engine.core.submit(Request(77, (5, 6, 7), greedy(max_tokens=12, ignore_eos=True)), slowly)
+    engine.core.drain()
+    engine.close()
+    assert sum(len(event.token_ids) for event in events) == 12
+    assert [event.finish_reason for event in events if event.finish_reason] == ["length"]
+    assert events[-1].finish_reason == "length"
+
+
+def test_the_worker_of_an_embedding_alone_ends_with_the_others() -> None:
+    stages = (
+        StageSpec("cpu", True, (0, 0), False, "fp32"),
+        StageSpec("cpu:1", False, (0, LAYERS), True, "fp32"),
+    )
+    before = set(threading.enumerate())
+    with splitrun.Engine(Placement(1, ModelRef("demo", layers=LAYERS), Workload(256), stages)) as engine:
+        names = {thread.name for thread in set(threading.enumerate()) - before}
+        assert "splitrun cpu:1" in names
+        assert "splitrun cpu" not in names
+        assert engine.generate([[5, 6, 7]], greedy(max_tokens=3, ignore_eos=True))[0].token_ids
+    assert set(threading.enumerate()) <= before

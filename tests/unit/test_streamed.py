@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from test_fused import LEVELS, MODELS, Run, make, tokens
 
-from splitrun.stage.stream_card import StreamCard, pages_of, without
+from splitrun.stage.stream_card import SMALL_BYTES, StreamCard, pages_of, without
 from splitrun.stage.streamed import LEAST_TOKENS, StreamedLayers
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="nothing is compiled here")
@@ -84,3 +84,16 @@ def test_pages_of_neighbours_are_left_out() -> None:
     assert list(without([(0, 10), (20, 30)], [(8, 12), (22, 24)])) == [(0, 8), (20, 22), (24, 30)]
     assert list(without([(2, 5)], [(0, 9)])) == []
     assert list(without([(2, 5)], [])) == [(2, 5)]
+
+
+def test_a_tensor_over_two_pinned_ranges_is_copied() -> None:
+    """One copy over two registrations is refused by the driver."""
+    card = StreamCard(torch.device("cpu"), SLABS_BYTES)
+    memory = torch.empty(4 * SMALL_BYTES, dtype=torch.uint8)
+    start = memory.data_ptr()
+    parts = [memory[: 2 * SMALL_BYTES], memory[SMALL_BYTES : 3 * SMALL_BYTES], memory[3 * SMALL_BYTES :], memory[:16]]
+    assert [card._copies_whole(part) for part in parts] == [True, True, True, False]
+    card._pinned = [(start, start + 2 * SMALL_BYTES), (start + 2 * SMALL_BYTES, start + 3 * SMALL_BYTES)]
+    assert [card._copies_whole(part) for part in parts] == [True, False, True, True]
+    card._pinned.clear()
+    card.close()
