@@ -42,6 +42,8 @@ SHARE_OF_MEMORY = 4
 Report = Callable[[str], None]
 OpenBench = Callable[[Any, ModelStructure, CutRange, Setting, Sequence[Point]], UnitBench]
 Samples = dict[Point, Sample]
+MOST_BESIDE = 2.0
+"""A stage of layers prepares a step at most so many times as long as one that only embeds: rotary tables, a mask."""
 LOAD = "load bytes"
 COMPUTING = ("splitrun.kernels", "splitrun.stage", "splitrun.model")
 
@@ -127,13 +129,14 @@ class _Task:
                 return None
             alone[shape] = (several, count, one)
             if stage is None and count > 1:
-                stage = embed.samples | less(one.samples, slope(several.samples, one.samples, count))
+                rest = less(one.samples, slope(several.samples, one.samples, count, embed.samples))
+                stage = embed.samples | at_most(rest, embed.samples)
         stage = stage or embed.samples
         shapes, peaks = {}, {}
         for shape, (several, count, one) in alone.items():
             own = less(one.samples, stage)
             if count > 1:
-                own |= slope(several.samples, one.samples, count)
+                own |= slope(several.samples, one.samples, count, embed.samples)
             shapes[shape], peaks[shape] = unit_seconds(own, points), unit_peak(one, points)
         order = [layer_shape(self.structure, index) for index in range(layers)]
         first, last = (unit_seconds(less(found.samples, stage), points) for found in (embed, head))
@@ -255,17 +258,27 @@ def less(found: Samples, stage: Samples) -> Samples:
     }
 
 
-def slope(several: Samples, one: Samples, count: int) -> Samples:
+def slope(several: Samples, one: Samples, count: int, embed: Samples | None = None) -> Samples:
     """Seconds of one layer: what ``count`` of them in a row take more than one, for each of those more.
 
-    Never more than their equal share of the whole, which is what noise could otherwise make of it.
+    A difference of two figures that were taken moments apart is noisy, so it is held within what must be: no more than
+    an equal share of the whole, and no less than that share when a stage takes ``MOST_BESIDE`` times that of ``embed``.
     """
+
+    def within(point: Point, sample: Sample) -> float:
+        beside = MOST_BESIDE * embed[point].seconds if embed else sample.seconds
+        least = max(0.0, sample.seconds - beside) / count
+        more = max(0.0, sample.seconds - one[point].seconds) / (count - 1)
+        return min(max(least, more), sample.seconds / count)
+
+    return {point: replace(sample, seconds=within(point, sample)) for point, sample in several.items()}
+
+
+def at_most(rest: Samples, embed: Samples) -> Samples:
+    """What a stage takes beside its layers, no more than ``MOST_BESIDE`` times the stage that only embeds."""
     return {
-        point: replace(
-            sample,
-            seconds=min(max(0.0, sample.seconds - one[point].seconds) / (count - 1), sample.seconds / count),
-        )
-        for point, sample in several.items()
+        point: replace(sample, seconds=min(sample.seconds, MOST_BESIDE * embed[point].seconds))
+        for point, sample in rest.items()
     }
 
 

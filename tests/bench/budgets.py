@@ -201,10 +201,18 @@ def earlier_rows(file: Path | None) -> dict[int, dict[str, Any]]:
 
 
 def write(file: Path | None, rows: Mapping[int, Mapping[str, Any]]) -> None:
-    """The summary and all outcomes, after each one: a long run that is cut short is not lost."""
-    if file is not None:
-        ordered = [rows[number] for number in sorted(rows)]
-        file.write_text(json.dumps(summary(ordered) | {"outcomes": ordered}, indent=1) + "\n", "utf-8")
+    """The summary and all outcomes, after each one: a long run that is cut short is not lost. Also as FILE.md, to be
+    read."""
+    if file is None:
+        return
+    ordered = [rows[number] for number in sorted(rows)]
+    found = summary(ordered)
+    file.write_text(json.dumps(found | {"outcomes": ordered}, indent=1) + "\n", "utf-8")
+    words = [word for word in sys.argv[1:] if not word.endswith(".json")]
+    head = f"Made by `python tests/bench/budgets.py {' '.join(words)}`, in pieces."
+    lines = ["# Budgets and what plans took", "", head, "", f"`{json.dumps(found)}`", "", "```"]
+    told = [*lines, *(str(row["told"]) for row in ordered), "```", ""]
+    file.with_suffix(".md").write_text("\n".join(told), "utf-8")
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

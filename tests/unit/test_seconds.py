@@ -16,7 +16,7 @@ from splitrun.measure import timing, unit_seconds
 from splitrun.measure.cache import Cache
 from splitrun.measure.profile import profile
 from splitrun.measure.timing import Sample, Setting, UnitBench, copies_needed, last_cache_bytes, sample
-from splitrun.measure.unit_seconds import Wanted, layer_shape, less, measure, slope
+from splitrun.measure.unit_seconds import Wanted, at_most, layer_shape, less, measure, slope
 from splitrun.measure.unit_seconds import unit_seconds as lines_of
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.model.cut import CutRange
@@ -95,6 +95,15 @@ def test_a_layer_is_what_two_more_take_more_than_one(several: float, one: float,
     point = Point(1, 1, 100)
     found = slope({point: Sample(several, 0.1)}, {point: Sample(one, 0.3)}, 3)
     assert found[point] == Sample(pytest.approx(expected), 0.1)
+
+
+def test_a_layer_takes_most_of_what_several_take() -> None:
+    point = Point(1, 1, 100)
+    embed = {point: Sample(0.5e-3, 0.1)}
+    found = slope({point: Sample(13e-3, 0.1)}, {point: Sample(10e-3, 0.3)}, 2, embed)  # the one was disturbed
+    assert found[point].seconds == pytest.approx(6e-3)
+    assert at_most({point: Sample(4e-3, 0.3)}, embed)[point].seconds == pytest.approx(1e-3)
+    assert at_most({point: Sample(0.7e-3, 0.3)}, embed)[point].seconds == pytest.approx(0.7e-3)
 
 
 def test_a_step_reads_and_writes_within_its_blocks() -> None:
