@@ -293,7 +293,14 @@ def write(folder: Path, name: str, card: str, lines: Sequence[Line]) -> None:
     devices = probe(dict.fromkeys(("cpu", card), "auto")).devices
     machine = ", ".join(f"{device.name}: {device.description}" for device in devices)
     words = sys.argv[1:]
-    for option in ("--cuts", "--formats", "--patience", "--new-tokens", "-o"):  # lines of several runs are one table
+    for option in (
+        "--cuts",
+        "--formats",
+        "--patience",
+        "--new-tokens",
+        "--turns",
+        "-o",
+    ):  # lines of several runs are one table
         while option in words:
             place_ = words.index(option)
             words = words[:place_] + words[place_ + 2 :]
