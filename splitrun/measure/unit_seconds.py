@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -20,16 +20,17 @@ import splitrun
 from splitrun.errors import SplitrunError
 from splitrun.measure.cache import Cache
 from splitrun.measure.host import worker_threads
+from splitrun.measure.lines import Found, Samples, at_most, less, slope, unit_peak, unit_seconds
 from splitrun.measure.resident import only_new_objects
-from splitrun.measure.timing import Sample, Setting, UnitBench, copies_needed, figures, samples_of
+from splitrun.measure.timing import Setting, UnitBench, copies_needed, figures, samples_of
 from splitrun.measure.unit_steps import Point
 from splitrun.measure.versions import versions
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
 from splitrun.model.structure import ModelStructure
 from splitrun.planner.facts import VALUE_BYTES, Cluster, Device, ModelProfile
-from splitrun.planner.peaks import RowsPeak, UnitPeak
-from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds
+from splitrun.planner.peaks import UnitPeak
+from splitrun.planner.seconds import DeviceSeconds
 from splitrun.transport.local import torch_device
 
 ROWS = (1, 4, 16)
@@ -41,9 +42,6 @@ SHARE_OF_MEMORY = 4
 
 Report = Callable[[str], None]
 OpenBench = Callable[[Any, ModelStructure, CutRange, Setting, Sequence[Point]], UnitBench]
-Samples = dict[Point, Sample]
-MOST_BESIDE = 2.0
-"""A stage of layers prepares a step at most so many times as long as one that only embeds: rotary tables, a mask."""
 LOAD = "load bytes"
 COMPUTING = ("splitrun.kernels", "splitrun.stage", "splitrun.model")
 
@@ -84,14 +82,6 @@ def measure(
                     seconds[device.name, weights], peaks[device.name, weights] = found
     known = {key: found for key, found in peaks.items() if any(peak.load_bytes for peak in found)}
     return replace(profile, seconds=seconds, peaks=known)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a bench told of a range; ``load_bytes`` are those of loading it."""
-
-    samples: Samples
-    load_bytes: int
 
 
 @dataclass(frozen=True)
@@ -247,85 +237,6 @@ def layer_shape(structure: ModelStructure, index: int) -> str:
     own = [info for info in structure.parameters if info.unit == index + 1]
     names = [(info.name.replace(f".{index}.", ".", 1), info.shape, info.covered) for info in own]
     return repr((sorted(names), structure.caches[index], structure.returns[index]))
-
-
-def less(found: Samples, stage: Samples) -> Samples:
-    """What is left of a stage's seconds when those that any stage takes are taken off."""
-    return {
-        point: replace(sample, seconds=max(0.0, sample.seconds - stage[point].seconds))
-        for point, sample in found.items()
-        if point in stage
-    }
-
-
-def slope(several: Samples, one: Samples, count: int, embed: Samples | None = None) -> Samples:
-    """Seconds of one layer: what ``count`` of them in a row take more than one, for each of those more.
-
-    A difference of two figures that were taken moments apart is noisy, so it is held within what must be: no more than
-    an equal share of the whole, and no less than that share when a stage takes ``MOST_BESIDE`` times that of ``embed``.
-    """
-
-    def within(point: Point, sample: Sample) -> float:
-        beside = MOST_BESIDE * embed[point].seconds if embed else sample.seconds
-        least = max(0.0, sample.seconds - beside) / count
-        more = max(0.0, sample.seconds - one[point].seconds) / (count - 1)
-        return min(max(least, more), sample.seconds / count)
-
-    return {point: replace(sample, seconds=within(point, sample)) for point, sample in several.items()}
-
-
-def at_most(rest: Samples, embed: Samples) -> Samples:
-    """What a stage takes beside its layers, no more than ``MOST_BESIDE`` times the stage that only embeds."""
-    return {
-        point: replace(sample, seconds=min(sample.seconds, MOST_BESIDE * embed[point].seconds))
-        for point, sample in rest.items()
-    }
-
-
-def unit_seconds(samples: dict[Point, Sample], points: Iterable[Point]) -> UnitSeconds:
-    """Lines through what was measured: a + b * context per number of rows, and chunks without and with history."""
-    near_and_far: dict[int, list[Point]] = {}
-    chunks: list[tuple[int, float]] = []
-    behind: list[Point] = []
-    for point in points:
-        if point.tokens == 1:
-            near_and_far.setdefault(point.rows, []).append(point)
-        elif point.context == 0:
-            chunks.append((point.tokens, samples[point].seconds))
-        else:
-            behind.append(point)
-    lines = []
-    for rows, ends in sorted(near_and_far.items()):
-        near, far = (samples[point].seconds for point in (ends[0], ends[-1]))
-        distance = ends[-1].context - ends[0].context
-        slope = max(0.0, (far - near) / distance) if distance else 0.0
-        lines.append(DecodeLine(rows, max(0.0, near - slope * ends[0].context), slope))
-    history = 0.0
-    for point in behind:
-        without = dict(chunks).get(point.tokens, samples[point].seconds)
-        history = max(0.0, samples[point].seconds - without) / (point.tokens * point.context)
-    spreads = sorted(samples[point].spread for point in points if point.tokens == 1)
-    return UnitSeconds(tuple(lines), tuple(sorted(chunks)), history, spreads[len(spreads) // 2])
-
-
-def unit_peak(found: Found, points: Iterable[Point]) -> UnitPeak:
-    """Lines through the temporary bytes that were seen, as ``unit_seconds`` through seconds."""
-    sizes = {point: float(found.samples[point].peak_bytes) for point in points}
-    chunks = [(point.tokens, size) for point, size in sizes.items() if point.tokens > 1 and point.context == 0]
-    chunks = sorted(chunks) or [(1, 0.0)]
-    histories = [(0, chunks[-1][1])]
-    decode: dict[int, list[tuple[int, float]]] = {}
-    for point, size in sizes.items():
-        if point.tokens == 1:
-            decode.setdefault(point.rows, []).append((point.context, size))
-        elif point.context:
-            histories.append((point.context, max(size, histories[-1][1])))
-    lines = []
-    for rows, ends in sorted(decode.items()):
-        (near, low), (far, high) = min(ends), max(ends)
-        more = max(0.0, high - low) / (far - near) if far > near else 0.0
-        lines.append(RowsPeak(rows, max(0.0, low - more * near), more))
-    return UnitPeak(found.load_bytes, tuple(chunks), tuple(sorted(histories)), tuple(lines))
 
 
 @cache

@@ -8,10 +8,10 @@ import pytest
 import torch
 from planner_models import device, model
 
+from splitrun.measure.lines import Found, unit_peak
 from splitrun.measure.peaks import held_bytes, peak_beyond, peak_of
 from splitrun.measure.resident import reset_high_water
 from splitrun.measure.timing import Sample
-from splitrun.measure.unit_seconds import Found, unit_peak
 from splitrun.measure.unit_steps import Point
 from splitrun.measure.versions import versions
 from splitrun.planner.facts import Workload

@@ -14,10 +14,11 @@ from transformers import AutoConfig
 
 from splitrun.measure import timing, unit_seconds
 from splitrun.measure.cache import Cache
+from splitrun.measure.lines import at_most, less, slope
+from splitrun.measure.lines import unit_seconds as lines_of
 from splitrun.measure.profile import profile
 from splitrun.measure.timing import Sample, Setting, UnitBench, copies_needed, last_cache_bytes, sample
-from splitrun.measure.unit_seconds import Wanted, at_most, layer_shape, less, measure, slope
-from splitrun.measure.unit_seconds import unit_seconds as lines_of
+from splitrun.measure.unit_seconds import Wanted, layer_shape, measure
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
