@@ -22,7 +22,6 @@ from splitrun.engine.filling import Filling
 from splitrun.engine.filling import Load as Load
 from splitrun.engine.pipeline import Link, RemoteLink, translated
 from splitrun.errors import SplitrunError
-from splitrun.kernels.cpu.library import keep_awake, native
 from splitrun.kernels.cpu.regions import drop_ahead
 from splitrun.kernels.gpu.library import usable
 from splitrun.measure.accelerators import half_type
@@ -256,25 +255,18 @@ def _worker_device(placement: Placement, index: int, loaded: LoadedStages) -> st
 
 @dataclass(frozen=True)
 class Ring:
-    """What the pinned buffers between devices must hold: steps in flight, rows of a step, and a row's width.
-
-    ``meanwhile``: what a processor does while it waits for a card.
-    """
+    """What the pinned buffers between devices must hold: steps in flight, rows of a step, and a row's width."""
 
     depth: int
     tokens: int
     hidden: int
-    meanwhile: Callable[[], None] | None = None
 
     @classmethod
     def of(cls, placement: Placement, hidden: int, depth: int, chunk_tokens: int) -> Ring:
         """For the steps that the scheduler will make."""
-        alone = sum(torch_device(name) == "cpu" and "/" not in name for name in placement.device_names) == 1
-        awake = keep_awake if alone and native() is not None and read_processor().cores > 1 else None
-        return cls(depth + 1, max(chunk_tokens, 16) + placement.workload.sessions, hidden, awake)
+        return cls(depth + 1, max(chunk_tokens, 16) + placement.workload.sessions, hidden)
 
     def hop(self, spec: StageSpec, target: str) -> Hop:
         """The way from a stage of this process to a device."""
         dtype = DTYPES[compute_dtype(spec.device, spec.weights)]
-        sizes = {"depth": self.depth, "tokens": self.tokens, "hidden": self.hidden}
-        return hop(spec.device, target, **sizes, dtype=dtype, meanwhile=self.meanwhile)
+        return hop(spec.device, target, depth=self.depth, tokens=self.tokens, hidden=self.hidden, dtype=dtype)

@@ -21,8 +21,6 @@ from torch import Tensor
 from splitrun.errors import StageTimeout
 
 Result = TypeVar("Result")
-FEW_ROWS = 16
-"""A card has computed so few rows, a decoding step, before threads that spin in the meantime are a nuisance."""
 
 
 class Worker:
@@ -135,11 +133,10 @@ class PinnedRing:
 
 
 class DeviceToHost:
-    """From a GPU to the CPU through pinned memory. ``meanwhile`` is called again and again while the CPU waits."""
+    """From a GPU to the CPU through pinned memory."""
 
-    def __init__(self, ring: PinnedRing, meanwhile: Callable[[], None] | None = None) -> None:
+    def __init__(self, ring: PinnedRing) -> None:
         self._ring = ring
-        self._meanwhile = meanwhile
 
     def send(self, activation: Tensor) -> Parcel:
         """Copy on the source's stream and mark its end. Devices other than CUDA's have no such events: they wait."""
@@ -153,11 +150,8 @@ class DeviceToHost:
 
     def receive(self, parcel: Parcel) -> Tensor:
         """Wait for that copy alone."""
-        if parcel.ready is None:
-            return parcel.tensor
-        while self._meanwhile is not None and parcel.tensor.shape[0] <= FEW_ROWS and not parcel.ready.query():
-            self._meanwhile()
-        parcel.ready.synchronize()
+        if parcel.ready is not None:
+            parcel.ready.synchronize()
         return parcel.tensor
 
 
@@ -215,23 +209,13 @@ class FromHost:
         return parcel.tensor.to(self._target)
 
 
-def hop(
-    source: str,
-    target: str,
-    *,
-    depth: int,
-    tokens: int,
-    hidden: int,
-    dtype: torch.dtype,
-    meanwhile: Callable[[], None] | None = None,
-) -> Hop:
-    """The way from one device to another for activations of up to ``tokens`` rows of the source's type. ``meanwhile``
-    is called while a processor waits for a few rows from a card."""
+def hop(source: str, target: str, *, depth: int, tokens: int, hidden: int, dtype: torch.dtype) -> Hop:
+    """The way from one device to another for activations of up to ``tokens`` rows of the source's type."""
     start, end = torch_device(source), torch_device(target)
     if start == end:
         return SameMemory()
     if end == "cpu":
-        return DeviceToHost(PinnedRing(depth, tokens, hidden, dtype), meanwhile)
+        return DeviceToHost(PinnedRing(depth, tokens, hidden, dtype))
     if start == "cpu":
         return HostToDevice(PinnedRing(depth, tokens, hidden, dtype), end)
     return DeviceToDevice(end)

@@ -189,14 +189,6 @@ class Kernel:
         self._library.splitrun_read(memory.data_ptr(), memory.nbytes, torch.get_num_threads())
 
 
-def keep_awake() -> None:
-    """Give the calling thread's team nothing to do, so that it is at hand for what comes: waking threads that sleep
-    takes longer than a layer. Nothing happens without the library."""
-    library = native()
-    if library is not None:
-        library.splitrun_wake(torch.get_num_threads())
-
-
 def library_path() -> Path | None:
     """Where the compiled library lies, None when it was not built."""
     candidates = (Path(__file__).with_name(LIBRARY + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
@@ -257,7 +249,6 @@ def _load() -> ctypes.CDLL | None:
         "splitrun_level_name": (ctypes.c_char_p, (pointer,)),
         "splitrun_scratch_bytes": (wide, (wide, wide)),
         "splitrun_use_openmp": (None, (pointer,)),
-        "splitrun_wake": (None, (narrow,)),
         "splitrun_pack": (None, (pointer, wide, wide, pointer, pointer)),
         "splitrun_unpack": (None, (pointer, wide, wide, pointer, pointer)),
         "splitrun_quantize": (None, (pointer, wide, wide, pointer, narrow, narrow)),

@@ -17,8 +17,3 @@ void run_team(int threads, void (*work)(void *), void *argument) {
     else
         work(argument);
 }
-
-static void do_nothing(void *argument) { (void)argument; }
-
-/* Keep the threads of the runtime from falling asleep: they look for work a while after each region. */
-EXPORT void splitrun_wake(int32_t threads) { run_team(threads, do_nothing, 0); }
