@@ -135,7 +135,8 @@ class CutModel:
             if found is not None:
                 return found
             logits = self.skeleton.model.get_output_embeddings()(hidden)
-            return logits.max(dim=-1)  # type: ignore[no-any-return]
+            values, ids = logits.max(dim=-1)
+            return values, ids
         finally:
             self._incoming = self._captured = None
 

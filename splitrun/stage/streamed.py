@@ -131,7 +131,7 @@ class StreamedLayers:
         places, end = [], 0
         for tensor in sources:
             places.append(end)
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            end += _room(tensor)
         vectors = {name: vector.to(self._card.device) for name, vector in parts.vectors.items()}
         weights = tuple(self._weights(parts, vectors, slab, places) for slab in self._card.slabs)
         return _Layer(tuple(sources), tuple(places), weights, vectors, parts)
@@ -157,6 +157,11 @@ class StreamedLayers:
         )
 
 
+def _room(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in a slab."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def _fault(parts: LayerParts, matrices: Sequence[Tensor], card: StreamCard) -> str | None:
     """Why a card cannot compute a layer's prompts, None when it can."""
     dtype = parts.weights["query"].dtype
@@ -164,7 +169,7 @@ def _fault(parts: LayerParts, matrices: Sequence[Tensor], card: StreamCard) -> s
         return "the card's kernels compute another kind of layer"
     if sum(name in parts.vectors for name in BIASES) not in (0, len(BIASES)):
         return "some projections have a bias and others none"
-    needed = sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in matrices)
+    needed = sum(map(_room, matrices))
     if needed > card.slabs[0].nbytes:
         return f"a layer's {needed} bytes exceed a slab of {card.slabs[0].nbytes}"
     on_card = card.device.type == "cuda" and torch.version.hip is None

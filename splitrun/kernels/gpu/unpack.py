@@ -95,33 +95,13 @@ def unpacked(matrix: GpuMatrix, part: Part, start: int, stop: int, memory: Tenso
     Of a tiled part, ``start`` is the first row of a tile.
     """
     values = memory[: (stop - start) * matrix.columns].view(stop - start, matrix.columns)
-    if matrix.format in (TILED_INT8, TILED_NF4):
-        _unpack_tiled[(triton.cdiv(stop - start, 16), triton.cdiv(matrix.columns, 256))](
-            part.codes,
-            part.scales,
-            matrix.table,
-            values,
-            start,
-            stop,
-            part.rows,
-            matrix.columns,
-            FORMAT=matrix.format,
-            COLUMNS=256,
-        )
-        return values
-    grid = (triton.cdiv(stop - start, 8), triton.cdiv(matrix.columns, 256))
-    _unpack[grid](
-        part.codes,
-        part.scales,
-        matrix.table,
-        values,
-        start,
-        stop,
-        matrix.columns,
-        FORMAT=matrix.format,
-        ROWS=8,
-        COLUMNS=256,
-    )
+    tiled = matrix.format in (TILED_INT8, TILED_NF4)
+    grid = (triton.cdiv(stop - start, 16 if tiled else 8), triton.cdiv(matrix.columns, 256))
+    where = (part.codes, part.scales, matrix.table, values, start, stop)
+    if tiled:
+        _unpack_tiled[grid](*where, part.rows, matrix.columns, FORMAT=matrix.format, COLUMNS=256)
+    else:
+        _unpack[grid](*where, matrix.columns, FORMAT=matrix.format, ROWS=8, COLUMNS=256)
     return values
 
 
