@@ -231,6 +231,7 @@ class EngineCore:
             self._pipeline.submit(step)
 
     def _loop(self) -> None:
+        deliveries: list[tuple[Deliver, TokenEvent]] = []
         try:
             while not self._closed:
                 deliveries = self._handle(self._inbox.get())
@@ -239,7 +240,9 @@ class EngineCore:
                 with self._lock:
                     self._submit_steps()
                 self._hand_out(deliveries)  # while the stages compute the next step
+                deliveries = []
         finally:
+            self._hand_out(deliveries)
             self._stop(_BUG)
 
     def _stop(self, reason: str) -> None:
