@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageError, StageL
 from splitrun.schedule.limits import check_request
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import Scheduler
-from splitrun.schedule.step import Tokens
+from splitrun.schedule.step import Step, Tokens
 
 Deliver = Callable[[TokenEvent], None]
 
@@ -30,8 +31,8 @@ class _Broken:
     """A worker met a fault of our own while it committed tokens."""
 
 
-Message = Outcome | list[tuple[Deliver, TokenEvent]] | _Broken
-"""What came back from the stages, or who is to be told of what is committed already."""
+Message = Outcome | _Broken
+"""What came back from the stages."""
 _WARM_UP_ID = -1
 _WARM_UP = Request(_WARM_UP_ID, (0,), SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
 _BUG = "the engine's loop ended on an internal error: start the server again"
@@ -51,6 +52,9 @@ class EngineCore:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._deliveries: dict[int, Deliver] = {}
+        self._committed: list[tuple[Deliver, TokenEvent]] = []
+        self._outbox: deque[Step] = deque()
+        self._sending = threading.Lock()
         self._reason = "no token has gone through the stages yet"
         self._draining = False
         self._paused = False
@@ -159,15 +163,14 @@ class EngineCore:
             if self._closed:
                 return
             self._closed = True
-            events = self._scheduler.fail_all("the engine was closed")
-            deliveries = self._take_deliveries(events)
+            deliveries = self._take_committed(self._scheduler.fail_all("the engine was closed"))
             self._idle.notify_all()
             self.closed.set()
             self._idle.wait_for(lambda: not self._replacing)
         self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        self._hand_out(self._committed() + deliveries)
+        self._hand_out(deliveries)
         self._pipeline.close()
 
     def replace(self, reason: str, rebuild: Callable[[], Line]) -> None:
@@ -207,28 +210,40 @@ class EngineCore:
         well = False
         try:
             with self._lock:
-                self._go_on(message)
+                taken = self._take_up(message)
+            self._send_off()
             well = True
         finally:
             if not well:
                 self._inbox.put(_Broken())
+        self._inbox.put(None if taken else message)
 
-    def _go_on(self, message: Tokens) -> None:
-        """Commit tokens and send off the next step, if it is their turn; the rest is for the loop, in this order.
-        Called under the lock."""
+    def _take_up(self, message: Tokens) -> bool:
+        """Commit tokens and line up the next step, if it is their turn. Called under the lock."""
         if self._closed or self._paused or self._scheduler.next_commit != (message.epoch, message.step):
-            self._inbox.put(message)
-            return
+            return False
         self._reason = ""
-        self._inbox.put(self._take_deliveries(self._scheduler.commit(message)))
-        self._submit_steps()
+        self._committed += self._receivers_of(self._scheduler.commit(message))
+        self._line_up_steps()
         if not self._scheduler.has_work:
             self._idle.notify_all()
+        return True
 
-    def _submit_steps(self) -> None:
-        """Send off all steps that can run. Called under the lock."""
+    def _line_up_steps(self) -> None:
+        """Put all steps that can run into the outbox. Called under the lock."""
         while not self._closed and not self._paused and (step := self._scheduler.schedule()) is not None:
-            self._pipeline.submit(step)
+            self._outbox.append(step)
+
+    def _send_off(self) -> None:
+        """Send the steps in the outbox, in order. A thread that is at it sends those of others too."""
+        while self._outbox and self._sending.acquire(blocking=False):
+            try:
+                while self._outbox:
+                    step, pipeline = self._outbox.popleft(), self._pipeline
+                    if step.epoch == self._scheduler.epoch:
+                        pipeline.submit(step)
+            finally:
+                self._sending.release()
 
     def _loop(self) -> None:
         deliveries: list[tuple[Deliver, TokenEvent]] = []
@@ -238,7 +253,8 @@ class EngineCore:
                 while not self._inbox.empty():
                     deliveries += self._handle(self._inbox.get())
                 with self._lock:
-                    self._submit_steps()
+                    self._line_up_steps()
+                self._send_off()
                 self._hand_out(deliveries)  # while the stages compute the next step
                 deliveries = []
         finally:
@@ -250,30 +266,19 @@ class EngineCore:
         with self._lock:
             self._reason = self._reason if self._closed else reason
             self._draining = True
-            deliveries = self._take_deliveries(self._scheduler.fail_all(reason))
+            deliveries = self._take_committed(self._scheduler.fail_all(reason))
             self._idle.notify_all()
-        self._hand_out(self._committed() + deliveries)
-
-    def _committed(self) -> list[tuple[Deliver, TokenEvent]]:
-        """What was committed and waits to be handed out when the loop has ended."""
-        found = []
-        while not self._inbox.empty():
-            message = self._inbox.get()
-            found += message if isinstance(message, list) else []
-        return found
+        self._hand_out(deliveries)
 
     def _handle(self, message: Message | None) -> list[tuple[Deliver, TokenEvent]]:
-        """Commit what came back from the stages, and say who is to be told; None only wakes the loop, and a list is
-        of those to be told of what is committed already."""
-        if message is None or isinstance(message, list):
-            return message or []
+        """Commit what came back from the stages, and say who is to be told, of what workers committed too; None only
+        wakes the loop."""
         if isinstance(message, _Broken):
             raise RuntimeError("a worker could not commit its tokens")
         with self._lock:
             if self._closed:
                 return []
-            events = self._events_of(message)
-            deliveries = self._take_deliveries(events)
+            deliveries = self._take_committed([] if message is None else self._events_of(message))
             if not self._scheduler.has_work:
                 self._idle.notify_all()
         return deliveries
@@ -304,7 +309,12 @@ class EngineCore:
         self._reason = ""
         return self._scheduler.commit(message)
 
-    def _take_deliveries(self, events: list[TokenEvent]) -> list[tuple[Deliver, TokenEvent]]:
+    def _take_committed(self, events: list[TokenEvent]) -> list[tuple[Deliver, TokenEvent]]:
+        """What workers committed, and behind it these events, with their receivers. Called under the lock."""
+        taken, self._committed = self._committed, []
+        return taken + self._receivers_of(events)
+
+    def _receivers_of(self, events: list[TokenEvent]) -> list[tuple[Deliver, TokenEvent]]:
         """Pair events with their receivers and forget those of ended requests. Called under the lock."""
         pairs = []
         for event in events:

@@ -43,6 +43,10 @@ class ReadingStage:
         self._last = last
         self._memory = torch.ones(READ_BYTES // 4)
 
+    def any_thread(self, step: Step) -> bool:
+        """No: the hop to another thread is what is measured."""
+        return False
+
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """As a stage does."""
         self._memory.sum()

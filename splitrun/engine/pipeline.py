@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -27,6 +28,9 @@ CLOSING_S = 30.0
 
 class Stage(Protocol):
     """What the pipeline needs of a stage."""
+
+    def any_thread(self, step: Step) -> bool:
+        """Whether the step may run on another thread than that of the stage's worker."""
 
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """The activation behind the stage's last unit, or the tokens when it has the head."""
@@ -186,8 +190,13 @@ class Pipeline:
             self._deliver(Failure(step.index, step.epoch, translated(error, link.name)))
 
         if isinstance(link, Link):
-            self._count(index, begun=1)
-            link.worker.post(lambda: self._run(index, link, step, parcel), failed)
+
+            def task() -> Callable[[], None] | None:
+                return self._run(index, link, step, parcel)
+
+            alone = self._count(index, begun=1) == 1
+            if not (alone and link.stage.any_thread(step) and link.worker.run_here(task, failed)):
+                link.worker.post(task, failed)
             return
         try:
             link.send(step, self._received(index, parcel))
@@ -199,32 +208,37 @@ class Pipeline:
         arriving = self._links[index - 1].onward if index else None
         return arriving.receive(parcel) if arriving is not None and parcel is not None else None
 
-    def _run(self, index: int, link: Link, step: Step, parcel: Parcel | None) -> None:
-        """One stage's share of a step, on the stage's worker."""
+    def _run(self, index: int, link: Link, step: Step, parcel: Parcel | None) -> Callable[[], None] | None:
+        """One stage's share of a step, on the stage's worker or a thread lent to it; returns what sends the step on."""
+        result: Parcel | Tokens | None = None
         try:
             if not self._closing.is_set():
-                self._compute(index, link, step, parcel)
+                result = self._compute(index, link, step, parcel)
         finally:
             self._count(index, ended=1)
+        if isinstance(result, Tokens):
+            return partial(self._deliver, result)
+        return None if result is None else partial(self._post, index + 1, step, result)
 
-    def _count(self, index: int, *, begun: int = 0, ended: int = 0) -> None:
+    def _count(self, index: int, *, begun: int = 0, ended: int = 0) -> int:
+        """Count shares of steps; returns how many are under way in this process."""
         with self._lock:
             self.clocks[index].queued += begun - ended
             self._begun += begun
             self._ended += ended
+            return self._begun - self._ended
 
-    def _compute(self, index: int, link: Link, step: Step, parcel: Parcel | None) -> None:
+    def _compute(self, index: int, link: Link, step: Step, parcel: Parcel | None) -> Parcel | Tokens:
         started = time.monotonic()
         result = link.stage.run(step, self._received(index, parcel))
         if isinstance(result, Tokens):
             self._note(index, step, started)
-            self._deliver(result)
-            return
+            return result
         assert link.onward is not None, f"{link.name} has no head and no stage behind it"
         onward = link.onward.send(result)
         self.clocks[index].sent_bytes += result.nbytes
         self._note(index, step, started)
-        self._post(index + 1, step, onward)
+        return onward
 
     def _note(self, index: int, step: Step, started_s: float) -> None:
         seconds = time.monotonic() - started_s

@@ -163,16 +163,19 @@ class CutModel:
             ids, cache, positions = (kwargs.get(name) for name in ("input_ids", "past_key_values", "position_ids"))
             if args or ids is None or cache is None or positions is None or not layers.takes(*ids.shape):
                 return own(*args, **kwargs)
-            if self.cut.embed:
-                hidden = base.get_input_embeddings()(ids)
-                multiplier = getattr(base, "embedding_multiplier", None)
-                hidden = hidden if multiplier is None else hidden * multiplier
-            else:
-                hidden = self._received()
+            hidden = self.embed(ids) if self.cut.embed else self._received()
             hidden = self._captured = layers.run(hidden, partial(base.rotary_emb, hidden, positions), cache)
             return _BaseOutput(base.norm(hidden) if self.cut.head else hidden, cache)
 
         base.forward = forward
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What goes into the first layer, for a base that `shorten` takes. Shape: (rows, count) -> (rows, count,
+        hidden)."""
+        base: Any = self.skeleton.base
+        hidden: Tensor = base.get_input_embeddings()(ids)
+        multiplier = getattr(base, "embedding_multiplier", None)
+        return hidden if multiplier is None else hidden * multiplier
 
     def exchange(self, index: int, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Let layer ``index`` run ``make(its own forward)``; the cut around it stays. Modifies the model."""

@@ -87,6 +87,8 @@ class Roster:
         hold too little, none is preempted: the sequence keeps what it has and waits.
         """
         lacking = self.accounts.shortfall(sequence, end)
+        if not lacking:
+            return True
         victims: list[Sequence] = []
         candidates = sorted(
             (other for other in self.running if other.arrival > sequence.arrival and other.in_flight == 0),

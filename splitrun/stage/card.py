@@ -42,13 +42,16 @@ class CardStage(RangeStage):
         self._graphs = DecodeGraphs(card, self._groups, model.dtype, model.device, captures)
         self._prompts = PromptGraphs(card, self._groups, model.dtype, model.device, captures)
 
+    def any_thread(self, step: Step) -> bool:
+        """As `RangeStage.any_thread`; decoding takes kernels of our own."""
+        return step.rows <= ROWS and int(step.query_starts[-1]) == step.rows and not _scored(step)
+
     @torch.inference_mode()
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """As `RangeStage.run`. Greedy rows that only decode bring back their ids and nothing else."""
-        rows = list(range(step.rows))
-        simple = step.rows <= ROWS and int(step.query_starts[-1]) == step.rows and not _scored(step)
-        if not simple or not self.model.cut.head:
+        if not self.model.cut.head or not self.any_thread(step):
             return super().run(step, incoming)
+        rows = range(step.rows)
         wanted = [sampling for sampling in step.sampling if sampling is not None]
         self._graphs.run(step, rows, incoming)
         if len(wanted) == step.rows and all(map(is_plain, wanted)):
@@ -63,6 +66,10 @@ class CardStage(RangeStage):
     def compute(self, step: Step, incoming: Tensor | None) -> Computed:
         """As `RangeStage.compute`."""
         computed = Computed()
+        if not self.model.cut.head and self.any_thread(step):
+            self._graphs.run(step, range(step.rows), incoming)
+            computed.activation = self._graphs.hidden(step.rows).clone()
+            return computed
         total = int(step.query_starts[-1])
         if not self.model.cut.head:
             shape = (total, self._card.hidden)

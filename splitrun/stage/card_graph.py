@@ -93,7 +93,7 @@ class DecodeGraphs:
         if incoming is not None and incoming.shape[0] != count:
             raise StageError(f"an activation of {incoming.shape[0]} tokens does not match its step")
         self._make_room(step)
-        size = next(size for size in SIZES if size >= count)
+        size = 1 if count == 1 else next(size for size in SIZES if size >= count)
         if not self._captures.has(("decode", size)):
             self._inputs.lengths.fill_(-1)  # the first run must not write into anybody's blocks
             self._captures.capture(("decode", size), lambda: self._launch(size))

@@ -29,13 +29,17 @@ class StagingRing:
         self._views: list[IntArray] = [buffer.numpy() for buffer in self._buffers]
         self._next = 0
 
-    def send(self, numbers: IntArray, target: Tensor) -> None:
-        """Copy int32 numbers to the beginning of a tensor of the device, on the current stream."""
-        turn, self._next = self._next, (self._next + 1) % IN_FLIGHT
-        event, count = self._events[turn], len(numbers)
+    def take(self) -> IntArray:
+        """The next buffer, to be filled and sent. It holds what was written to it some time ago."""
+        event = self._events[self._next]
         if event is not None:
             event.synchronize()
-        self._views[turn][:count] = numbers
+        return self._views[self._next]
+
+    def send(self, count: int, target: Tensor) -> None:
+        """Copy the first numbers of the buffer that was taken to a tensor of the device, on the current stream."""
+        turn, self._next = self._next, (self._next + 1) % IN_FLIGHT
+        event = self._events[turn]
         target[:count].copy_(self._buffers[turn][:count], non_blocking=True)
         if event is not None:
             event.record()
@@ -49,7 +53,6 @@ class DecodeInputs:
         self.blocks = blocks
         numbers = ROWS * (2 + len(self._groups) * blocks)
         self._device = torch.zeros(numbers, dtype=torch.int32, device=device)
-        self._host = numpy.zeros(numbers, dtype=numpy.int32)
         self._ring = StagingRing(numbers, device)
         self.ids, self.lengths = self._device[:ROWS], self._device[ROWS : 2 * ROWS]
         self.lengths.fill_(-1)
@@ -58,10 +61,14 @@ class DecodeInputs:
 
     def write(self, step: Step, rows: Sequence[int], offset: int = 0) -> None:
         """Take up rows of a step, each with its new token at ``offset``; rows beyond them are marked as absent."""
-        host, count, blocks = self._host, len(rows), self.blocks
-        picked = numpy.asarray(rows)
-        host[:count] = step.token_ids[step.query_starts[picked] + offset]
-        host[ROWS : 2 * ROWS] = -1
+        host, count, blocks = self._ring.take(), len(rows), self.blocks
+        picked: slice | IntArray = slice(None)
+        if count == len(step.token_ids):  # every row with its one token
+            host[:count] = step.token_ids
+        else:
+            picked = numpy.asarray(rows, dtype=numpy.int32)
+            host[:count] = step.token_ids[step.query_starts[picked] + offset]
+        host[ROWS + count : 2 * ROWS] = -1
         host[ROWS : ROWS + count] = step.context_lengths[picked] + offset
         end = 2 * ROWS
         for place, group in enumerate(self._groups):
@@ -71,7 +78,7 @@ class DecodeInputs:
             cells = host[start : start + ROWS * blocks].reshape(ROWS, blocks)
             cells[:count, :width] = table[:, :width]
             end = start + count * blocks
-        self._ring.send(host[:end], self._device)
+        self._ring.send(end, self._device)
 
     def history(self, group: str, rows: int) -> History:
         """Where the first rows' tokens stand, for the layers of a KV group."""
@@ -96,7 +103,6 @@ class PromptInputs:
         self._blocks = max(self._blocks, 1 << (widest - 1).bit_length())
         numbers = 3 * self._tokens + 2 * ROWS + 1 + len(self._groups) * ROWS * self._blocks
         self._device = torch.zeros(numbers, dtype=torch.int32, device=self._where)
-        self._host = numpy.zeros(numbers, dtype=numpy.int32)
         self._ring = StagingRing(numbers, self._where)
         sizes = [self._tokens] * 3 + [ROWS + 1, ROWS] + [ROWS * self._blocks] * len(self._groups)
         self._starts = numpy.cumsum([0, *sizes]).tolist()
@@ -114,7 +120,7 @@ class PromptInputs:
 
     def write(self, step: Step, rows: Sequence[int]) -> None:
         """Take up all tokens of some rows of a step."""
-        host, picked, count = self._host, numpy.asarray(rows), len(rows)
+        host, picked, count = self._ring.take(), numpy.asarray(rows), len(rows)
         counts, lengths = step.counts[picked], step.context_lengths[picked]
         starts = numpy.zeros(ROWS + 1, dtype=numpy.int32)
         numpy.cumsum(counts, out=starts[1 : count + 1])
@@ -133,7 +139,7 @@ class PromptInputs:
             table = step.block_tables[group][picked]
             cells = host[start : start + ROWS * self._blocks].reshape(ROWS, self._blocks)
             cells[:count, : table.shape[1]] = table
-        self._ring.send(host, self._device)
+        self._ring.send(len(host), self._device)
 
     def history(self, group: str, tokens: int, rows: int) -> History:
         """Where the tokens stand, for the layers of a KV group."""

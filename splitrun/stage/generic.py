@@ -40,13 +40,19 @@ class Computed:
 
 
 class RangeStage(ABC):
-    """One stage, loaded and ready. ``run`` is called with steps in order, from one thread."""
+    """One stage, loaded and ready. ``run`` is called with steps in order, by one thread at a time."""
 
     def __init__(self, model: CutModel, stores: dict[int, BlockStore], rules: BatchRules, weight_bytes: int) -> None:
         self.model = model
         self.rules = rules
         self.weight_bytes = weight_bytes
         self._stores = stores
+
+    def any_thread(self, step: Step) -> bool:
+        """Whether a step may run on any thread: libraries that keep memory for each thread, as cuBLAS does, have no
+        part in it. So it is where there is nothing but an embedding."""
+        cut = self.model.cut
+        return cut.embed and cut.start == cut.stop and not cut.head
 
     @property
     def kv_bytes(self) -> int:
@@ -102,10 +108,13 @@ class GenericStage(RangeStage):
         states: dict[int, StateStore],
         rules: BatchRules,
         weight_bytes: int,
+        looks_up: bool = False,
     ) -> None:
+        """``looks_up``: all that the range does is the model's `CutModel.embed`."""
         super().__init__(model, stores, rules, weight_bytes)
         self._cache = cache
         self._states = states
+        self._looks_up = looks_up
         self.at_close: Callable[[], None] | None = None
 
     @property
@@ -126,6 +135,10 @@ class GenericStage(RangeStage):
     @torch.inference_mode()
     def _compute(self, step: Step, incoming: Tensor | None, may_choose: bool) -> Computed:
         computed = Computed()
+        if self._looks_up:
+            ids = torch.from_numpy(step.token_ids).to(self.model.device, torch.int64)
+            computed.activation = self.model.embed(ids.unsqueeze(0))[0]
+            return computed
         for batch in split(step, self.rules, self.model.device):
             hidden = None if incoming is None else _rows_of(incoming, batch).to(self.model.dtype)
             cache = self._cache.bind(batch)

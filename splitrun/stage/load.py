@@ -72,10 +72,12 @@ def load_stage(
         on_card = card_stage(model, stores, rules, weight_bytes)
         if on_card is not None:
             return on_card
-    if fuse(model, stores, prompt_card):
+    whole = fuse(model, stores, prompt_card)
+    if whole:
         rules = replace(rules, groups_again=True)
     cache = BlockCache(model.skeleton.model.config, structure.caches, stores, states)
-    stage = GenericStage(model, cache, stores, states, rules, weight_bytes)
+    looks_up = whole and cut.start == cut.stop and not cut.head
+    stage = GenericStage(model, cache, stores, states, rules, weight_bytes, looks_up)
     if prompt_card is not None:
         stage.at_close = prompt_card.close
     return stage

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -23,23 +24,50 @@ from splitrun.errors import StageTimeout
 Result = TypeVar("Result")
 
 
-class Worker:
-    """One thread that owns a device: all work on the device is done there, in the order of posting.
+Task = Callable[[], Callable[[], None] | None]
+"""Work on a device. What it returns is called behind it, when the device is free for others."""
+Failed = Callable[[Exception], None]
 
-    ``threads`` is the number of CPU threads that its operators use; None leaves torch's default.
+_CURRENT = threading.local()
+"""``worker``: the worker whose thread this is."""
+
+
+class Worker:
+    """One thread that owns a device: work on the device is done there, in the order of posting, one task at a time.
+
+    A processor's worker may lend its thread to that of an accelerator, whose tasks do little but launch. ``threads`` is
+    the number of CPU threads that its operators use; None leaves torch's default.
     """
 
     def __init__(self, device: str, threads: int | None = None) -> None:
         self.device = device
         self._threads = threads
-        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Callable[[Exception], None]] | None]
-        self._tasks = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Task, Failed] | None] = queue.SimpleQueue()
+        self._unfinished = 1  # until the thread has set itself up
+        self._counting, self._turn = threading.Lock(), threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
         self._thread = threading.Thread(target=self._loop, name=f"splitrun {device}", daemon=True)
         self._thread.start()
 
-    def post(self, task: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+    def post(self, task: Task, failed: Failed) -> None:
         """Run ``task`` after everything posted before; ``failed`` is told what it raises, on the same thread."""
+        with self._counting:
+            self._unfinished += 1
         self._tasks.put((task, failed))
+
+    def run_here(self, task: Task, failed: Failed) -> bool:
+        """Run ``task`` at once on the calling thread, which must be another worker's: handing it over would take
+        longer than launching. False, and nothing done, when this worker has something to do or is a processor's."""
+        caller = getattr(_CURRENT, "worker", None)
+        if caller is None or caller is self or self.device.startswith("cpu"):
+            return False
+        with self._counting:
+            if self._unfinished:
+                return False
+            self._unfinished += 1
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            self._do(task, failed)
+        return True
 
     def call(self, function: Callable[[], Result], timeout_s: float | None = None) -> Result:
         """Run ``function`` on the worker, wait, and return its result or raise what it raised.
@@ -67,18 +95,33 @@ class Worker:
             self._thread.join(timeout_s)
 
     def _loop(self) -> None:
+        _CURRENT.worker = self
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         if self.device.startswith("cuda"):
             torch.cuda.set_device(torch.device(self.device))
-            torch.cuda.set_stream(torch.cuda.Stream(torch.device(self.device)))
+            self._stream = torch.cuda.Stream(torch.device(self.device))
+            torch.cuda.set_stream(self._stream)
+        self._count_finished()
         while (entry := self._tasks.get()) is not None:
-            task, failed = entry
+            self._do(*entry)
+            del entry
+
+    def _do(self, task: Task, failed: Failed) -> None:
+        try:
             try:
-                task()
-            except Exception as error:  # the worker boundary: a task's fault must not end the thread
-                failed(error)
-            del task, failed, entry
+                with self._turn:
+                    behind = task()
+            finally:
+                self._count_finished()
+            if behind is not None:
+                behind()
+        except Exception as error:  # the worker boundary: a task's fault must not end the thread
+            failed(error)
+
+    def _count_finished(self) -> None:
+        with self._counting:
+            self._unfinished -= 1
 
 
 def torch_device(name: str) -> str:

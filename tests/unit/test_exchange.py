@@ -16,7 +16,7 @@ from splitrun.errors import StageError
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.schedule.step import RowTokens, Step, Tokens
 from splitrun.transport.frames import Frame
-from splitrun.transport.local import FromHost, SameMemory
+from splitrun.transport.local import Failed, FromHost, SameMemory, Task
 from splitrun.transport.mailbox import FakeNetwork, Mailbox
 from splitrun.transport.messages import step_frame
 
@@ -29,9 +29,11 @@ class InPlace:
 
     alive = True
 
-    def post(self, task: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+    def post(self, task: Task, failed: Failed) -> None:
         try:
-            task()
+            behind = task()
+            if behind is not None:
+                behind()
         except (StageError, AssertionError) as error:
             failed(error)
 
@@ -42,6 +44,9 @@ class AddOne:
     def __init__(self, head: bool = False) -> None:
         self.ran: list[int] = []
         self._head = head
+
+    def any_thread(self, step: Step) -> bool:
+        return False
 
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         self.ran.append(step.index)

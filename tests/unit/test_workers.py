@@ -1,0 +1,193 @@
+"""Workers: tasks in order, one at a time, and on another worker's thread where handing over would take longer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from splitrun.engine.pipeline import Link, Outcome, Pipeline
+from splitrun.schedule.request import SamplingParams
+from splitrun.schedule.step import RowSampling, RowTokens, Step, Tokens
+from splitrun.transport.local import SameMemory, Worker
+
+PATIENCE_S = 10.0
+
+
+class Fault(Exception):
+    """What a task of these tests raises."""
+
+
+@pytest.fixture
+def workers() -> Iterator[tuple[Worker, Worker]]:
+    """A processor's worker and an accelerator's."""
+    processor, card = Worker("cpu"), Worker("xpu:0")
+    for worker in (processor, card):
+        worker.call(lambda: None)
+    yield processor, card
+    processor.close()
+    card.close()
+
+
+def lend(caller: Worker, target: Worker) -> tuple[bool, str | None]:
+    """Whether the target's task ran on the caller's thread, and the name of the thread it ran on."""
+    ran: list[str] = []
+
+    def ask() -> bool:
+        return target.run_here(lambda: ran.append(threading.current_thread().name), lambda error: None)
+
+    return caller.call(ask), ran[0] if ran else None
+
+
+def test_a_processors_worker_lends_its_thread(workers: tuple[Worker, Worker]) -> None:
+    processor, card = workers
+    assert lend(processor, card) == (True, "splitrun cpu")
+
+
+def test_a_card_does_not_compute_for_the_processor(workers: tuple[Worker, Worker]) -> None:
+    processor, card = workers
+    assert lend(card, processor) == (False, None)
+
+
+def test_threads_that_are_no_workers_lend_nothing(workers: tuple[Worker, Worker]) -> None:
+    _, card = workers
+    assert not card.run_here(lambda: None, lambda error: None)
+
+
+def test_a_worker_with_something_to_do_keeps_its_order(workers: tuple[Worker, Worker]) -> None:
+    processor, card = workers
+    begun, go_on = threading.Event(), threading.Event()
+
+    def busy() -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+
+    card.post(busy, lambda error: None)
+    assert begun.wait(PATIENCE_S)
+    assert lend(processor, card) == (False, None)
+    go_on.set()
+    card.call(lambda: None, PATIENCE_S)
+    assert lend(processor, card)[0]
+
+
+def test_a_posted_task_waits_for_one_on_a_lent_thread(workers: tuple[Worker, Worker]) -> None:
+    processor, card = workers
+    order: list[str] = []
+    posted = threading.Event()
+
+    def then() -> None:
+        order.append("posted")
+        posted.set()
+
+    def lent() -> None:
+        card.post(then, lambda error: None)
+        assert not posted.wait(0.05)
+        order.append("lent")
+
+    assert processor.call(lambda: card.run_here(lent, lambda error: order.append(str(error))))
+    assert posted.wait(PATIENCE_S)
+    assert order == ["lent", "posted"]
+
+
+def test_a_fault_on_a_lent_thread_is_told_and_ends_nothing(workers: tuple[Worker, Worker]) -> None:
+    processor, card = workers
+    told: list[Exception] = []
+
+    def fail() -> None:
+        raise Fault
+
+    assert processor.call(lambda: card.run_here(fail, told.append))
+    assert [type(error) for error in told] == [Fault]
+    assert lend(processor, card)[0]
+
+
+class ThreadStage:
+    """Notes the thread that runs it; waits at ``gate`` when there is one."""
+
+    def __init__(self, head: bool = False, gate: threading.Event | None = None) -> None:
+        self.threads: list[str] = []
+        self.begun = threading.Event()
+        self._head = head
+        self._gate = gate
+
+    def any_thread(self, step: Step) -> bool:
+        return True
+
+    def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
+        self.threads.append(threading.current_thread().name)
+        self.begun.set()
+        if self._gate is not None:
+            assert self._gate.wait(PATIENCE_S)
+        return Tokens(step.index, step.epoch, (RowTokens((1,)),)) if self._head else torch.zeros(1, 1)
+
+    def close(self) -> None:
+        pass
+
+
+def step(index: int) -> Step:
+    one = numpy.ones(1, numpy.int32)
+    wanted = (RowSampling(SamplingParams(), 0, 0),)
+    return Step(index, 0, one, numpy.array([0, 1], numpy.int32), one, one, {}, wanted, (None,))
+
+
+def pipeline_of(workers: tuple[Worker, Worker], stages: list[ThreadStage], came: list[Outcome]) -> Pipeline:
+    processor, card = workers
+    hop = SameMemory()
+    links = [
+        Link(stages[0], processor, "a", hop),
+        Link(stages[1], card, "b", hop),
+        Link(stages[2], processor, "c", None),
+    ]
+    return Pipeline(links, came.append)
+
+
+def test_a_step_alone_stays_on_the_thread_that_has_it(workers: tuple[Worker, Worker]) -> None:
+    stages = [ThreadStage(), ThreadStage(), ThreadStage(head=True)]
+    came: list[Outcome] = []
+    pipeline = pipeline_of(workers, stages, came)
+    pipeline.submit(step(0))
+    for _ in range(3):  # a task behind each of the step's three
+        workers[0].call(lambda: None, PATIENCE_S)
+    assert [stage.threads for stage in stages] == [["splitrun cpu"]] * 3
+    assert [type(outcome) for outcome in came] == [Tokens]
+    assert not pipeline.busy
+
+
+def test_stages_of_one_card_follow_each_other_on_a_lent_thread(workers: tuple[Worker, Worker]) -> None:
+    processor, card = workers
+    stages = [ThreadStage(), ThreadStage(), ThreadStage(head=True)]
+    places = (card, card, processor)
+    links = [Link(stage, place, "", SameMemory()) for stage, place in zip(stages, places, strict=True)]
+    came: list[Outcome] = []
+    pipeline = Pipeline(links, came.append)
+    processor.call(lambda: pipeline.submit(step(0)), PATIENCE_S)
+    processor.call(lambda: None, PATIENCE_S)
+    assert [stage.threads for stage in stages] == [["splitrun cpu"]] * 3
+
+
+def test_of_two_steps_each_device_runs_its_own(workers: tuple[Worker, Worker]) -> None:
+    gate = threading.Event()
+    stages = [ThreadStage(), ThreadStage(gate=gate), ThreadStage(head=True)]
+    came: list[Outcome] = []
+    pipeline = pipeline_of(workers, stages, came)
+    held = threading.Event()
+
+    def hold() -> None:
+        assert held.wait(PATIENCE_S)
+
+    workers[0].post(hold, lambda error: None)
+    pipeline.submit(step(0))
+    pipeline.submit(step(1))
+    held.set()
+    assert stages[1].begun.wait(PATIENCE_S)
+    workers[0].call(lambda: None, PATIENCE_S)
+    assert stages[0].threads == ["splitrun cpu"] * 2, "the processor waits for the card"
+    gate.set()
+    workers[1].call(lambda: None, PATIENCE_S)
+    workers[0].call(lambda: None, PATIENCE_S)
+    assert stages[1].threads == ["splitrun xpu:0"] * 2
+    assert [outcome.step for outcome in came if isinstance(outcome, Tokens)] == [0, 1]
