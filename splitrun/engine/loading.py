@@ -231,7 +231,9 @@ def make_links(
         if following is not None and index + 1 not in loaded.stages:
             following = "cpu"
         if stage is not None:
-            onward = None if following is None else ring.hop(spec, following)
+            behind = loaded.stages.get(index + 1)
+            reads_host = behind is not None and behind.reads_host
+            onward = None if following is None else ring.hop(spec, following, reads_host)
             links.append(Link(stage, loaded.workers[_worker_device(placement, index, loaded)], name, onward))
         else:
             assert send is not None, f"{name} is not here"
@@ -266,7 +268,8 @@ class Ring:
         """For the steps that the scheduler will make."""
         return cls(depth + 1, max(chunk_tokens, 16) + placement.workload.sessions, hidden)
 
-    def hop(self, spec: StageSpec, target: str) -> Hop:
-        """The way from a stage of this process to a device."""
+    def hop(self, spec: StageSpec, target: str, reads_host: bool) -> Hop:
+        """The way from a stage of this process to a device, whose stage may read pinned memory."""
+        sizes = {"depth": self.depth, "tokens": self.tokens, "hidden": self.hidden}
         dtype = DTYPES[compute_dtype(spec.device, spec.weights)]
-        return hop(spec.device, target, depth=self.depth, tokens=self.tokens, hidden=self.hidden, dtype=dtype)
+        return hop(spec.device, target, **sizes, dtype=dtype, reads_host=reads_host)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from splitrun.errors import UnsupportedModel
+from splitrun.kernels.weight import Weight
 from splitrun.model.skeleton import DTYPES, Skeleton, build_skeleton
 from splitrun.model.structure import ModelStructure, fill_with_zeros
 
@@ -173,7 +174,9 @@ class CutModel:
         """What goes into the first layer, for a base that `shorten` takes. Shape: (rows, count) -> (rows, count,
         hidden)."""
         base: Any = self.skeleton.base
-        hidden: Tensor = base.get_input_embeddings()(ids)
+        table = base.get_input_embeddings()
+        plain = type(table) is torch.nn.Embedding and isinstance(table.weight, Weight)
+        hidden: Tensor = table.weight.rows(ids) if plain else table(ids)
         multiplier = getattr(base, "embedding_multiplier", None)
         return hidden if multiplier is None else hidden * multiplier
 

@@ -27,6 +27,8 @@ from splitrun.stage.sampling import is_plain, prompt_logprobs
 class CardStage(RangeStage):
     """A range of a common model on a GPU, loaded and ready."""
 
+    reads_host = True
+
     def __init__(
         self,
         model: CutModel,
@@ -70,6 +72,8 @@ class CardStage(RangeStage):
             self._graphs.run(step, range(step.rows), incoming)
             computed.activation = self._graphs.hidden(step.rows).clone()
             return computed
+        if incoming is not None:
+            incoming = incoming.to(self.model.device, non_blocking=True)
         total = int(step.query_starts[-1])
         if not self.model.cut.head:
             shape = (total, self._card.hidden)

@@ -42,6 +42,9 @@ class Computed:
 class RangeStage(ABC):
     """One stage, loaded and ready. ``run`` is called with steps in order, by one thread at a time."""
 
+    reads_host = False
+    """Whether activations from the processor may come in pinned memory, to be copied by the stage."""
+
     def __init__(self, model: CutModel, stores: dict[int, BlockStore], rules: BatchRules, weight_bytes: int) -> None:
         self.model = model
         self.rules = rules

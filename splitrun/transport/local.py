@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -29,7 +28,7 @@ Task = Callable[[], Callable[[], None] | None]
 Failed = Callable[[Exception], None]
 
 _CURRENT = threading.local()
-"""``worker``: the worker whose thread this is."""
+"""``worker``: the worker whose thread this is. ``stream``: the CUDA stream that the thread works on."""
 
 
 class Worker:
@@ -65,8 +64,10 @@ class Worker:
             if self._unfinished:
                 return False
             self._unfinished += 1
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            self._do(task, failed)
+        if self._stream is not None and getattr(_CURRENT, "stream", None) is not self._stream:
+            torch.cuda.set_stream(self._stream)  # and the thread keeps it: a processor's worker has none of its own
+            _CURRENT.stream = self._stream
+        self._do(task, failed)
         return True
 
     def call(self, function: Callable[[], Result], timeout_s: float | None = None) -> Result:
@@ -100,7 +101,7 @@ class Worker:
             torch.set_num_threads(self._threads)
         if self.device.startswith("cuda"):
             torch.cuda.set_device(torch.device(self.device))
-            self._stream = torch.cuda.Stream(torch.device(self.device))
+            self._stream = _CURRENT.stream = torch.cuda.Stream(torch.device(self.device))
             torch.cuda.set_stream(self._stream)
         self._count_finished()
         while (entry := self._tasks.get()) is not None:
@@ -199,11 +200,11 @@ class DeviceToHost:
 
 
 class HostToDevice:
-    """From the CPU to a GPU through pinned memory."""
+    """From the CPU to a GPU through pinned memory; only into that memory where the target copies from there itself."""
 
-    def __init__(self, ring: PinnedRing, target: str) -> None:
+    def __init__(self, ring: PinnedRing, target: str | None) -> None:
         self._ring = ring
-        self._target = torch.device(target)
+        self._target = None if target is None else torch.device(target)
 
     def send(self, activation: Tensor) -> Parcel:
         """Put the activation into pinned memory."""
@@ -213,7 +214,7 @@ class HostToDevice:
 
     def receive(self, parcel: Parcel) -> Tensor:
         """Copy on the target's stream: the stage's work queues behind it."""
-        return parcel.tensor.to(self._target, non_blocking=True)
+        return parcel.tensor if self._target is None else parcel.tensor.to(self._target, non_blocking=True)
 
 
 class DeviceToDevice:
@@ -252,13 +253,18 @@ class FromHost:
         return parcel.tensor.to(self._target)
 
 
-def hop(source: str, target: str, *, depth: int, tokens: int, hidden: int, dtype: torch.dtype) -> Hop:
-    """The way from one device to another for activations of up to ``tokens`` rows of the source's type."""
+def hop(
+    source: str, target: str, *, depth: int, tokens: int, hidden: int, dtype: torch.dtype, reads_host: bool = False
+) -> Hop:
+    """The way from one device to another for activations of up to ``tokens`` rows of the source's type.
+
+    ``reads_host``: the target's stage takes them from pinned memory.
+    """
     start, end = torch_device(source), torch_device(target)
     if start == end:
         return SameMemory()
     if end == "cpu":
         return DeviceToHost(PinnedRing(depth, tokens, hidden, dtype))
     if start == "cpu":
-        return HostToDevice(PinnedRing(depth, tokens, hidden, dtype), end)
+        return HostToDevice(PinnedRing(depth, tokens, hidden, dtype), None if reads_host else end)
     return DeviceToDevice(end)

@@ -23,8 +23,8 @@ from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
 from splitrun.schedule.request import Request, TokenEvent
 
 LAYERS = 8
-NEW_TOKENS = 40
-BLOCKS = 20
+NEW_TOKENS = 16
+BLOCKS = 24
 PATIENCE_S = 60.0
 QUESTIONS = (
     "What is 27 + 15?",
@@ -56,7 +56,7 @@ def placement(device: str, weights: str, blocks: int | None) -> Placement:
         StageSpec(device, False, (0, 4), False, weights, kv),
         StageSpec("cpu", False, (4, LAYERS), True, weights, kv),
     )
-    return Placement(1, ModelRef("demo", layers=LAYERS), Workload(96, sessions=16, block_tokens=16), stages)
+    return Placement(1, ModelRef("demo", layers=LAYERS), Workload(96, sessions=16, block_tokens=8), stages)
 
 
 def open_engine(device: str, weights: str) -> Iterator[Alone]:
