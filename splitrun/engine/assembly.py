@@ -22,7 +22,7 @@ from splitrun.measure.profile import max_context
 from splitrun.model.files import ModelFiles
 from splitrun.model.payload import headers_of
 from splitrun.model.structure import ModelStructure, inspect
-from splitrun.planner.placement import Placement, StageSpec
+from splitrun.planner.placement import STREAM_FROM_TOKENS, Placement, StageSpec
 from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
 from splitrun.stage.proof import prove
 
@@ -117,6 +117,11 @@ def _require_possible(spec: StageSpec) -> None:
         "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
     }
+    if spec.stream_from_tokens != STREAM_FROM_TOKENS and kind != "cpu":
+        raise InvalidPlacement(
+            f"{stage_name(spec)}: stream_from {spec.stream_from_tokens} is for layers on the processor, whose prompts "
+            "a card computes: leave it out here"
+        )
     if not machine_of(spec.device) and int(number or 0) >= counts[kind]:
         raise InvalidPlacement(
             f"{stage_name(spec)}: there is no such device here; `splitrun doctor` lists those there are"

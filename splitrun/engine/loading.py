@@ -34,7 +34,7 @@ from splitrun.model.structure import ModelStructure
 from splitrun.model.weights import release_free_memory
 from splitrun.planner.facts import VALUE_BYTES
 from splitrun.planner.kv import pool_blocks
-from splitrun.planner.memory import stage_dtype
+from splitrun.planner.memory import stage_dtype, streams
 from splitrun.planner.placement import Placement, StageSpec
 from splitrun.schedule.step import Step
 from splitrun.stage.batch import Traits
@@ -96,7 +96,8 @@ class StageLoading:
                 size,
                 lambda model: self._filling.fill(model, spec.weights, name),
                 self._traits,
-                self._stream_card() if size.device == "cpu" and cut.stop > cut.start else None,
+                self._stream_card() if streams(spec, self._placement.workload) else None,
+                spec.stream_from_tokens,
             )
         except SplitrunError:
             raise

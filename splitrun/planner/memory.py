@@ -7,13 +7,13 @@ device computes one unit at a time and its allocator reuses what is free.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from splitrun.planner import kv
 from splitrun.planner.estimate import DeviceMemory as DeviceMemory
 from splitrun.planner.facts import VALUE_BYTES, Cluster, Device, ModelProfile, Workload
-from splitrun.planner.placement import KVSpec, Placement, ValueType
+from splitrun.planner.placement import KVSpec, Placement, StageSpec, ValueType
 
 LOGIT_COPIES = 3
 """Logits in float32, their sorted or filtered copy, and the probabilities."""
@@ -21,6 +21,8 @@ SCORED_CHUNK_TOKENS = 32
 """Prompt tokens that get logits at once when a prompt's log-probabilities are wanted."""
 SCORE_BYTES = 10
 """Of a written-out score beside two copies in the compute type: the softmax in float32, in and out, and a copy."""
+SLABS = 2
+"""A card computes with the weights in one while the other is filled."""
 ALLOCATOR_BYTES = {"cpu": 4 << 20}
 DEFAULT_ALLOCATOR_BYTES = 32 << 20
 """A GPU's matrix library keeps up to 32 MiB, and its allocator rounds segments up; the C library keeps freed pages."""
@@ -123,7 +125,8 @@ def device_memory(
     stream_bytes: int = 0,
 ) -> DeviceMemory:
     """The device's bill for those units; ``shared_weight_bytes`` are in two of them and paid once. ``stream_bytes``
-    are for layers of other devices whose prompts are computed here, slabs and temporaries; shown with the workspace."""
+    are for prompts that a card computes for the processor: its slabs and temporaries, or the processor's pinned memory;
+    shown with the workspace."""
     weights = sum(unit.weight_bytes for unit in units) - shared_weight_bytes
     cache, state = sum(unit.kv_bytes for unit in units), sum(unit.state_bytes for unit in units)
     return DeviceMemory(
@@ -143,6 +146,7 @@ def device_memory(
 def placement_memory(profile: ModelProfile, cluster: Cluster, placement: Placement) -> tuple[DeviceMemory, ...]:
     """One bill per device of the placement, in the order of its first stage."""
     bills = []
+    streaming = any(stage.stream_buffer_bytes and "/" not in stage.device for stage in placement.stages)
     for name in placement.device_names:
         device = cluster.device(name)
         units: list[UnitMemory] = []
@@ -154,24 +158,58 @@ def placement_memory(profile: ModelProfile, cluster: Cluster, placement: Placeme
             head_formats |= {stage.weights} if stage.head else set()
         shared = sum(profile.tied_bytes.get(weights, 0) for weights in embed_formats & head_formats)
         slabs = sum(stage.stream_buffer_bytes for stage in placement.stages if stage.device == name)
-        slabs += _streamed_workspace_bytes(profile, cluster, placement, device) if slabs else 0
+        slabs += _streamed_workspace_bytes(profile, placement, device) if slabs else 0
+        if streaming:
+            own = (stage for stage in placement.stages if stage.device == name)
+            slabs += max(pinned_bytes(profile, stage, device, placement.workload) for stage in own)
         budget = placement.devices.get(name, device.budget_bytes)
         bills.append(device_memory(device, budget, units, shared, slabs))
     return tuple(bills)
 
 
-def _streamed_workspace_bytes(profile: ModelProfile, cluster: Cluster, placement: Placement, card: Device) -> int:
+def streams(stage: StageSpec, workload: Workload) -> bool:
+    """Whether a card with slabs in the same process computes prompts of the stage: layers on this machine's processor,
+    and chunks as long as that takes."""
+    on_processor = stage.device.partition(":")[0] == "cpu" and stage.layers[0] < stage.layers[1]
+    return on_processor and stage.stream_from_tokens <= workload.chunk_tokens
+
+
+def _streamed_workspace_bytes(profile: ModelProfile, placement: Placement, card: Device) -> int:
     """Temporary bytes on a card for prompts of layers on the processor, which it may compute beside its own."""
     workload = placement.workload
     found = 0
     for stage in placement.stages:
-        if cluster.device(stage.device).kind == "cpu" and "/" not in stage.device and stage.layers[0] < stage.layers[1]:
+        if streams(stage, workload):
             kv_dtype = stage.kv.dtype or compute_dtype(card, stage.weights)
-            units = range(stage.layers[0] + 1, stage.layers[1] + 1)
-            kept = max(kv.unit_kv_bytes(profile.units[unit], profile.groups, workload, kv_dtype) for unit in units)
-            needed = workspace_bytes(profile, units[0], card, stage.weights, workload, kv_dtype)
-            found = max(found, needed + 2 * kept // max(workload.sessions, 1))
+            kept = max(_kept_bytes(profile, stage, workload, kv_dtype))
+            needed = workspace_bytes(profile, stage.layers[0] + 1, card, stage.weights, workload, kv_dtype)
+            found = max(found, needed + SLABS * kept)
     return found
+
+
+def pinned_bytes(profile: ModelProfile, stage: StageSpec, device: Device, workload: Workload) -> int:
+    """Pinned main memory through which the KV of a stage's prompts goes to a card and back; 0 where nothing does.
+
+    A history for each slab, and of every layer the blocks with new tokens, all held until the chunk is done. The
+    weights are pinned where they lie. torch rounds pinned memory up to powers of two.
+    """
+    if not streams(stage, workload):
+        return 0
+    kv_dtype = stage.kv.dtype or compute_dtype(device, stage.weights)
+    kept = _kept_bytes(profile, stage, workload, kv_dtype)
+    new_tokens = workload.chunk_tokens + 2 * workload.block_tokens  # the first and the last block hold others too
+    written = _kept_bytes(profile, stage, replace(workload, context=min(new_tokens, workload.context)), kv_dtype)
+    return SLABS * _power_of_two(max(kept)) + sum(map(_power_of_two, written))
+
+
+def _kept_bytes(profile: ModelProfile, stage: StageSpec, workload: Workload, kv_dtype: str) -> list[int]:
+    """Bytes of one session's KV in each layer of the stage."""
+    units = (profile.units[unit] for unit in range(stage.layers[0] + 1, stage.layers[1] + 1))
+    return [kv.unit_kv_bytes(unit, profile.groups, workload, kv_dtype) // workload.sessions for unit in units]
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def pool_budgets(cluster: Cluster) -> dict[str, int]:

@@ -22,6 +22,8 @@ from splitrun.quantities import MAX_BYTES
 
 VERSION = 1
 ValueType = Literal["fp32", "bf16", "fp16"]
+STREAM_FROM_TOKENS = 32
+"""Where nothing is planned: copying the weights for fewer tokens takes longer than computing with them in place."""
 MAX_COUNT = 1 << 24
 """No context, block count or layer number is larger, so a larger figure is a typing error."""
 OBJECTIVES = ("latency", "throughput", "first-token")
@@ -60,7 +62,11 @@ class KVSpec:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One device and one run of units: ``embed``, the layers of a half-open range (empty: (k, k)), ``head``."""
+    """One device and one run of units: ``embed``, the layers of a half-open range (empty: (k, k)), ``head``.
+
+    ``stream_buffer_bytes`` of a card are slabs for the weights of layers on the processor; ``stream_from_tokens`` of a
+    stage on the processor is the shortest chunk of a prompt that is computed with them.
+    """
 
     device: str
     embed: bool
@@ -70,6 +76,7 @@ class StageSpec:
     kv: KVSpec = field(default_factory=KVSpec)
     threads: int | Literal["auto"] = "auto"
     stream_buffer_bytes: int = 0
+    stream_from_tokens: int = STREAM_FROM_TOKENS
 
     def __post_init__(self) -> None:
         fault = device_fault(self.device)
@@ -80,6 +87,8 @@ class StageSpec:
         _require(self.weights in FORMATS, f"weights {self.weights!r}", "one of " + ", ".join(FORMATS))
         _require(self.threads == "auto" or 1 <= self.threads <= 4096, f"threads {self.threads}", "auto or 1 to 4096")
         _require(0 <= self.stream_buffer_bytes <= MAX_BYTES, f"stream_buffer {self.stream_buffer_bytes}", "0 or more")
+        least, found = STREAM_FROM_TOKENS, self.stream_from_tokens
+        _require(least <= found <= MAX_COUNT, f"stream_from {found}", f"{least} to {MAX_COUNT}")
 
     @property
     def units(self) -> range:

@@ -18,6 +18,7 @@ from splitrun.planner.facts import FORMATS, VALUE_BYTES, Objective, Workload
 from splitrun.planner.placement import (
     MAX_COUNT,
     OBJECTIVES,
+    STREAM_FROM_TOKENS,
     VERSION,
     KVSpec,
     ModelRef,
@@ -29,7 +30,7 @@ from splitrun.planner.placement import (
 from splitrun.planner.yaml_fields import Field, read_root
 
 _TOP = ("version", "model", "workload", "block_tokens", "stages", "devices", "estimate")
-_STAGE = ("device", "units", "layers", "weights", "kv", "threads", "stream_buffer")
+_STAGE = ("device", "units", "layers", "weights", "kv", "threads", "stream_buffer", "stream_from")
 
 
 def read(file: Path) -> Placement:
@@ -127,6 +128,7 @@ class _StageRow:
             kv=_kv(members["kv"]) if "kv" in members else KVSpec(),
             threads=_threads(threads) if threads else "auto",
             stream_buffer_bytes=members["stream_buffer"].size() if "stream_buffer" in members else 0,
+            stream_from_tokens=_stream_from(members.get("stream_from")),
         )
 
 
@@ -134,6 +136,10 @@ def _threads(field: Field) -> int | Literal["auto"]:
     if isinstance(field.node, yaml.ScalarNode) and field.node.value == "auto":
         return "auto"
     return field.integer(1, 4096)
+
+
+def _stream_from(field: Field | None) -> int:
+    return STREAM_FROM_TOKENS if field is None else field.integer(STREAM_FROM_TOKENS, MAX_COUNT)
 
 
 def _kv(field: Field) -> KVSpec:
@@ -251,6 +257,8 @@ def _stage_mapping(stage: StageSpec) -> dict[str, Any]:
         entry["threads"] = stage.threads
     if stage.stream_buffer_bytes:
         entry["stream_buffer"] = _size(stage.stream_buffer_bytes)
+    if stage.stream_from_tokens != STREAM_FROM_TOKENS:
+        entry["stream_from"] = stage.stream_from_tokens
     return entry
 
 

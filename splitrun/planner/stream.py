@@ -11,11 +11,9 @@ from dataclasses import replace
 
 from splitrun.planner.cost import prefill_s, reference_prompt, stage_kv_dtype
 from splitrun.planner.facts import Cluster, Device, ModelProfile, Workload
-from splitrun.planner.memory import compute_dtype, placement_memory
+from splitrun.planner.memory import SLABS, compute_dtype, placement_memory, streams
 from splitrun.planner.placement import Placement, StageSpec
 
-SLABS = 2
-"""One is computed with while the other is filled."""
 PADDING_BYTES = 8192
 """In a slab, for matrices that begin at round addresses."""
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -46,14 +44,9 @@ def streamed_s(profile: ModelProfile, cluster: Cluster, card: Device, stage: Sta
 
 def crossover_tokens(profile: ModelProfile, cluster: Cluster, placement: Placement, stage: StageSpec) -> int | None:
     """The shortest chunk, in tokens, for which copying the stage's layers to a card pays; None when none does."""
-    card = _card(cluster, placement)
-    host = cluster.device(stage.device)
-    here = "/" not in stage.device and host.kind == "cpu"
-    if card is None or profile.model_type not in MODEL_TYPES or stage.layers[0] == stage.layers[1] or not here:
+    card, workload = _card(cluster, placement), placement.workload
+    if card is None or not _taken(profile, cluster, card, stage, workload):
         return None
-    if compute_dtype(card, stage.weights) != compute_dtype(host, stage.weights):
-        return None
-    workload = placement.workload
     for tokens in (32, 64, 128, 256, 512, 1024, 2048):
         if tokens > workload.chunk_tokens:
             return None
@@ -66,15 +59,19 @@ def crossover_tokens(profile: ModelProfile, cluster: Cluster, placement: Placeme
 def with_stream_buffer(profile: ModelProfile, cluster: Cluster, placement: Placement) -> Placement:
     """The placement with slabs on its card's first stage, where they fit its budget and shorten the first token.
 
-    The slabs hold the largest layer of any stage on the processor. Unchanged where nothing is gained.
+    The slabs hold the largest layer of any stage that gains by them; each stage on the processor says from how many
+    tokens on it does. Unchanged where nothing is gained.
     """
-    card = _card(cluster, placement)
-    gains = [stage for stage in placement.stages if crossover_tokens(profile, cluster, placement, stage) is not None]
+    card, stages = _card(cluster, placement), list(placement.stages)
+    found = [crossover_tokens(profile, cluster, placement, stage) for stage in stages]
+    gains = [stage for stage, tokens in zip(stages, found, strict=True) if tokens is not None]
     if card is None or not gains:
         return placement
+    for index, tokens in enumerate(found):
+        if streams(stages[index], placement.workload):
+            stages[index] = replace(stages[index], stream_from_tokens=tokens or placement.workload.chunk_tokens + 1)
     size = max(slab_bytes(profile, stage) for stage in gains)
-    index = next(number for number, stage in enumerate(placement.stages) if stage.device == card.name)
-    stages = list(placement.stages)
+    index = next(number for number, stage in enumerate(stages) if stage.device == card.name)
     stages[index] = replace(stages[index], stream_buffer_bytes=size)
     made = replace(placement, stages=tuple(stages))
     fits = all(bill.total_bytes <= bill.budget_bytes for bill in placement_memory(profile, cluster, made))
@@ -82,17 +79,23 @@ def with_stream_buffer(profile: ModelProfile, cluster: Cluster, placement: Place
 
 
 def first_token_gain_s(profile: ModelProfile, cluster: Cluster, placement: Placement) -> float:
-    """Seconds that the slabs of a placement take off its reference prompt; 0 without slabs."""
+    """Seconds that the slabs of a placement take off its reference prompt: 0 without slabs, less where they cost."""
     card = _card(cluster, placement)
     if card is None or not any(stage.stream_buffer_bytes for stage in placement.stages):
         return 0.0
     gain = 0.0
+    chunk = min(reference_prompt(placement.workload), placement.workload.chunk_tokens)
     for stage in placement.stages:
-        crossover = crossover_tokens(profile, cluster, placement, stage)
-        if crossover is not None and reference_prompt(placement.workload) >= crossover:
+        if chunk >= stage.stream_from_tokens and _taken(profile, cluster, card, stage, placement.workload):
             streamed = streamed_s(profile, cluster, card, stage, placement.workload)
-            gain += max(0.0, _resident_s(profile, cluster, stage, placement.workload) - streamed)
+            gain += _resident_s(profile, cluster, stage, placement.workload) - streamed
     return gain
+
+
+def _taken(profile: ModelProfile, cluster: Cluster, card: Device, stage: StageSpec, workload: Workload) -> bool:
+    """Whether the card's kernels compute prompts of the stage's layers, in the type that the processor computes in."""
+    types = {compute_dtype(device, stage.weights) for device in (card, cluster.device(stage.device))}
+    return profile.model_type in MODEL_TYPES and streams(stage, workload) and len(types) == 1
 
 
 def _resident_s(profile: ModelProfile, cluster: Cluster, stage: StageSpec, workload: Workload) -> float:

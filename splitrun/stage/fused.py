@@ -24,6 +24,7 @@ from splitrun.kernels.cpu.tiled import TiledWeight
 from splitrun.kernels.weight import install
 from splitrun.model.cut import CutModel
 from splitrun.model.weights import release_free_memory
+from splitrun.planner.placement import STREAM_FROM_TOKENS
 from splitrun.stage.blocks import BlockStore, BlockView
 from splitrun.stage.known import is_known, is_known_base, is_plain_head
 from splitrun.stage.parts import layer_parts
@@ -38,9 +39,14 @@ MOST_GROUPS = 4
 """KV groups whose latest histories are kept."""
 
 
-def fuse(model: CutModel, stores: Mapping[int, BlockStore], card: StreamCard | None = None) -> bool:
-    """Give the range's layers, and its head, the kernels where they are of that kind. ``card``: longer prompts are
-    computed there, where its kernels take all of the layers. Modifies the model.
+def fuse(
+    model: CutModel,
+    stores: Mapping[int, BlockStore],
+    card: StreamCard | None = None,
+    least_tokens: int = STREAM_FROM_TOKENS,
+) -> bool:
+    """Give the range's layers, and its head, the kernels where they are of that kind. ``card``: prompts of
+    ``least_tokens`` and more are computed there, where its kernels take all of the layers. Modifies the model.
 
     Returns whether all layers run in one call: then a token's bits are a matter of that token and its history, for
     rows of up to 16 new tokens.
@@ -65,7 +71,7 @@ def fuse(model: CutModel, stores: Mapping[int, BlockStore], card: StreamCard | N
     if whole and not own:
         model.shorten(_NoLayers())
     elif whole:
-        model.shorten(_Range(blocks, histories, None if card is None else _streamed(chain, card)))
+        model.shorten(_Range(blocks, histories, None if card is None else _streamed(chain, card, least_tokens)))
     if model.cut.head and is_plain_head(model.skeleton.model):
         outputs: Any = model.skeleton.model.get_output_embeddings()
         _take_dense(outputs, fast, model.skeleton.model.get_input_embeddings().weight)
@@ -74,12 +80,12 @@ def fuse(model: CutModel, stores: Mapping[int, BlockStore], card: StreamCard | N
     return whole
 
 
-def _streamed(chain: Sequence[BlockKernel], card: StreamCard) -> StreamedLayers | None:
+def _streamed(chain: Sequence[BlockKernel], card: StreamCard, least_tokens: int) -> StreamedLayers | None:
     """The layers with their prompts on the card, None where it does not take them."""
     from splitrun.stage.streamed import StreamedLayers  # Triton is not everywhere
 
     try:
-        return StreamedLayers([block.parts for block in chain], card)
+        return StreamedLayers([block.parts for block in chain], card, least_tokens)
     except ValueError as error:
         log.warning("prompts stay on the processor: %s", error)
         return None

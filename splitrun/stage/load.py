@@ -15,6 +15,7 @@ from splitrun.kernels.gpu.library import usable
 from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.skeleton import DTYPES
 from splitrun.model.structure import ModelStructure
+from splitrun.planner.placement import STREAM_FROM_TOKENS
 from splitrun.stage.batch import FREE, BatchRules, Traits
 from splitrun.stage.blocks import BlockStore, StateStore
 from splitrun.stage.cache import BlockCache
@@ -48,9 +49,10 @@ def load_stage(
     fill: Fill,
     traits: Traits = FREE,
     prompt_card: StreamCard | None = None,
+    prompt_tokens: int = STREAM_FROM_TOKENS,
 ) -> RangeStage:
     """The stage of a range, ready to run. ``traits`` are what the proof learned about the model; ``prompt_card``
-    computes the longer prompts of layers on the processor."""
+    computes prompts of layers on the processor, in chunks of ``prompt_tokens`` and more."""
     if size.dtype == "fp32" and size.device.startswith("cuda"):
         torch.backends.cudnn.allow_tf32 = False  # convolutions would otherwise round their inputs to 10 bits
     model = CutModel(config, structure, cut, size.dtype, size.device)
@@ -72,7 +74,7 @@ def load_stage(
         on_card = card_stage(model, stores, rules, weight_bytes)
         if on_card is not None:
             return on_card
-    whole = fuse(model, stores, prompt_card)
+    whole = fuse(model, stores, prompt_card, prompt_tokens)
     if whole:
         rules = replace(rules, groups_again=True)
     cache = BlockCache(model.skeleton.model.config, structure.caches, stores, states)

@@ -21,8 +21,6 @@ from splitrun.kernels.gpu.matrix import DENSE, TILED_INT8, TILED_NF4, GpuMatrix,
 from splitrun.kernels.gpu.shapes import Heads, History
 from splitrun.stage.stream_card import ALIGNMENT, SLABS, StreamCard
 
-LEAST_TOKENS = 32
-"""Chunks of fewer tokens stay on the processor: copying the weights takes longer than computing with them there."""
 JOINED = (("projections", ("query", "key", "value")), ("output", ("output",)), ("gates", ("gate", "up")))
 MATRICES = (*JOINED, ("down", ("down",)))
 BF16_CARDS = (8, 0)
@@ -44,9 +42,11 @@ class _Layer:
 class StreamedLayers:
     """Consecutive layers on the processor whose longer prompts are computed on a card."""
 
-    def __init__(self, parts: Sequence[LayerParts], card: StreamCard) -> None:
-        """``parts`` have no `fault`. Raises ValueError where the card's kernels or slabs do not take them."""
+    def __init__(self, parts: Sequence[LayerParts], card: StreamCard, least_tokens: int) -> None:
+        """``parts`` have no `fault`; chunks of ``least_tokens`` or more are for the card. Raises ValueError where the
+        card's kernels or slabs do not take the layers."""
         self._card = card
+        self._least_tokens = least_tokens
         tensors = [
             [tensor for _, names in MATRICES for name in names for tensor in _bytes(part.weights[name])]
             for part in parts
@@ -62,7 +62,7 @@ class StreamedLayers:
 
     def takes(self, tokens: int) -> bool:
         """Whether a chunk of so many tokens of one prompt is for the card."""
-        return tokens >= LEAST_TOKENS
+        return tokens >= self._least_tokens
 
     def run(self, hidden: Tensor, cosines: Tensor, sines: Tensor, rows: Sequence[RowHistories]) -> Tensor:
         """What comes out of the last layer; one chunk of one prompt. Writes the new keys and values.

@@ -378,6 +378,7 @@ def test_a_placement_of_other_layers_is_refused() -> None:
         ("cuda:97", {}, "no such device here; `splitrun doctor` lists"),
         ("attic/cpu", {}, "attic/cpu: this machine is no node yet"),
         ("cpu", {"stream_buffer_bytes": 4096}, "stream_buffer 4096 is memory of a card"),
+        ("cuda:0", {"stream_from_tokens": 64}, "stream_from 64 is for layers on the processor"),
         ("cpu", {"kv": KVSpec(host_blocks=3)}, "host_blocks 3 is not supported"),
     ],
 )

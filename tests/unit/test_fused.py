@@ -18,6 +18,7 @@ from splitrun.kernels.formats import quantize
 from splitrun.kernels.weight import install
 from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.structure import ModelStructure, inspect
+from splitrun.planner.placement import STREAM_FROM_TOKENS
 from splitrun.schedule.step import Step
 from splitrun.stage import fused, load
 from splitrun.stage.generic import RangeStage
@@ -100,6 +101,7 @@ def make(
     dtype: str = "bf16",
     blocks: int = BLOCKS,
     prompt_card: Any = None,
+    prompt_tokens: int = STREAM_FROM_TOKENS,
 ) -> tuple[Run, list[bool]]:
     """A stage of embedding and layers with random weights, and which layers have the kernel."""
     inner = {"intermediate_size": 192 if format == "nf4" else 212}
@@ -121,7 +123,8 @@ def make(
 
     pools = {group.name: blocks * 3 for group in structure.groups}
     size = StageSize("cpu", dtype, dtype, pools, BLOCK_TOKENS, 3)
-    stage = load_stage(config, structure, CutRange(True, 0, LAYERS, False), size, fill, prompt_card=prompt_card)
+    cut = CutRange(True, 0, LAYERS, False)
+    stage = load_stage(config, structure, cut, size, fill, prompt_card=prompt_card, prompt_tokens=prompt_tokens)
     taken = [isinstance(stage.model._inner[index].forward, fused._Forward) for index in range(LAYERS)]
     return Run(stage, structure, {}, blocks), taken
 

@@ -94,6 +94,7 @@ def test_what_is_no_device(name: str) -> None:
         {"threads": 5000},
         {"stream_buffer_bytes": -1},
         {"stream_buffer_bytes": 1 << 60},
+        {"stream_from_tokens": 16},
     ],
 )
 def test_impossible_stages(change: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ stages:
   - {device: cpu, units: [embed]}
   - {device: "cuda:0", layers: [0, 6], weights: nf4,
      kv: {dtype: bf16, device_blocks: 64, host_blocks: 0, disk_blocks: 0}, stream_buffer: 0MB}
-  - {device: cpu, layers: [6, 8], weights: int8, threads: auto}
+  - {device: cpu, layers: [6, 8], weights: int8, threads: auto, stream_from: 64}
   - {device: "cuda:0", units: [head], weights: bf16}
 devices: {"cuda:0": {memory: 4GiB}, cpu: {memory: 8GiB}}
 """
@@ -43,7 +43,7 @@ def test_the_design_example(tmp_path: Path) -> None:
         (
             StageSpec("cpu", True, (0, 0), False),
             StageSpec("cuda:0", False, (0, 6), False, "nf4", KVSpec("bf16", 64)),
-            StageSpec("cpu", False, (6, 8), False, "int8"),
+            StageSpec("cpu", False, (6, 8), False, "int8", stream_from_tokens=64),
             StageSpec("cuda:0", False, (8, 8), True),
         ),
         {"cuda:0": 4 << 30, "cpu": 8 << 30},
@@ -114,6 +114,7 @@ FAULTS = [
     ("device_blocks: 64", "device_blocks: 0", 8, "stages[1].kv.device_blocks: 0 is out of range"),
     ("host_blocks: 0", "host_blocks: -5", 8, "stages[1].kv.host_blocks: -5 is out of range"),
     ("stream_buffer: 0MB", "stream_buffer: -1MB", 8, "stages[1].stream_buffer: '-1MB' is not a size"),
+    ("stream_from: 64", "stream_from: 8", 9, "stages[2].stream_from: 8 is out of range"),
     ("stream_buffer: 0MB", "stream_buffer: 9999TiB", 8, "stages[1].stream_buffer: 9999TiB is out of range"),
     ("threads: auto", "threads: 0", 9, "stages[2].threads: 0 is out of range"),
     ("threads: auto", "threads: many", 9, "stages[2].threads: 'many' is not a whole number"),

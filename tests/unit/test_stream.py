@@ -45,10 +45,37 @@ def test_slabs_are_planned_and_on_the_bill() -> None:
     size = slab_bytes(PROFILE, ON_HOST)
     assert 2 * 80 * MIB < size < 2 * 80.1 * MIB
     assert [stage.stream_buffer_bytes for stage in made.stages] == [0, size]
-    before, after = (placement_memory(PROFILE, CLUSTER, plan)[1] for plan in (PLAN, made))
-    assert after.workspace_bytes - before.workspace_bytes > size  # layers of both kinds may compute at once
+    before, after = (placement_memory(PROFILE, CLUSTER, plan) for plan in (PLAN, made))
+    assert after[1].workspace_bytes - before[1].workspace_bytes > size  # layers of both kinds may compute at once
+    token_bytes = 512 * 2  # one layer's, in bf16
+    pinned = 2 * 4096 * token_bytes + 4 * 1024 * token_bytes  # two histories; four layers' 512 + 128 tokens, rounded up
+    assert after[0].workspace_bytes - before[0].workspace_bytes == pinned
     assert first_token_gain_s(PROFILE, CLUSTER, made) > 0
     assert first_token_gain_s(PROFILE, CLUSTER, PLAN) == 0
+
+
+def test_the_plan_carries_from_how_many_tokens_on_a_stage_gains() -> None:
+    slow = replace(CLUSTER, links={pair: Link(20e-6, 4e9) for pair in WIRE})
+    for cluster in (CLUSTER, slow):
+        made = with_stream_buffer(PROFILE, cluster, PLAN)
+        assert made.stages[0].stream_from_tokens == crossover_tokens(PROFILE, cluster, PLAN, ON_HOST)
+    assert made.stages[0].stream_from_tokens > 32
+    few = replace(made, workload=replace(made.workload, prompt_tokens=made.stages[0].stream_from_tokens - 1))
+    assert first_token_gain_s(PROFILE, slow, few) == 0  # such a prompt is computed where the layers lie
+    other = replace(made, stages=(replace(made.stages[0], stream_from_tokens=513), made.stages[1]))
+    assert placement_memory(PROFILE, slow, other)[0] == placement_memory(PROFILE, slow, PLAN)[0]  # nothing is pinned
+
+
+def test_slabs_by_hand_that_cost_time_are_foretold_so() -> None:
+    slow = replace(CLUSTER, links={pair: Link(20e-6, 0.1e9) for pair in WIRE})
+    by_hand = replace(PLAN, stages=(ON_HOST, replace(PLAN.stages[1], stream_buffer_bytes=slab_bytes(PROFILE, ON_HOST))))
+    assert first_token_gain_s(PROFILE, slow, by_hand) < 0
+
+
+def test_main_memory_that_is_too_small_for_pinned_pages_gets_no_slabs() -> None:
+    needed = placement_memory(PROFILE, CLUSTER, PLAN)[0].total_bytes
+    tight = Cluster((replace(HOST, budget_bytes=needed + MIB), CARD), WIRE)
+    assert with_stream_buffer(PROFILE, tight, PLAN) == PLAN
 
 
 @pytest.mark.parametrize(

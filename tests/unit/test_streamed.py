@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from test_fused import LEVELS, MODELS, Run, make, tokens
 
 from splitrun.stage.stream_card import SMALL_BYTES, StreamCard, pages_of, without
-from splitrun.stage.streamed import LEAST_TOKENS, StreamedLayers
+from splitrun.stage.streamed import StreamedLayers
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="nothing is compiled here")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,8 +24,10 @@ SIZES = {"head_dim": 32, "hidden_size": 192}
 CASES = [("qwen3", "nf4"), ("mistral", "int8"), ("llama", "fp16")]
 if DEVICE.type == "cpu":  # interpreted kernels take their time
     CASES = CASES[:2]
-CHUNKS = (35, 33, 1)
-"""New tokens of each step: two chunks for the card, the second behind a history that ends within a block."""
+LEAST_TOKENS = 33
+CHUNKS = (35, 33, 20, 1)
+"""New tokens of each step: two chunks for the card, the second behind a history that ends within a block, and one that
+is shorter than those for the card."""
 
 
 def streamed(name: str, format: str, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[Run, Run]:
@@ -39,7 +41,7 @@ def streamed(name: str, format: str, calls: list[int], monkeypatch: pytest.Monke
     monkeypatch.setattr(StreamedLayers, "run", counted)
     card = StreamCard(DEVICE, SLABS_BYTES)
     overrides = MODELS[name] | SIZES | ({"sliding_window": 40} if name == "mistral" else {})
-    ours, taken = make(name, overrides, format, "fp16", 24, card)
+    ours, taken = make(name, overrides, format, "fp16", 24, card, LEAST_TOKENS)
     assert all(taken)
     return ours, make(name, overrides, format, "fp32", 24)[0]
 
