@@ -1,15 +1,17 @@
 """Predicted against measured, for several placements of one model: the table that the planner is judged by.
 
-    python tests/bench/predictions.py MODEL [--formats bf16,int8,nf4] [--every] [--contexts 128,512] [--cuts 0,4,28]
-        [--card cuda:0] [-o FOLDER]
+    python tests/bench/predictions.py MODEL [--formats bf16,int8=24/16,nf4] [--every] [--contexts 128,512]
+        [--cuts 0,4,28] [--card cuda:0] [-o FOLDER]
 
 MODEL is a directory whose config.json is enough, or "deepseek-1.5b" for that shape: weights are random. The cut is the
 first layer on a second device (``cpu:1``, or the card named with --card); 0 puts every layer there, the last leaves
-all on ``cpu``. Formats take turns over the cuts, or with --every each is run at each cut.
+all on ``cpu``. Formats take turns over the cuts, or with --every each is run at each cut; one that names cuts of its
+own (``nf4=28/20``) is run at those.
 
 A machine's memory is shared: what it reads in a second changes by half from one minute to the next. So the units are
 timed again after every round of a placement, each while nothing else wants the processor, and medians are compared.
-The folder gets ``NAME.md`` and ``NAME.json``; lines for placements that are in the JSON already replace those.
+The folder gets ``NAME.md`` and ``NAME.json``; lines for placements that are in the JSON already replace those, and the
+commands of all runs are named.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -233,11 +236,6 @@ def table(title: str, lines: Sequence[Line]) -> str:
     return "\n".join([title, "", short, "", head, *map(row, lines), ""])
 
 
-def known_lines(file: Path) -> list[Line]:
-    """What an earlier run left there."""
-    return [Line(**line) for line in json.loads(file.read_text("utf-8"))["lines"]] if file.exists() else []
-
-
 def main() -> None:
     """Print the lines as they come, and write the table where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -252,6 +250,7 @@ def main() -> None:
     parser.add_argument("--spend", type=float, default=0.25, help="seconds on one kind of step, each time it is timed")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait, in all, for others to be idle")
     parser.add_argument("--name", default="predictions")
+    parser.add_argument("--remark", default="", help="what else to know of how the lines came about")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -266,7 +265,7 @@ def main() -> None:
         lines = run_all(subject, cuts, args.formats.split(","), args.every, args.card, args.spend)
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        write(args.output, args.name, args.card, lines)
+        write(args.output, args.name, args.card, lines, args.remark)
 
 
 def run_all(
@@ -274,10 +273,11 @@ def run_all(
 ) -> list[Line]:
     """Format by format, so that benches are loaded once for each."""
     lines: list[Line] = []
-    for number, weights in enumerate(formats):
+    for number, format_ in enumerate(formats):
+        weights, _, own = format_.partition("=")
         benches = Benches(spend_s)
-        for index, cut in enumerate(cuts):
-            if every or index % len(formats) == number:
+        for index, cut in enumerate(map(int, own.split("/")) if own else cuts):
+            if every or own or index % len(formats) == number:
                 new = compare(subject, cut, weights, other, benches)
                 print("\n".join(map(row, new)), flush=True)
                 lines += new
@@ -285,28 +285,19 @@ def run_all(
     return lines
 
 
-def write(folder: Path, name: str, card: str, lines: Sequence[Line]) -> None:
+def write(folder: Path, name: str, card: str, lines: Sequence[Line], remark: str) -> None:
     """The table and its JSON; earlier lines of the file that were not run again stay."""
     file = folder / f"{name}.json"
-    merged = {line.key: line for line in (*known_lines(file), *lines)}
+    before = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    merged = {line.key: line for line in (*(Line(**line) for line in before.get("lines", ())), *lines)}
     order = sorted(merged.values(), key=lambda line: (line.weights, line.cut, line.prompt))
     devices = probe(dict.fromkeys(("cpu", card), "auto")).devices
     machine = ", ".join(f"{device.name}: {device.description}" for device in devices)
-    words = sys.argv[1:]
-    for option in (
-        "--cuts",
-        "--formats",
-        "--patience",
-        "--new-tokens",
-        "--turns",
-        "-o",
-    ):  # lines of several runs are one table
-        while option in words:
-            place_ = words.index(option)
-            words = words[:place_] + words[place_ + 2 :]
-    command = " ".join(["python tests/bench/predictions.py", *words])
-    title = f"# Predicted against measured\n\nMade by `{command}` on {machine}."
-    content = {"command": command, "machine": machine, "lines": [asdict(line) for line in order]}
+    commands = [*before.get("commands", ()), f"python tests/bench/predictions.py {shlex.join(sys.argv[1:])}"]
+    remark = remark or before.get("remark", "")
+    made = "\n".join(f"    {command}" for command in commands)
+    title = f"# Predicted against measured\n\nMade on {machine} by\n\n{made}" + f"\n\n{remark}" * bool(remark)
+    content = {"commands": commands, "remark": remark, "machine": machine, "lines": [asdict(line) for line in order]}
     file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     (folder / f"{name}.md").write_text(table(title, order), "utf-8")
     print(table(title, order))
