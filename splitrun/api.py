@@ -56,12 +56,17 @@ def plan(
     devices or sizes that cannot be, and a ModelError for a model that cannot be run.
     """
     from splitrun.planner.facts import Workload
-    from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit
+    from splitrun.planner.quality import DEFAULT_LIMIT, share_of
     from splitrun.planner.solve import solve
 
     for name, value in (("context", context), ("sessions", sessions)):
         if value is not None and value < 1:
             raise InvalidPlacement(f"{name} is {value}: it must be at least 1")
+    if nodes and facts is not None:
+        raise InvalidPlacement("--nodes measures machines that are here and --facts describes one; give one of them")
+    if weights != "auto" and quality != DEFAULT_LIMIT:
+        raise InvalidPlacement(f"--quality limits --weights auto, and --weights {weights} leaves no choice: give one")
+    share_of(quality)
     rows = tuple(sorted({1, sessions if objective == "throughput" else 1}))
     if nodes:
         known = gather_cluster(model, memory, weights, revision, load, rows, refresh, report)
@@ -69,20 +74,20 @@ def plan(
         known = gather_facts(model, memory, weights, revision, load, rows, refresh, report)
     else:
         known = read_facts_for(facts, model, memory)
-    loss_limit(known.profile, quality)
-    if weights != "auto" and quality != DEFAULT_LIMIT:
-        raise InvalidPlacement(f"--quality limits --weights auto, and --weights {weights} leaves no choice; give one")
     wanted = min(DEFAULT_CONTEXT, known.profile.max_context) if context is None else context
     workload = Workload(context=wanted, sessions=sessions, objective=objective)
     try:
         found = solve(known.profile, known.cluster, workload, weights, quality, stream=True)
     except DoesNotFit as error:
-        if memory is None or any(name.startswith("cpu") for name in memory):
-            raise
-        raise DoesNotFit(
-            f"{error}; main memory is not used: name cpu in --memory too", error.shortfall_bytes
-        ) from error
+        raise _with_unused(error, memory) from error
     return found if facts is not None else _with_calibration(found, known.cluster)
+
+
+def _with_unused(error: DoesNotFit, memory: Mapping[str, str | int] | None) -> DoesNotFit:
+    """The error, saying also that main memory is not used where that is so."""
+    if memory is None or any(name.startswith("cpu") for name in memory):
+        return error
+    return DoesNotFit(f"{error}; main memory is not used: name cpu in --memory too", error.shortfall_bytes)
 
 
 def _with_calibration(placement: Placement, cluster: Cluster) -> Placement:

@@ -1,10 +1,17 @@
-"""Arguments and options that several commands share, each written once. Knows no command."""
+"""Arguments and options that several commands share, each written once; those of planning come together.
+
+Knows no command.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -41,6 +48,7 @@ WeightsOption = Annotated[
     Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"],
     typer.Option("--weights", help="Weight format; auto picks the fastest mix within --quality."),
 ]
+DEFAULT_QUALITY = "nf4"
 QualityOption = Annotated[
     str,
     typer.Option(
@@ -65,6 +73,54 @@ LoadOption = Annotated[
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="First compare every byte of the weights with the placement's hashes.")
 ]
+SvgOption = Annotated[Path | None, typer.Option("--svg", help="Draw the placement into this file.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Save the placement to this file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the placement as JSON.")]
+
+
+@dataclass(frozen=True)
+class Planning:
+    """How a model is to be planned: the options of every command that plans. A command has one such parameter."""
+
+    memory: MemoryOption = None
+    context: ContextOption = None
+    objective: ObjectiveOption = "latency"
+    weights: WeightsOption = "auto"
+    quality: QualityOption = DEFAULT_QUALITY
+    revision: RevisionOption = None
+    load: LoadOption = "weights"
+
+    @property
+    def budgets(self) -> dict[str, str | int] | None:
+        """What ``--memory`` says. Raises InvalidPlacement."""
+        from splitrun.measure.budget import parse_memory
+
+        return parse_memory(self.memory)
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command for typer: in place of a parameter that is a dataclass, the options that its fields are."""
+    own, options = inspect.signature(command, eval_str=True).parameters, []
+    groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+    for name, parameter in own.items():
+        if not is_dataclass(parameter.annotation):
+            options.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
+            continue
+        make: Any = parameter.annotation
+        hints = get_type_hints(make, include_extras=True)
+        groups[name] = make, list(hints)
+        options += [
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+            for field in fields(make)
+        ]
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        grouped = {name: make(**{each: given.pop(each) for each in names}) for name, (make, names) in groups.items()}
+        command(**given, **grouped)
+
+    with_options.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    return with_options
 
 
 def is_placement(text: str) -> bool:

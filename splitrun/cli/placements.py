@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
-from splitrun.cli.options import is_placement
+from splitrun.cli.options import Planning, is_placement
 from splitrun.errors import InvalidPlacement
 
 if TYPE_CHECKING:
-    from splitrun.planner.facts import Objective
     from splitrun.planner.placement import Placement
 
 
-@dataclass(frozen=True)
-class Planning:
-    """The planning options of a command, as given; None where they were not."""
-
-    memory: list[str] | None
-    context: int | None
-    sessions: int | None
-    objective: Objective
-    weights: str
-    revision: str | None
-    load: Literal["weights", "dummy"] = "weights"
-    nodes: bool = False
-    verify: bool = False
-
-
-def plan_or_load(named: str, planning: Planning, default_sessions: int = 1) -> tuple[Placement, bool]:
+def plan_or_load(
+    named: str,
+    planning: Planning,
+    sessions: int | None = None,
+    nodes: bool = False,
+    verify: bool = False,
+    default_sessions: int = 1,
+) -> tuple[Placement, bool]:
     """The placement that ``named`` leads to, and whether it was planned just now.
 
-    A file is checked against this machine and the model; the planning options are for models only. Raises
-    InvalidPlacement for a file that is stale, and whatever planning raises.
+    A file is checked against this machine and the model; the planning options are for models only, ``verify`` for
+    files. Raises InvalidPlacement for a file that is stale, and whatever planning raises.
     """
     import splitrun
     from splitrun import api
-    from splitrun.measure.budget import parse_memory
 
     if is_placement(named):
-        _refuse_options(named, planning)
+        _refuse_options(named, planning, {"--sessions": sessions, "--nodes": nodes})
         placement = splitrun.Placement.load(named)
         on_cpu = {stage.weights for stage in placement.stages if stage.device.startswith("cpu")}
         _prepare(placement.model.source, on_cpu, planning.load)
-        api.check(placement, named, load=planning.load, verify=planning.verify)
+        api.check(placement, named, load=planning.load, verify=verify)
         return placement, False
-    if planning.verify:
+    if verify:
         raise InvalidPlacement(
             f"--verify needs a placement with hashes: splitrun plan {named} --hash -o FILE, then name FILE"
         )
@@ -53,14 +44,15 @@ def plan_or_load(named: str, planning: Planning, default_sessions: int = 1) -> t
     return (
         api.plan(
             named,
-            memory=parse_memory(planning.memory),
+            memory=planning.budgets,
             context=planning.context,
-            sessions=planning.sessions or default_sessions,
+            sessions=sessions or default_sessions,
             objective=planning.objective,
             weights=planning.weights,
+            quality=planning.quality,
             revision=planning.revision,
             load=planning.load,
-            nodes=planning.nodes,
+            nodes=nodes,
         ),
         True,
     )
@@ -79,17 +71,11 @@ def _prepare(model: str, formats: set[str], load: str) -> None:
     import_transformers()
 
 
-def _refuse_options(file: str, planning: Planning) -> None:
-    given = {
-        "--memory": planning.memory,
-        "--context": planning.context,
-        "--sessions": planning.sessions,
-        "--objective": planning.objective != "latency",
-        "--weights": planning.weights != "auto",
-        "--revision": planning.revision,
-        "--nodes": planning.nodes,
-    }
-    names = [name for name, value in given.items() if value]
+def _refuse_options(file: str, planning: Planning, others: Mapping[str, object]) -> None:
+    """Of all planning options a file may come with ``--load`` alone."""
+    given = {f"--{field.name}": getattr(planning, field.name) for field in fields(planning)}
+    usual = {f"--{field.name}": field.default for field in fields(planning)} | {"--load": planning.load}
+    names = [name for name, value in {**given, **others}.items() if value and value != usual.get(name)]
     if names:
         raise InvalidPlacement(
             f"{' and '.join(names)} cannot change {file}, which is planned already; edit it, or name the model instead"

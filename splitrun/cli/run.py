@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitrun.cli.options import (
-    ContextOption,
-    LoadOption,
-    MemoryOption,
-    ModelOrPlacement,
-    NodesOption,
-    ObjectiveOption,
-    RevisionOption,
-    VerifyOption,
-    WeightsOption,
-)
-from splitrun.cli.placements import Planning, plan_or_load
+from splitrun.cli.options import ModelOrPlacement, NodesOption, Planning, VerifyOption, spread
+from splitrun.cli.placements import plan_or_load
 
 if TYPE_CHECKING:
     from splitrun import Engine, SamplingParams
@@ -28,6 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_TOKENS = 256
 
 
+@spread
 def run(
     model: ModelOrPlacement,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from standard input.")],
@@ -43,12 +34,8 @@ def run(
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
-    memory: MemoryOption = None,
-    context: ContextOption = None,
-    objective: ObjectiveOption = "latency",
-    weights: WeightsOption = "auto",
-    revision: RevisionOption = None,
-    load: LoadOption = "weights",
+    *,
+    planning: Planning,
     nodes: NodesOption = False,
     verify: VerifyOption = False,
 ) -> None:
@@ -57,10 +44,8 @@ def run(
 
     sampling = splitrun.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    placement, _ = plan_or_load(
-        model, Planning(memory, context, None, objective, weights, revision, load, nodes, verify)
-    )
-    with splitrun.Engine(placement, load=load) as engine:
+    placement, _ = plan_or_load(model, planning, nodes=nodes, verify=verify)
+    with splitrun.Engine(placement, load=planning.load) as engine:
         chat = engine.tokenizer.has_chat_template and not raw
         ids = engine.tokenizer.encode_chat(_messages(text, system)) if chat else engine.tokenizer.encode(text)
         if max_tokens is None:

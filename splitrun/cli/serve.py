@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from splitrun.cli.colours import show
-from splitrun.cli.options import (
-    ContextOption,
-    LoadOption,
-    MemoryOption,
-    ModelOrPlacement,
-    NodesOption,
-    ObjectiveOption,
-    RevisionOption,
-    SessionsOption,
-    VerifyOption,
-    WeightsOption,
-)
-from splitrun.cli.placements import Planning, plan_or_load
+from splitrun.cli.options import ModelOrPlacement, NodesOption, Planning, SessionsOption, VerifyOption, spread
+from splitrun.cli.placements import plan_or_load
 from splitrun.errors import InvalidRequest
 
 DEFAULT_SESSIONS = 4
 
 
+@spread
 def serve(
     model: ModelOrPlacement,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is everyone's.")] = "127.0.0.1",
@@ -39,13 +30,9 @@ def serve(
     depth: Annotated[
         int | None, typer.Option("--depth", min=1, help="Steps in flight. Default: one per device.")
     ] = None,
-    memory: MemoryOption = None,
-    context: ContextOption = None,
+    *,
+    planning: Planning,
     sessions: SessionsOption = None,
-    objective: ObjectiveOption = "latency",
-    weights: WeightsOption = "auto",
-    revision: RevisionOption = None,
-    load: LoadOption = "weights",
     nodes: NodesOption = False,
     verify: VerifyOption = False,
     rebalance: Annotated[
@@ -62,18 +49,18 @@ def serve(
 
     # The port is taken before anything is planned or loads: a taken one is an error within the second.
     with listen(host, port) as listener:
-        planning = Planning(memory, context, sessions, objective, weights, revision, load, nodes, verify)
-        placement, planned = plan_or_load(model, planning, default_sessions=DEFAULT_SESSIONS)
+        placement, planned = plan_or_load(model, planning, sessions, nodes, verify, default_sessions=DEFAULT_SESSIONS)
         if planned:
             show(f"{placement.explain()}\n")
         source = placement.model.source
-        files = resolve(source, placement.model.revision, weights=load == "weights")
+        files = resolve(source, placement.model.revision, weights=planning.load == "weights")
         name = served_name or (Path(source).resolve().name if Path(source).is_dir() else source)
         with Server(ServeOptions(files.path, name, host, port, api_key), listener) as server:
             if server.warning:
                 typer.echo(f"splitrun: {server.warning}", err=True)
             typer.echo(f"loading {name} ...")
-            with splitrun.Engine(placement, load=load, depth=depth, rebalance=rebalance, text=False) as engine:
+            how = partial(splitrun.Engine, placement, load=planning.load, depth=depth)
+            with how(rebalance=rebalance, text=False) as engine:
                 server.attach(engine.core)
                 server.wait_ready()
                 typer.echo(f"serving {name} at {server.url}/v1 (Ctrl-C ends)")

@@ -9,27 +9,18 @@ from typing import Annotated
 
 import typer
 
-from splitrun.cli.options import (
-    ContextOption,
-    LoadOption,
-    MemoryOption,
-    ModelOrPlacement,
-    NodesOption,
-    WeightsOption,
-    refuse_destinations,
-)
-from splitrun.cli.placements import Planning, plan_or_load
+from splitrun.cli.options import ModelOrPlacement, NodesOption, Planning, refuse_destinations, spread
+from splitrun.cli.placements import plan_or_load
 
 
+@spread
 def trace(
     model: ModelOrPlacement,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the trace goes.")] = Path("trace.json"),
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="New tokens at most.")] = 32,
-    memory: MemoryOption = None,
-    context: ContextOption = None,
-    weights: WeightsOption = "auto",
-    load: LoadOption = "weights",
+    *,
+    planning: Planning,
     nodes: NodesOption = False,
 ) -> None:
     """Answer PROMPT and write down when which stage on which machine worked on it; open it at ui.perfetto.dev."""
@@ -39,10 +30,10 @@ def trace(
     from splitrun.engine.remote import Patience
     from splitrun.planner.destination import write_whole
 
-    placement, _ = plan_or_load(model, Planning(memory, context, None, "latency", weights, None, load, nodes))
+    placement, _ = plan_or_load(model, planning, nodes=nodes)
     patience = Patience()
     sampling = splitrun.SamplingParams(max_tokens=max_tokens, temperature=0)
-    with splitrun.Engine(placement, load=load, patience=patience, trace=True) as engine:
+    with splitrun.Engine(placement, load=planning.load, patience=patience, trace=True) as engine:
         engine.core.take_spans()
         completion = engine.generate([prompt], sampling)[0]
         if any("/" in spec.device for spec in placement.stages):

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from splitrun.cli.options import (
-    ContextOption,
     FactsOption,
-    LoadOption,
-    MemoryOption,
+    JsonOption,
     ModelOrPlacement,
-    ObjectiveOption,
-    QualityOption,
-    RevisionOption,
+    OutputOption,
+    Planning,
     SessionsOption,
-    WeightsOption,
+    SvgOption,
+    spread,
 )
 from splitrun.cli.outcome import Destination
 
 
+@spread
 def what_if(
     model: ModelOrPlacement,
     add: Annotated[
@@ -40,28 +38,20 @@ def what_if(
         typer.Option("--machine", metavar="CPU", help="Start from a machine with that processor, not this one."),
     ] = None,
     facts: FactsOption = None,
-    memory: MemoryOption = None,
-    context: ContextOption = None,
+    *,
+    planning: Planning,
     sessions: SessionsOption = None,
-    objective: ObjectiveOption = "latency",
-    weights: WeightsOption = "auto",
-    quality: QualityOption = "nf4",
-    revision: RevisionOption = None,
-    load: LoadOption = "weights",
-    svg: Annotated[Path | None, typer.Option("--svg", help="Draw the placement into this file.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the placement to this file.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the placement as JSON.")] = False,
+    svg: SvgOption = None,
+    output: OutputOption = None,
+    json_output: JsonOption = False,
 ) -> None:
     """Plan MODEL (or what PLACEMENT runs) with devices added from data sheets, or taken away. Nothing is loaded."""
-    from splitrun.measure.budget import parse_memory
     from splitrun.planner.what_if import Changes
     from splitrun.what_if import Question, answer
 
     destination = Destination(output, svg, json_output)
     destination.check()
     changes = Changes(tuple(add or ()), tuple(add_node or ()), tuple(drop or ()), link)
-    question = Question(
-        model, changes, machine, facts, parse_memory(memory), context, sessions or 1, objective, weights, quality,
-        revision, load,
-    )  # fmt: skip
+    asked = vars(planning) | {"memory": planning.budgets}
+    question = Question(model, changes, machine, facts, sessions=sessions or 1, **asked)
     destination.send(answer(question, lambda text: typer.echo(text, err=True)))

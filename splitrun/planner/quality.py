@@ -35,13 +35,18 @@ def loss_share(profile: ModelProfile, placement: Placement) -> float:
 
 
 def loss_limit(profile: ModelProfile, quality: str) -> float:
-    """The most that a plan may lose: a format's name for as much as with everything in it, or a share of all-NF4.
+    """The most that a plan may lose: ``share_of`` what it loses with everything in NF4. Raises InvalidPlacement."""
+    values = sum(unit.quantized_values for unit in profile.units)
+    return values * RELATIVE_ERROR["nf4"] * share_of(quality) * (1 + 1e-9)
+
+
+def share_of(quality: str) -> float:
+    """What a plan may lose, as a share of all-NF4: a format's name for as much as with everything in it, or a number.
 
     Raises InvalidPlacement for anything else.
     """
-    values = sum(unit.quantized_values for unit in profile.units)
     if quality in FORMATS:
-        return values * RELATIVE_ERROR[quality] * (1 + 1e-9)
+        return RELATIVE_ERROR[quality] / RELATIVE_ERROR["nf4"]
     try:
         part = float(quality)
     except ValueError:
@@ -51,4 +56,4 @@ def loss_limit(profile: ModelProfile, quality: str) -> float:
             f"--quality {quality[:40]} is neither a weight format ({', '.join(FORMATS)}) nor a share of nf4's loss, "
             "0 to 1"
         )
-    return values * RELATIVE_ERROR["nf4"] * part * (1 + 1e-9)
+    return part

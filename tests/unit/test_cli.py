@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import splitrun
 from splitrun import api
 from splitrun.__main__ import main, one_line
+from splitrun.cli.options import Planning
 from splitrun.engine.interface import EngineStatus
 from splitrun.errors import ContextTooLong, DoesNotFit, StageLost
 from splitrun.planner.facts import Workload
@@ -210,6 +212,18 @@ def test_run_a_placement_as_it_is(
     capsys.readouterr()
     assert main(["run", str(file), "hello", "--context", "4", "--weights", "nf4"]) == 2
     assert "--context and --weights cannot change" in capsys.readouterr().err
+    assert main(["run", str(file), "hello", "--quality", "int8", "--nodes"]) == 2
+    assert "--quality and --nodes cannot change" in capsys.readouterr().err
+    assert main(["run", str(file), "hello", "--load", "dummy"]) == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "serve", "trace", "what-if"])
+def test_every_command_that_plans_has_the_options_of_planning(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for field in fields(Planning):
+        assert f"--{field.name} " in shown
+    assert "--planning" not in shown
 
 
 def test_plan_prints_saves_and_speaks_json(tmp_path: Path, engine: type[FakeEngine], capsys: Any) -> None:

@@ -77,6 +77,8 @@ def test_what_if_warns_of_what_cannot_run(capsys: pytest.CaptureFixture[str]) ->
         (["what-if", "nothere.yaml", *MACHINE], "no such file"),
         (["plan", "demo", "--facts", "nothere.json"], "no such file; make one with: splitrun profile MODEL --facts"),
         (["plan", "demo", "--facts", "x.json", "--no-cache"], "--no-cache measures this machine and --facts"),
+        (["plan", "demo", "--facts", "x.json", "--nodes"], "--nodes measures machines that are here and --facts"),
+        (["plan", "demo", "--weights", "int8", "--quality", "bf16"], "--weights int8 leaves no choice"),
         (["check", "demo"], "demo is no placement file"),
         (["check", "nothere.yaml"], "no such file"),
         (["profile", "./nowhere"], "there is no directory ./nowhere"),
