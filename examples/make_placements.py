@@ -222,7 +222,7 @@ def ready_placements() -> list[Ready]:
         hybrid(i7, "xpu:0"),
         from_sheets("core-ultra", small, Workload(), "Core Ultra CPU", "auto", Changes(add=("Core Ultra iGPU",))),
         from_sheets(
-            "8b-two-6gb-cards", large, Workload(), desktop, "auto", Changes(add=("GTX 1060 6GB", "GTX 1060 6GB"))
+            "8b-two-6gb-cards", large, Workload(), desktop, "int8", Changes(add=("GTX 1060 6GB", "GTX 1060 6GB"))
         ),
         from_sheets("8b-4gb-card", large, Workload(), desktop, "nf4", Changes(add=("RTX 3050 4GB",))),
         from_sheets("8b-three-node-lan", large, Workload(), "laptop DDR5 CPU", "int8", lan),
@@ -232,7 +232,7 @@ def ready_placements() -> list[Ready]:
 def planned(ready: Ready) -> Placement:
     """The placement with its estimate: the solver's, or the map given by hand."""
     if not ready.stages:
-        return solve(ready.profile, ready.cluster, ready.workload, ready.weights)
+        return solve(ready.profile, ready.cluster, ready.workload, ready.weights, stream=True)
     names = dict.fromkeys(stage.device for stage in ready.stages)
     budgets = {name: ready.cluster.device(name).budget_bytes for name in names}
     model = ModelRef(ready.profile.source, layers=ready.profile.layers)

@@ -169,9 +169,18 @@ def busy_s(profile: ModelProfile, cluster: Cluster, placement: Placement, rows: 
 
 def pass_s(profile: ModelProfile, cluster: Cluster, placement: Placement, prefill: bool, rows: int = 1) -> float:
     """Seconds from the engine through all stages and back, the engine's own included."""
-    steps = -(-reference_prompt(placement.workload) // placement.workload.chunk_tokens) if prefill else 1
+    count = _chunks(placement.workload) if prefill else 1
     stages = (stage_s(profile, cluster, placement, stage, prefill, rows) for stage in placement.stages)
-    return sum(stages) + sum(path_s(profile, cluster, placement, prefill, rows)) + steps * cluster.step_s
+    return sum(stages) + sum(path_s(profile, cluster, placement, prefill, rows)) + count * cluster.step_s
+
+
+def steps(workload: Workload) -> int:
+    """Steps in what the objective minimises: one token, or the chunks of the reference prompt."""
+    return _chunks(workload) if workload.objective == "first-token" else 1
+
+
+def _chunks(workload: Workload) -> int:
+    return -(-reference_prompt(workload) // workload.chunk_tokens)
 
 
 def score(profile: ModelProfile, cluster: Cluster, placement: Placement) -> float:

@@ -34,8 +34,9 @@ def explain(placement: Placement, profile: ModelProfile | None = None, cluster: 
         note = "No estimate is stored. For one: splitrun plan " + placement.model.source
         return "\n".join([title, "", *_bare_table(placement), "", note])
     parts = [title, "", *_table(stored), ""]
+    width = max(8, *(len(memory.device) for memory in stored.devices))
     for memory in stored.devices:
-        parts += _bar(memory)
+        parts += _bar(memory, width)
     legend = "  ".join(f"{mark} {name}" for name, mark in zip(_LEGEND, _MARKS, strict=True))
     parts += [f"  {legend}  · free", "", *_predictions(stored)]
     return "\n".join(parts)
@@ -97,7 +98,7 @@ def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
     return lines
 
 
-def _bar(memory: DeviceMemory) -> list[str]:
+def _bar(memory: DeviceMemory, width: int) -> list[str]:
     """The device's bar against its budget, and its items in figures."""
     scale = max(memory.budget_bytes, memory.total_bytes, 1)
     bar, edge, drawn = "", 0, 0
@@ -111,8 +112,8 @@ def _bar(memory: DeviceMemory) -> list[str]:
     figures = [f"{name} {format_bytes(amount)}" for name, amount in memory.items() if amount]
     total = f"{format_bytes(memory.total_bytes)} of {format_bytes(memory.budget_bytes)}{over}"
     return [
-        f"  {memory.device:<8} {bar}  {total}",
-        f"  {'':<8} {' · '.join(figures[:3])}",
-        f"  {'':<8} {' · '.join(figures[3:])}",
+        f"  {memory.device:<{width}} {bar}  {total}",
+        f"  {'':<{width}} {' · '.join(figures[:3])}",
+        f"  {'':<{width}} {' · '.join(figures[3:])}",
         "",
     ]

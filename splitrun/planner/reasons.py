@@ -6,12 +6,14 @@ device that was given more, so what is promised can be had, and now and then a l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy
 
+from splitrun.planner.alike import classes_of
 from splitrun.planner.facts import Cluster, Device, ModelProfile, Workload
+from splitrun.planner.many import least_possible
 from splitrun.planner.problem import INFINITE, Split, Tables, choice_of, excess_of, used_devices
 from splitrun.planner.search import Outcome, fastest
 from splitrun.planner.tables import build_tables
@@ -19,6 +21,11 @@ from splitrun.quantities import format_bytes, format_rate, format_seconds
 
 WORTH_NAMING = 0.005
 """A gain below half a percent is no constraint worth a sentence."""
+MEASURES = {
+    "latency": "per token",
+    "throughput": "a step on the busiest device",
+    "first-token": "to the first token",
+}
 UNLIMITED_BYTES = 1 << 60
 SHORTER = 4
 """The context that is tried as advice is one part in so many of the one asked for."""
@@ -26,41 +33,60 @@ SHORTER = 4
 
 @dataclass(frozen=True)
 class Findings:
-    """A solved problem: tables, answer, and the devices and workload behind the numbers."""
+    """A solved problem: tables, answer, and the devices and workload behind the numbers.
+
+    ``own_s`` are the engine's seconds beside stages and hops, which no choice changes.
+    """
 
     tables: Tables
     outcome: Outcome
     devices: Sequence[Device]
     workload: Workload
+    own_s: float = 0.0
 
     @property
     def bottleneck(self) -> bool:
         """Whether the slowest device counts."""
         return self.workload.objective == "throughput"
 
+    def instead(self, seconds: float) -> str:
+        """A value of the objective beside that of the plan: "18.0 instead of 12.3 tok/s"."""
+        own_s = 0.0 if self.bottleneck else self.own_s
+        each = [value + own_s for value in (seconds, self.outcome.value)]
+        if self.workload.objective == "latency":
+            other, now = (format_rate(1 / value).removesuffix(" tok/s") for value in each)
+            unit = "tok/s"
+        else:
+            (other, now), unit = map(format_seconds, each), MEASURES[self.workload.objective]
+        if other == now:
+            more = each[0] / each[1] - 1
+            return f"{other} {unit}, {abs(more) * 100:.2g}% {'more' if more > 0 else 'less'} time"
+        return f"{other} instead of {now} {unit}"
+
 
 def measure_text(workload: Workload, seconds: float) -> str:
     """The objective's value in words."""
-    what = {"latency": "per token", "throughput": "on its busiest device per step"}
-    return f"{format_seconds(seconds)} {what.get(workload.objective, 'to the first token')}"
+    return f"{format_seconds(seconds)} {MEASURES[workload.objective]}"
 
 
-def left_out(outcome: Outcome, devices: Sequence[Device], workload: Workload) -> list[str]:
-    """One sentence for each device that the best plan does not use."""
+def left_out(found: Findings) -> list[str]:
+    """One sentence for each device that the best plan does not use; devices that are alike share one."""
+    outcome = found.outcome
     if outcome.split is None:
         return []
-    sentences = []
-    for number in sorted(set(range(len(devices))) - set(used_devices(outcome.split))):
-        name, value = devices[number].name, outcome.best_with(number)
+    used, sentences = set(used_devices(outcome.split)), []
+    for members in classes_of(found.tables):
+        rest = [number for number in members if number not in used]
+        if not rest:
+            continue
+        value, it = outcome.best_with(rest[0]), "it" if len(rest) == 1 else "one of them"
+        text = " and ".join(found.devices[number].name for number in rest) + " " + ("was", "were")[len(rest) > 1]
         if value == INFINITE:
-            sentences.append(f"{name} was left out: no plan that uses it keeps the budgets")
+            sentences.append(f"{text} left out: no plan that uses {it} keeps the budgets")
         elif value <= outcome.value * (1 + 1e-9):
-            sentences.append(f"{name} was left out: it would gain nothing")
+            sentences.append(f"{text} left out: {it} would gain nothing")
         else:
-            best = measure_text(workload, outcome.value)
-            sentences.append(
-                f"{name} was left out: with it the best plan takes {format_seconds(value)} instead of {best}"
-            )
+            sentences.append(f"{text} left out; the best plan with {it}: {found.instead(value)}")
     return sentences
 
 
@@ -73,33 +99,26 @@ def runner_up(found: Findings) -> list[str]:
     device = min(values, key=lambda number: values[number], default=None)
     if device is None or values[device] == INFINITE:
         return []
-    more = values[device] / found.outcome.value - 1
-    return [
-        f"the runner-up does without {found.devices[device].name} and takes "
-        f"{measure_text(found.workload, values[device])}, {more:.0%} more"
-    ]
+    return [f"the runner-up does without {found.devices[device].name}: {found.instead(values[device])}"]
 
 
 def limit(found: Findings) -> str:
     """The memory that holds the plan back most and how much more of it would help, or the device that sets the pace."""
-    tables, outcome, devices, workload = found.tables, found.outcome, found.devices, found.workload
+    tables, outcome, devices = found.tables, found.outcome, found.devices
     if outcome.split is None:
         return ""
     gains: list[tuple[float, str]] = []
-    for members in _memories(tables):
-        ends = {outcome.split.embed, outcome.split.head, *members}
-        relaxed = fastest(_without_limit(tables, members), found.bottleneck, ends)
-        if relaxed.split is None or relaxed.value >= outcome.value * (1 - WORTH_NAMING):
+    worth = outcome.value * (1 - WORTH_NAMING)
+    for members in _memories(tables, set(used_devices(outcome.split))):
+        ends, ample = {outcome.split.embed, outcome.split.head, *members}, _without_limit(tables, members)
+        if least_possible(ample, found.bottleneck) >= worth:
+            continue  # its layers are no quicker than those of devices that have room
+        relaxed = fastest(ample, found.bottleneck, ends)
+        if relaxed.split is None or relaxed.value >= worth:
             continue
-        more = sum(excess_of(tables, relaxed.split))
+        more = format_bytes(sum(excess_of(tables, relaxed.split)))
         name = " and ".join(devices[member].name for member in members)
-        gains.append(
-            (
-                relaxed.value,
-                f"memory of {name}: with {format_bytes(more)} more the plan would take "
-                f"{format_seconds(relaxed.value)} instead of {measure_text(workload, outcome.value)}",
-            )
-        )
+        gains.append((relaxed.value, f"memory of {name}: {more} more there would give {found.instead(relaxed.value)}"))
     if gains:
         return min(gains)[1]
     return f"speed of {slowest(tables, outcome.split, devices)}; more memory would not help"
@@ -122,20 +141,16 @@ def more_context(
     outcome = fastest(build_tables(profile, cluster, formats, shorter), found.bottleneck, ends)
     if workload.objective == "first-token" or outcome.value >= found.outcome.value * (1 - WORTH_NAMING):
         return []
-    if workload.objective == "latency":
-        rates = f"{format_rate(1 / outcome.value)} instead of {format_rate(1 / found.outcome.value)}"
-    else:
-        rates = f"{format_seconds(outcome.value)} instead of {measure_text(workload, found.outcome.value)}"
-    return [
-        f"--context {context} instead of {workload.context} would leave room for more on the faster device: {rates}"
-    ]
+    gain = found.instead(outcome.value)
+    return [f"--context {context} instead of {workload.context} would leave room for more on the faster device: {gain}"]
 
 
-def _memories(tables: Tables) -> list[tuple[int, ...]]:
-    """The devices of each memory."""
+def _memories(tables: Tables, used: Set[int]) -> list[tuple[int, ...]]:
+    """The devices of each memory; of devices that are alike one, if it may be in use."""
     shared = [members for members, _ in tables.pools]
-    single = set(range(tables.devices)) - {member for members in shared for member in members}
-    return sorted([*shared, *((number,) for number in single)])
+    together = {member for members in shared for member in members}
+    single = [min(members, key=lambda number: (number not in used, number)) for members in classes_of(tables)]
+    return sorted([*shared, *((number,) for number in single if number not in together)])
 
 
 def _without_limit(tables: Tables, members: tuple[int, ...]) -> Tables:

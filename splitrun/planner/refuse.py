@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from splitrun.errors import DoesNotFit
 from splitrun.planner import kv
+from splitrun.planner.alike import MAX_SUBSETS, classes_of, subsets
 from splitrun.planner.facts import FORMATS, Cluster, Device, ModelProfile, Workload
 from splitrun.planner.memory import compute_dtype
 from splitrun.planner.problem import Split, Tables, excess_of
-from splitrun.planner.search import MAX_DEVICES, least_excess
+from splitrun.planner.search import least_excess
 from splitrun.planner.tables import build_tables
 from splitrun.quantities import format_bytes
 
@@ -22,8 +23,7 @@ def does_not_fit(profile: ModelProfile, cluster: Cluster, workload: Workload, fo
         names = ", ".join(formats)
         return DoesNotFit(f"{profile.source} does not fit: no device computes {names}; add one with --memory")
     leanest = min(usable, key=lambda name: sum(unit.weight_bytes[name] for unit in profile.units))
-    devices = _able(cluster, leanest)
-    tables = build_tables(profile, cluster, {device.name: (leanest,) for device in devices}, workload)
+    devices, tables = _searched(profile, cluster, _able(cluster, leanest), workload, leanest)
     split = least_excess(tables).split
     shortfall = dict.fromkeys((device.name for device in cluster.devices), 0)
     for device, missing in zip(devices, excess_of(tables, split) if split else [], strict=False):
@@ -65,8 +65,19 @@ def _held(profile: ModelProfile, device: Device, workload: Workload, weights: st
 def _least(
     profile: ModelProfile, cluster: Cluster, devices: Sequence[Device], workload: Workload, weights: str
 ) -> float:
-    formats = {device.name: (weights,) for device in devices}
-    return least_excess(build_tables(profile, cluster, formats, workload)).value
+    return least_excess(_searched(profile, cluster, devices, workload, weights)[1]).value
+
+
+def _searched(
+    profile: ModelProfile, cluster: Cluster, devices: Sequence[Device], workload: Workload, weights: str
+) -> tuple[Sequence[Device], Tables]:
+    """The problem in that format; with more devices than the exact search takes, that of the largest."""
+    tables = build_tables(profile, cluster, {device.name: (weights,) for device in devices}, workload)
+    if subsets(classes_of(tables)) <= MAX_SUBSETS:
+        return devices, tables
+    largest = sorted(devices, key=lambda device: -device.budget_bytes)[: MAX_SUBSETS.bit_length() - 1]
+    devices = [device for device in devices if device in largest]
+    return devices, build_tables(profile, cluster, {device.name: (weights,) for device in devices}, workload)
 
 
 def _advice(profile: ModelProfile, cluster: Cluster, workload: Workload, tried: Sequence[str], leanest: str) -> str:
@@ -111,10 +122,8 @@ def _largest(most: int, holds: Callable[[int], bool]) -> int:
 
 
 def _able(cluster: Cluster, weights: str) -> list[Device]:
-    """The devices that compute the format; of very many those with the largest budgets."""
-    able = [device for device in cluster.devices if weights in device.formats]
-    largest = sorted(able, key=lambda device: -device.budget_bytes)[:MAX_DEVICES]
-    return [device for device in able if device in largest]
+    """The devices that compute the format."""
+    return [device for device in cluster.devices if weights in device.formats]
 
 
 def _loadable(profile: ModelProfile, weights: str) -> bool:

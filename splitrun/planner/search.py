@@ -6,21 +6,20 @@ exactly as soon as its run closes, so budgets are checked without rounding and t
 once. Devices that share one memory are tried under every way to divide it: the caps of all but one member run through
 the byte counts that its runs can have.
 
-Exponential in devices (at most ``MAX_DEVICES``), polynomial in layers. Knows numbers only: no formats' names, no
-messages.
+Exponential in devices that differ (``alike.py``: at most ``MAX_SUBSETS`` sets of them), polynomial in layers. Knows
+numbers only: no formats' names, no messages.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy
 
+from splitrun.planner.alike import DeviceSet, apart, classes_of, ends_of, sets_of
 from splitrun.planner.problem import INFINITE, Bounds, Choice, Floats, Integers, Split, Tables
-
-MAX_DEVICES = 8
 
 
 @dataclass
@@ -102,7 +101,8 @@ def _enumerate(
     tables: Tables, price: Price, bottleneck: bool, with_hops: bool, allowed: frozenset[int] | None
 ) -> Outcome:
     """Try every holder of embed and head and every division of shared memories."""
-    outcome = Outcome()
+    outcome, classes = Outcome(), classes_of(tables)
+    pairs = ends_of(classes)
     count = len(tables.slots)
     device = tuple(slot.device for slot in tables.slots)
     still = numpy.zeros((count, count))
@@ -118,8 +118,9 @@ def _enumerate(
     for embed, head in itertools.product(range(count), repeat=2):
         if allowed is not None and not {device[embed], device[head]} <= allowed:
             continue
-        if device[embed] == device[head] and embed != head:
-            continue  # one format per device
+        if (device[embed] == device[head] and embed != head) or (device[embed], device[head]) not in pairs:
+            continue  # one format per device, and of devices that are alike the first
+        sets = sets_of(apart(classes, {device[embed], device[head]}))
         hop, start, end = still, still[embed], still[:, head]
         if with_hops:
             hop, start = tables.hop_s, tables.enter_s[embed] + tables.hop_s[embed]
@@ -132,7 +133,7 @@ def _enumerate(
                 if device[slot] in (device[embed], device[head]) and slot not in (embed, head):
                     charge[slot] = INFINITE
             problem = Chain(charge, device, hop, start, end, embed, head, bottleneck)
-            _solve_chain(problem, tables, price, caps, outcome)
+            _solve_chain(problem, tables, price, caps, sets, outcome)
     return outcome
 
 
@@ -167,28 +168,31 @@ def _sizes(tables: Tables, device: int, embed: bool, head: bool) -> Integers:
     return numpy.unique(numpy.concatenate(found)) if found else numpy.zeros(0, dtype=numpy.int64)
 
 
-def _solve_chain(chain: Chain, tables: Tables, price: Price, caps: Integers, outcome: Outcome) -> None:
-    """Improve ``outcome`` with the best chain of every subset of devices."""
+def _solve_chain(
+    chain: Chain, tables: Tables, price: Price, caps: Integers, sets: Sequence[DeviceSet], outcome: Outcome
+) -> None:
+    """Improve ``outcome`` with the best chain of every set of devices."""
     count, last_layer = chain.charge.shape[0], chain.charge.shape[1] - 1
     alone = chain.charge[numpy.arange(count), 0, 0]
     runs = chain.charge.copy()
     runs[:, numpy.arange(last_layer + 1), numpy.arange(last_layer + 1)] = INFINITE
     join = numpy.maximum if chain.bottleneck else numpy.add
     # reach[mask][s, j]: least charge for layers 0 .. j - 1 by the devices of mask, slot s the last of them
-    reach = numpy.full((1 << tables.devices, count, last_layer + 1), INFINITE)
+    reach: dict[int, Floats] = {}
     ends_held = 1 << chain.device[chain.embed] | 1 << chain.device[chain.head]
-    for mask in range(1, 1 << tables.devices):
-        for slot in (slot for slot in range(count) if mask >> chain.device[slot] & 1):
+    for mask, last in sets:
+        table = reach[mask] = numpy.full((count, last_layer + 1), INFINITE)
+        for slot in (slot for slot in range(count) if chain.device[slot] in last):
             before = mask ^ (1 << chain.device[slot])
             if before == 0:
-                reach[mask, slot] = chain.start[slot] + runs[slot, 0]
+                table[slot] = chain.start[slot] + runs[slot, 0]
                 continue
             arrive = (reach[before] + chain.hop[:, slot, None]).min(axis=0)
             useful = numpy.flatnonzero(arrive < INFINITE)
             if len(useful):
                 first = useful[0]
-                reach[mask, slot, first:] = join(arrive[first:, None], runs[slot, first:, first:]).min(axis=0)
-        ends = reach[mask, :, last_layer] + chain.end
+                table[slot, first:] = join(arrive[first:, None], runs[slot, first:, first:]).min(axis=0)
+        ends = table[:, last_layer] + chain.end
         for slot in {chain.embed, chain.head}:
             if not mask >> chain.device[slot] & 1:
                 ends = join(ends, alone[slot])
@@ -201,11 +205,13 @@ def _solve_chain(chain: Chain, tables: Tables, price: Price, caps: Integers, out
             outcome.split = with_formats(chain, tables, price, caps, found)
 
 
-def _trace(chain: Chain, runs: Floats, reach: Floats, mask: int, last: int) -> tuple[tuple[int, int, int], ...]:
+def _trace(
+    chain: Chain, runs: Floats, reach: Mapping[int, Floats], mask: int, last: int
+) -> tuple[tuple[int, int, int], ...]:
     """The runs (slot, first layer, end) behind reach[mask][last, n], in order."""
     join = numpy.maximum if chain.bottleneck else numpy.add
     found: list[tuple[int, int, int]] = []
-    stop = reach.shape[2] - 1
+    stop = runs.shape[2] - 1
     while True:
         mask ^= 1 << chain.device[last]
         if mask == 0:

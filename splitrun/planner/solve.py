@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from splitrun.errors import DoesNotFit, InvalidPlacement
-from splitrun.planner.cost import estimate
+from splitrun.planner.alike import MAX_SUBSETS, classes_of, subsets
+from splitrun.planner.cost import estimate, steps
 from splitrun.planner.facts import FORMATS, VALUE_BYTES, Cluster, Device, ModelProfile, Workload
 from splitrun.planner.many import fastest_of_many
 from splitrun.planner.memory import compute_dtype
@@ -20,7 +21,7 @@ from splitrun.planner.problem import Split, used_devices
 from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss
 from splitrun.planner.reasons import Findings, left_out, limit, measure_text, more_context, runner_up, slowest
 from splitrun.planner.refuse import does_not_fit
-from splitrun.planner.search import MAX_DEVICES, fastest
+from splitrun.planner.search import fastest
 from splitrun.planner.stream import first_token_gain_s, with_stream_buffer
 from splitrun.planner.tables import build_tables
 from splitrun.planner.within import fastest_within
@@ -41,9 +42,9 @@ def solve(
 
     ``weights`` is a format, or "auto" for the fastest mix whose loss of precision stays within ``quality``: a format's
     name (as much as with everything in it) or a share of that of nf4. ``stream`` gives a card with memory of its own
-    slabs for the weights of layers on the processor, where prompts gain by it. Beyond 8 devices the plan says how far
-    from the best it may be. Raises DoesNotFit with the shortfall per device and what would fit; InvalidPlacement when
-    the request contradicts the model.
+    slabs for the weights of layers on the processor, where prompts gain by it. Beyond eight devices that differ the
+    plan says how far from the best it may be. Raises DoesNotFit with the shortfall per device and what would fit;
+    InvalidPlacement when the request contradicts the model.
     """
     _check(profile, cluster, workload)
     tried = allowed_formats(profile, weights)
@@ -54,7 +55,7 @@ def solve(
     devices = [device for device in cluster.devices if formats[device.name]]
     tables = build_tables(profile, cluster, formats, workload)
     bottleneck = workload.objective == "throughput"
-    if len(devices) > MAX_DEVICES:
+    if subsets(classes_of(tables)) > MAX_SUBSETS:
         return _of_many(profile, cluster, workload, devices, formats, quality if weights == "auto" else None)
     outcome = fastest(tables, bottleneck)
     if outcome.split is None:
@@ -67,13 +68,13 @@ def solve(
         plan = build_placement(profile, devices, workload, outcome.split)
     unable = [device.name for device in cluster.devices if device not in devices]
     notes = [f"{name} was left out: it does not compute {' or '.join(tried)}" for name in unable]
-    notes += left_out(outcome, devices, workload)
-    found = Findings(tables, outcome, devices, workload)
+    found = Findings(tables, outcome, devices, workload, steps(workload) * cluster.step_s)
+    notes += left_out(found)
     notes += runner_up(found)
     notes += more_context(found, profile, cluster, formats)
     loss = loss_share(profile, plan)
     if weights == "auto" and loss:
-        notes.append(f"weights lose {loss:.0%} of the precision that all-nf4 loses; less with --quality")
+        notes.append(f"weights lose {loss:.0%} of what nf4 throughout loses; --quality, such as int8, keeps more")
     if stream:
         plan = with_stream_buffer(profile, cluster, plan)
         gain = first_token_gain_s(profile, cluster, plan)
@@ -110,7 +111,7 @@ def _of_many(
         if quality is None or placement_loss(profile, plan) <= loss_limit(profile, quality):
             more = outcome.value / lower - 1 if lower > 0 else 0.0
             notes = [
-                f"{len(devices)} devices are more than the {MAX_DEVICES} that are searched exactly: this plan takes "
+                f"{len(devices)} devices are too many, and too different, to be searched exactly: this plan takes "
                 f"{measure_text(workload, outcome.value)}, no plan less than {format_seconds(lower)}, so it is at most "
                 f"{more:.1%} from the best"
             ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy
 
+from splitrun.planner.alike import DeviceSet, apart, classes_of, ends_of, sets_of
 from splitrun.planner.facts import FORMATS, ModelProfile
 from splitrun.planner.problem import INFINITE, Choice, Floats, Integers, Split, Tables
 from splitrun.planner.quality import unit_loss
@@ -60,12 +61,14 @@ def fastest_within(tables: Tables, profile: ModelProfile, bottleneck: bool, most
     """The split of least seconds (on its busiest device) whose loss is at most ``most``; no split when none fits."""
     numbers = {choice.number for slot in tables.slots for choice in slot.choices}
     losses, outcome = _Losses.of(profile, numbers), Outcome()
-    device = [slot.device for slot in tables.slots]
+    device, classes = [slot.device for slot in tables.slots], classes_of(tables)
+    pairs = ends_of(classes)
     for embed, head in itertools.product(range(len(tables.slots)), repeat=2):
-        if device[embed] == device[head] and embed != head:
+        if (device[embed] == device[head] and embed != head) or (device[embed], device[head]) not in pairs:
             continue
+        sets = sets_of(apart(classes, {device[embed], device[head]}))
         for caps in divisions(tables, device[embed], device[head]):
-            _Within(tables, losses, embed, head, caps, bottleneck, most).improve(outcome)
+            _Within(tables, losses, embed, head, caps, bottleneck, most).improve(sets, outcome)
     return outcome
 
 
@@ -81,15 +84,15 @@ class _Within:
     bottleneck: bool
     most: float
 
-    def improve(self, outcome: Outcome) -> None:
-        """Enter what is found into ``outcome``."""
+    def improve(self, sets: Sequence[DeviceSet], outcome: Outcome) -> None:
+        """Enter what is found in chains of those sets of devices into ``outcome``."""
         tables, layers = self.tables, self.tables.layers
         device = [slot.device for slot in tables.slots]
         reach: dict[tuple[int, int], list[list[Label]]] = {}
-        for mask in range(1, 1 << tables.devices):
+        for mask, last in sets:
             for slot in range(len(tables.slots)):
                 taken = device[slot] in (device[self.embed], device[self.head])
-                if not mask >> device[slot] & 1 or (taken and slot not in (self.embed, self.head)):
+                if device[slot] not in last or (taken and slot not in (self.embed, self.head)):
                     continue
                 front: list[list[Label]] = [[] for _ in range(layers + 1)]
                 for label in self._extended(reach, mask, slot, device, outcome):
