@@ -12,13 +12,14 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from splitrun.engine.interface import BlockUse, EngineStatus
 from splitrun.engine.lineup import Line
-from splitrun.engine.pipeline import Failure, Interruption, Outcome, Resumed
+from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Resumed
 from splitrun.engine.record import Span
-from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageError, StageLost
+from splitrun.errors import DeviceOutOfMemory, InvalidRequest, QueueFull, SplitrunError, StageError, StageLost
 from splitrun.schedule.limits import check_request
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import Scheduler
@@ -77,6 +78,11 @@ class EngineCore:
     def vocabulary(self) -> int:
         """Token ids run from 0 to this number, exclusive."""
         return self._scheduler.limits.vocabulary
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The stages as they are now, for whoever measures them; `replace` puts another in its place."""
+        return self._pipeline
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         """Queue a request; see TokenEngine."""
@@ -304,7 +310,10 @@ class EngineCore:
             full = isinstance(message.error, DeviceOutOfMemory)
             events = self._scheduler.fail_step(message.step, self._reason, newest_only=full)
             if all(event.request_id != _WARM_UP_ID for event in events):
-                self._scheduler.submit(_WARM_UP)  # its token shows whether the stages are well again
+                # Its token shows whether the stages are well again. One may wait already, or so many others do that one
+                # of theirs will show it.
+                with suppress(InvalidRequest, QueueFull):
+                    self._scheduler.submit(_WARM_UP)
             return events
         self._reason = ""
         return self._scheduler.commit(message)

@@ -112,8 +112,10 @@ class Engine:
         Raises a RequestError before anything runs when one prompt cannot be served, StageError when a stage fails.
         """
         sampling = sampling or SamplingParams()
+        if isinstance(prompts, str):
+            raise InvalidRequest("generate takes a list of prompts, and this is one text: write it in brackets")
         jobs = [
-            self._job(self._prompt_ids(prompt), _nth(sampling, index))
+            self._job(self._prompt_ids(prompt), sampling.completion(index))
             for prompt in prompts
             for index in range(sampling.n)
         ]
@@ -231,9 +233,3 @@ class _Later:
                 self._found = self._load()
                 release_free_memory()
             return self._found
-
-
-def _nth(sampling: SamplingParams, index: int) -> SamplingParams:
-    """The sampling of the index-th of n completions: the same, with its own seed."""
-    seed = None if sampling.seed is None else (sampling.seed + index) % 2**64 if index else sampling.seed
-    return replace(sampling, n=1, seed=seed)

@@ -153,6 +153,11 @@ class Pipeline:
         self._post(index, step, before.send(activation) if before is not None and activation is not None else None)
 
     @property
+    def links(self) -> tuple[Link | RemoteLink, ...]:
+        """The stages in their places."""
+        return self._links
+
+    @property
     def alive(self) -> bool:
         """Whether every worker runs."""
         return all(link.worker.alive for link in self._local) and (self._elsewhere is None or self._elsewhere.alive)
@@ -251,7 +256,7 @@ def translated(error: Exception, name: str) -> SplitrunError:
     if isinstance(error, SplitrunError):
         return error
     reason = str(error).strip().split("\n")[0][:200]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in reason:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in reason:
         return DeviceOutOfMemory(
             f"{name} ran out of memory: plan with less context, fewer sessions or fewer layers there"
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from splitrun.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+MOST_TOKENS = 1024
+"""Of a logit_bias, and of stop_token_ids: every step looks through them."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,13 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1")
-        _require(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", self.repetition_penalty,
-                 "above 0 and at most 100")  # fmt: skip
+        _require(0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty", self.repetition_penalty,
+                 "between 0.01 and 100")  # fmt: skip
         _require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "between -2 and 2")
         _require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "between -2 and 2")
+        for name in ("logit_bias", "stop_token_ids"):
+            count = len(getattr(self, name))
+            _require(count <= MOST_TOKENS, name, f"of {count} tokens", f"of at most {MOST_TOKENS}")
         for token, bias in self.logit_bias.items():
             _require(-100.0 <= bias <= 100.0, f"logit_bias of {token}", bias, "between -100 and 100")
         _require(all(token >= 0 for token in self.logit_bias), "logit_bias", "a token id", "0 or more")
@@ -64,6 +69,13 @@ class SamplingParams:
             value = getattr(self, name)
             _require(value is None or 0 <= value <= 20, name, value, "between 0 and 20")
         _require(1 <= self.n <= 128, "n", self.n, "between 1 and 128")
+
+    def completion(self, index: int) -> SamplingParams:
+        """Of completion ``index`` of the ``n``: the same for one completion, with a seed of its own: seed + index."""
+        seed = self.seed
+        if seed is not None and index:
+            seed = (seed + index) % 2**64
+        return replace(self, n=1, seed=seed)
 
 
 def _require(holds: bool, name: str, value: object, range_: str) -> None:

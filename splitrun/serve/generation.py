@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from splitrun.engine.detokenizer import TextStream
 from splitrun.engine.interface import EngineStatus
 from splitrun.engine.tokenizer import Tokenizer
-from splitrun.errors import ContextTooLong, InvalidRequest, SplitrunError, StageError
+from splitrun.errors import ContextTooLong, InvalidRequest, StageError
 from splitrun.schedule.request import SamplingParams, TokenEvent, TokenLogprob
 from splitrun.serve.client import EngineClient
 from splitrun.serve.metrics import Metrics
@@ -131,7 +131,7 @@ class Generation:
             _LOG.info("request", extra={"fields": told})
             async for event in events:
                 if event.finish_reason == "error":
-                    raise SplitrunError(event.error or "the engine failed on this request; look at the server's log")
+                    raise StageError(event.error or "the engine failed on this request; look at the server's log")
                 if event.finish_reason == "cancelled":
                     raise StageError("the server is shutting down and ended this request")
                 index = index_of[event.request_id]
@@ -151,9 +151,8 @@ class Generation:
 
 def fan_out(sampling: SamplingParams) -> list[SamplingParams]:
     """One sampling per completion, with the seeds seed, seed + 1, …; one draw when none is given."""
-    seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
-    seeds = [(seed + index) % 2**64 if seed >= 0 else seed + index for index in range(sampling.n)]
-    return [dataclasses.replace(sampling, n=1, seed=each) for each in seeds]
+    drawn = dataclasses.replace(sampling, seed=secrets.randbits(62) if sampling.seed is None else sampling.seed)
+    return [drawn.completion(index) for index in range(sampling.n)]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], sampling: SamplingParams, status: EngineStatus) -> None:

@@ -23,7 +23,9 @@ from half_on_card import SHAPE
 
 from splitrun import Engine, Placement, SamplingParams
 from splitrun.engine.pipeline import Link
-from splitrun.schedule.step import Step
+from splitrun.measure.unit_steps import Point, make_step
+from splitrun.model.structure import inspect
+from splitrun.stage.generic import RangeStage
 
 FILE = """version: 1
 model: {{source: {model}, layers: {layers}}}
@@ -104,8 +106,8 @@ def _one(args: argparse.Namespace) -> list[str]:
 
 
 def _layers(args: argparse.Namespace) -> int:
-    config = SHAPE if args.model is None else json.loads(Path(args.model, "config.json").read_text())
-    return int(config["num_hidden_layers"])  # type: ignore[call-overload]
+    config: dict[str, Any] = SHAPE if args.model is None else json.loads(Path(args.model, "config.json").read_text())
+    return int(config["num_hidden_layers"])
 
 
 def measure(
@@ -127,9 +129,10 @@ def measure(
         rows, ids = [], []
         with Engine(Placement.load(file), load="dummy") as engine:
             for count in streams:
-                first_s, step_s, steps, found = run(engine, args, count)
+                first_s, step_s, found = run(engine, args, count)
                 ids = ids or found
-                isolated_s = sum(isolated(engine, steps)) if count == 1 else float("nan")
+                behind = args.prompt_tokens + args.new_tokens // 2
+                isolated_s = sum(isolated(engine, behind)) if count == 1 else float("nan")
                 rows.append(
                     {
                         "cut": cut,
@@ -146,12 +149,8 @@ def measure(
     return rows, ids
 
 
-def run(engine: Engine, args: argparse.Namespace, count: int) -> tuple[float, float, list[Step], list[tuple[int, ...]]]:
-    """Seconds to the first tokens and of one decoding step, steps of one token, and the ids; the better of two runs."""
-    seen: list[Step] = []
-    pipeline = engine.core._pipeline
-    submit = pipeline.submit
-    pipeline.submit = lambda step: (seen.append(step), submit(step))[1]  # type: ignore[method-assign]
+def run(engine: Engine, args: argparse.Namespace, count: int) -> tuple[float, float, list[tuple[int, ...]]]:
+    """Seconds to the first tokens and of one decoding step, and the ids; the better of two runs."""
     firsts, steps, ids = [], [], []
     for turn in range(3):
         prompts = [
@@ -166,22 +165,25 @@ def run(engine: Engine, args: argparse.Namespace, count: int) -> tuple[float, fl
         if turn:
             firsts.append(times[0])
             steps.append((times[1] - times[0]) / args.new_tokens)
-    pipeline.submit = submit  # type: ignore[method-assign]
-    return min(firsts), min(steps), [step for step in seen if len(step.token_ids) == 1], ids
+    return min(firsts), min(steps), ids
 
 
-def isolated(engine: Engine, steps: list[Step]) -> list[float]:
-    """Median seconds of each stage for one token, alone on its worker with an activation that lies there already."""
-    found = []
-    for link in engine.core._pipeline._links:
+def isolated(engine: Engine, behind: int) -> list[float]:
+    """Median seconds of each stage for one token ``behind`` others, alone on its worker with an activation that lies
+    there already."""
+    structure, found = inspect(engine.files.config), []
+    blocks = min((use.total for use in engine.core.status().blocks.values()), default=1)
+    step = make_step(Point(1, 1, behind), structure.groups, engine.placement.workload.block_tokens, blocks)
+    for link in engine.core.pipeline.links:
         assert isinstance(link, Link)
-        stage, device = link.stage, link.stage.model.device  # type: ignore[attr-defined]
-        cut, hidden = stage.model.cut, stage.model.skeleton.model.config.hidden_size  # type: ignore[attr-defined]
-        incoming = None if cut.embed else torch.full((1, hidden), 0.1, dtype=stage.model.dtype, device=device)  # type: ignore[attr-defined]
+        assert isinstance(link.stage, RangeStage)
+        model, device = link.stage.model, link.stage.model.device
+        shape = (1, structure.hidden)
+        incoming = None if model.cut.embed else torch.full(shape, 0.1, dtype=model.dtype, device=device)
 
-        def timed(stage: Any = stage, incoming: Any = incoming, device: Any = device) -> float:
+        def timed(stage: Any = link.stage, incoming: Any = incoming, device: Any = device) -> float:
             times = []
-            for step in steps[-ROUNDS:]:
+            for _ in range(ROUNDS):
                 start = time.perf_counter()
                 stage.run(step, incoming)
                 if device.type == "cuda":

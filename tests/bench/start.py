@@ -46,7 +46,7 @@ with splitrun.Engine(placement, text=False) as engine:
     engine.generate([list(range(3, 35))], splitrun.SamplingParams(max_tokens=1, temperature=0))
     mark("first answer")
     # every stage is in this process: its links hold them
-    stages = [link.stage for link in engine.core._pipeline._links]
+    stages = [link.stage for link in engine.core.pipeline.links]
     weights, kv = sum(stage.weight_bytes for stage in stages), sum(stage.kv_bytes for stage in stages)
 print(json.dumps({"marks": marks, "weights": weights, "kv": kv}))
 """

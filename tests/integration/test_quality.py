@@ -35,7 +35,7 @@ def dequantized(format: str, values: torch.Tensor) -> torch.Tensor:
 
 def quantized_names(engine: Engine) -> list[str]:
     """The tensors that the engine holds in the format."""
-    [link] = engine.core._pipeline._links
+    [link] = engine.core.pipeline.links
     assert isinstance(link, Link)
     assert isinstance(link.stage, RangeStage)
     model = link.stage.model

@@ -49,7 +49,12 @@ def test_a_taken_port_is_one_clear_line() -> None:
 
 @pytest.mark.parametrize(
     ("host", "port", "mends"),
-    [("no such host", 0, "--host"), ("127.0.0.1", 70_000, "--port"), ("192.0.2.1", 0, "--host must be an address of")],
+    [
+        ("no such host", 0, "--host"),
+        ("a" * 64, 0, "--host"),
+        ("127.0.0.1", 70_000, "--port"),
+        ("192.0.2.1", 0, "--host must be an address of"),
+    ],
 )
 def test_an_impossible_address_is_one_clear_line(host: str, port: int, mends: str) -> None:
     with pytest.raises(CannotListen, match=mends):
@@ -97,7 +102,7 @@ def test_bodies_that_are_no_json_are_refused_clearly(empty_model: Path) -> None:
         wrong: list[tuple[dict[str, Any], str]] = [
             ({"top_k": -5}, "top_k is -5"),
             ({"logit_bias": {"7": 101}}, "logit_bias of 7 is 101"),
-            ({"repetition_penalty": 101}, "above 0 and at most 100"),
+            ({"repetition_penalty": 101}, "between 0.01 and 100"),
         ]
         for fields, told in wrong:
             answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": [5], "max_tokens": 1, **fields})
@@ -187,10 +192,16 @@ def test_a_client_that_does_not_read_leaves_no_traceback(empty_model: Path, capf
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("key", ["", "  "])
-def test_an_empty_key_is_no_key(key: str, empty_model: Path) -> None:
-    with pytest.raises(InvalidRequest, match="API key is empty"):
+@pytest.mark.parametrize("key", ["", "  ", "key ", "a\nb", "schl\u00fcssel", "\udcff"])
+def test_a_key_that_nobody_can_send_is_no_key(key: str, empty_model: Path) -> None:
+    with pytest.raises(InvalidRequest, match="API key is empty, or has characters"):
         Server(ServeOptions(empty_model, "fake", port=0, api_key=key))
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "\udcff"])
+def test_a_name_that_nobody_can_ask_for_is_refused(name: str, empty_model: Path) -> None:
+    with pytest.raises(InvalidRequest, match="give --served-name"):
+        Server(ServeOptions(empty_model, name, port=0))
 
 
 def refuses(server: Server) -> bool:
@@ -267,14 +278,18 @@ def test_a_signal_drains(empty_model: Path, number: signal.Signals) -> None:
         assert not alive(http_process)
 
 
-def test_the_http_process_does_not_outlive_its_parent(empty_model: Path) -> None:
+def test_the_http_process_does_not_outlive_its_parent(empty_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends, and takes along the folder that its parent could not remove."""
+    monkeypatch.setenv("TMPDIR", str(empty_model))
     with process(empty_model) as (child, _, http_process):
+        assert list(empty_model.glob("splitrun-*"))
         # Opened first, so that the number cannot mean another process later.
         watched = os.pidfd_open(http_process)
         child.kill()
         child.wait()
         assert ended(watched)
         os.close(watched)
+        assert not list(empty_model.glob("splitrun-*"))
 
 
 def ended(watched: int, timeout_s: float = 20.0) -> bool:

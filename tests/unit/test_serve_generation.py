@@ -24,7 +24,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.mark.parametrize(
     ("seed", "seeds"),
-    [(7, [7, 8, 9]), (-2, [-2, -1, 0]), (2**63 - 1, [2**63 - 1, 2**63, 2**63 + 1]), (2**64 - 1, [2**64 - 1, 0, 1])],
+    [
+        (7, [7, 8, 9]),
+        (-2, [-2, 2**64 - 1, 0]),
+        (2**63 - 1, [2**63 - 1, 2**63, 2**63 + 1]),
+        (2**64 - 1, [2**64 - 1, 0, 1]),
+    ],
 )
 def test_completions_take_consecutive_seeds(seed: int, seeds: list[int]) -> None:
     made = fan_out(SamplingParams(n=3, seed=seed))
