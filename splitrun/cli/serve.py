@@ -11,7 +11,6 @@ import typer
 from splitrun.cli.colours import show
 from splitrun.cli.options import ModelOrPlacement, NodesOption, Planning, SessionsOption, VerifyOption, spread
 from splitrun.cli.placements import plan_or_load
-from splitrun.errors import InvalidRequest
 
 DEFAULT_SESSIONS = 4
 
@@ -40,13 +39,12 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a model or placement over HTTP until Ctrl-C. A model is planned first, and the plan printed."""
-    if api_key is not None and not api_key.strip():
-        raise InvalidRequest("the API key is empty: give --api-key (or SPLITRUN_API_KEY) a value, or leave it out")
     import splitrun
     from splitrun.engine.told import predicted_and_measured
     from splitrun.model.files import resolve
-    from splitrun.serve.launcher import ServeOptions, Server, listen
+    from splitrun.serve.launcher import ServeOptions, Server, listen, require_usable
 
+    require_usable(api_key, served_name)
     # The port is taken before anything is planned or loads: a taken one is an error within the second.
     with listen(host, port) as listener:
         placement, planned = plan_or_load(model, planning, sessions, nodes, verify, default_sessions=DEFAULT_SESSIONS)

@@ -15,10 +15,15 @@ from typing import Any
 import jinja2
 
 from splitrun.errors import InvalidRequest
+from splitrun.schedule.request import SamplingParams
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 _SAMPLE_CHARACTERS = 8
 """Characters per token that ``encode`` looks at first; ordinary text has 1 to 5."""
+TEMPLATE_FAULTS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
+)  # fmt: skip
+"""What a chat template raises on messages or options that it was not written for."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -118,7 +123,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         at_most: int | None = None,
-        **options: Any,
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The ids of a conversation through the model's chat template, ready for the assistant's answer.
 
@@ -129,10 +134,10 @@ class Tokenizer:
             raise InvalidRequest(self.missing_reason)
         if not self.has_chat_template:
             raise InvalidRequest("this model has no chat template: use /v1/completions with a plain prompt")
-        settings: dict[str, Any] = {"add_generation_prompt": True, **options, "tokenize": False}
+        settings: dict[str, Any] = {"add_generation_prompt": True, **(options or {}), "tokenize": False}
         try:
             text = self._backend.apply_chat_template([dict(m) for m in messages], tools=tools or None, **settings)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        except TEMPLATE_FAULTS as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise InvalidRequest(f"the model's chat template refused the messages: {reason}") from error
         return self.encode(str(text), add_special_tokens=False, at_most=at_most)
@@ -172,8 +177,22 @@ def _decoder_description(backend: Any) -> str:
 
 
 def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float]:
-    """What generation_config.json says about sampling; greedy when it switches sampling off explicitly."""
+    """What generation_config.json says about sampling; greedy when it switches sampling off explicitly.
+
+    A value that no request may have is left out: every request that names none would be refused for it.
+    """
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    found = {name: value for name in names if (value := generation.get(name)) is not None}
-    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
-    return {"temperature": 0.0} if generation.get("do_sample") is False else numbers
+    found = {name: value for name in names if (value := _allowed(name, generation.get(name))) is not None}
+    return {"temperature": 0.0} if generation.get("do_sample") is False else found
+
+
+def _allowed(name: str, value: object) -> float | None:
+    """The value, if a request may have it."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    fields: dict[str, Any] = {name: value}
+    try:
+        SamplingParams(**fields)
+    except InvalidRequest:
+        return None
+    return value

@@ -27,8 +27,9 @@ from splitrun.serve.schemas import (
 )
 
 _RESERVED_OPTIONS = frozenset({
-    "messages", "conversation", "tools", "at_most", "tokenize", "chat_template", "return_tensors", "return_dict",
+    "conversation", "tools", "tokenize", "chat_template", "return_tensors", "return_dict",
 })  # fmt: skip
+"""What a request must not tell the chat template, because it changes how it is called."""
 
 
 def chat_router(context: ServeContext) -> APIRouter:
@@ -59,27 +60,17 @@ async def begin(context: ServeContext, body: ChatRequest) -> Generation:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_of(body, context.tokenizer, max_tokens=limit, logprobs=logprobs)
     messages = [message_for_template(message) for message in body.messages]
-    length = sum(len(str(message.get("content"))) for message in messages)
     options = template_options(body.chat_template_kwargs)
+    length = len(str(messages)) + len(str(body.tools or "")) + len(str(options))
     prompt = await in_thread_if_long(
-        length, context.tokenizer.encode_chat, messages, body.tools, context.most_tokens, **options
+        length, context.tokenizer.encode_chat, messages, body.tools, context.most_tokens, options
     )
     return Generation(context.client, context.tokenizer, context.metrics, [prompt], sampling)
 
 
 def template_options(options: dict[str, Any] | None) -> dict[str, Any]:
-    """What a request may tell the chat template: anything but what would change how it is called."""
-    reserved = {
-        "messages",
-        "tools",
-        "at_most",
-        "tokenize",
-        "chat_template",
-        "return_tensors",
-        "return_dict",
-        "conversation",
-    }
-    taken = sorted(reserved & set(options or {}))
+    """The options that a request passes to the chat template. Raises InvalidRequest for reserved ones."""
+    taken = sorted(_RESERVED_OPTIONS & set(options or {}))
     if taken:
         raise InvalidRequest(f"chat_template_kwargs: {taken[0]} cannot be set by a request")
     return dict(options or {})

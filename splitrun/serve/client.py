@@ -119,11 +119,17 @@ class EngineClient:
         return EventStream(self, requests)
 
     async def start(self, requests: Sequence[Request], queue: asyncio.Queue[TokenEvent | SplitrunError]) -> None:
-        """Send requests; their events, or the error that ends them, come in the queue."""
-        for request in requests:
-            self._streams[request.request_id] = queue
-        for request in requests:
-            await self._send(submit_message(request))
+        """Send requests; their events, or the error that ends them, come in the queue.
+
+        Raises InvalidRequest, and sends none of them, when one does not fit a message.
+        """
+        try:
+            messages = [encode(submit_message(request)) for request in requests]
+        except MalformedMessage as error:
+            raise InvalidRequest(f"the request cannot be handed to the engine: {error}") from error
+        self._streams |= dict.fromkeys((request.request_id for request in requests), queue)
+        for message in messages:
+            await self._control.send(message)
 
     async def cancel(self, request_ids: Sequence[int]) -> None:
         """Stop these requests if they still run. No event follows."""

@@ -5,12 +5,12 @@ Knows which status belongs to which error, and nothing of how requests are answe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from splitrun.errors import ContextTooLong, SplitrunError
@@ -50,49 +50,49 @@ def error_body_of(error: SplitrunError) -> dict[str, Any]:
     return error_body(str(error), error.http_status, code)
 
 
-def error_response(message: str, status: int, *, close: bool = False) -> JSONResponse:
+def error_response(message: str, status: int, *, close: bool = False) -> Response:
     """An answer with this error. ``close`` ends the connection, for requests that were not read to their end."""
+    return _respond(error_body(message, status), status, close=close)
+
+
+def _respond(body: Mapping[str, Any], status: int, *, close: bool = False) -> Response:
+    """The JSON of an error as an answer. ASCII alone: what is wrong with a request may be half a surrogate pair."""
     headers = {"connection": "close"} if close else {}
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     if status in (429, 503):
         headers["retry-after"] = "1"
-    return JSONResponse(error_body(message, status), status, headers)
+    return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of the application in OpenAI's format."""
 
     @app.exception_handler(SplitrunError)
-    async def refuse(_: Request, error: SplitrunError) -> JSONResponse:
-        response = error_response(str(error), error.http_status)
-        return JSONResponse(error_body_of(error), error.http_status, _without_length(response.headers))
+    async def refuse(_: Request, error: SplitrunError) -> Response:
+        return _respond(error_body_of(error), error.http_status)
 
     @app.exception_handler(RequestValidationError)
-    async def refuse_malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def refuse_malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         kind = request.headers.get("content-type", "")
         if first["type"] == "json_invalid":
             why = first.get("ctx", {}).get("error", first["msg"])
-            return JSONResponse(error_body(f"the body is not valid JSON: {why}", 400), 400)
+            return error_response(f"the body is not valid JSON: {why}", 400)
         if request.method == "POST" and "json" not in kind:
             told = f"the body is of type {kind[:80]!r}" if kind else "the body's type is missing"
-            return JSONResponse(error_body(f"{told}: send Content-Type: application/json", 400), 400)
+            return error_response(f"{told}: send Content-Type: application/json", 400)
         parts = [str(part) for part in first["loc"] if part != "body"]
         where = ".".join(parts) or "the body"
-        return JSONResponse(error_body(f"{where}: {first['msg']}", 400, param=parts[0] if parts else None), 400)
+        return _respond(error_body(f"{where[:200]}: {first['msg']}", 400, param=parts[0] if parts else None), 400)
 
     @app.exception_handler(StarletteHTTPException)
-    async def refuse_http(request: Request, error: HTTPException) -> JSONResponse:
+    async def refuse_http(request: Request, error: HTTPException) -> Response:
         message = str(error.detail)
         if error.status_code in (404, 405):
             message = f"{request.method} {request.url.path}: {message}; /openapi.json lists what there is"
         return error_response(message, error.status_code, close=error.status_code in (408, 413))
 
     @app.exception_handler(Exception)
-    async def fail(_: Request, error: Exception) -> JSONResponse:
+    async def fail(_: Request, error: Exception) -> Response:
         return error_response("the server failed on this request; its log holds the traceback", 500)
-
-
-def _without_length(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name not in ("content-length", "content-type")}

@@ -78,7 +78,7 @@ async def serve_http(settings: HttpSettings, parent: asyncio.StreamReader) -> No
         timeout_graceful_shutdown=max(1, int(settings.drain_s)),
     )
     server = uvicorn.Server(config)
-    watcher = asyncio.create_task(_obey(parent, server, client, settings.drain_s))
+    watcher = asyncio.create_task(_obey(parent, server, client, settings))
     listener = socket.socket(fileno=settings.listener)
     try:
         await server.serve(sockets=[listener])
@@ -86,8 +86,11 @@ async def serve_http(settings: HttpSettings, parent: asyncio.StreamReader) -> No
         watcher.cancel()
 
 
-async def _obey(parent: asyncio.StreamReader, server: uvicorn.Server, client: EngineClient, drain_s: float) -> None:
-    """Do as the parent says; when it is gone, nobody can be answered any more, so end on the spot.
+async def _obey(
+    parent: asyncio.StreamReader, server: uvicorn.Server, client: EngineClient, settings: HttpSettings
+) -> None:
+    """Do as the parent says; when it is gone, nobody can be answered any more, so end on the spot, and remove what it
+    would have removed.
 
     Shortly before the time to drain is over, what still runs is ended with an error that its client can read.
     """
@@ -96,10 +99,12 @@ async def _obey(parent: asyncio.StreamReader, server: uvicorn.Server, client: En
         while line := await parent.readline():
             if line.strip() == b"drain":
                 server.should_exit = True
-                endings.append(asyncio.create_task(_end_after(drain_s - min(_LAST_WORDS_S, drain_s / 4), client)))
+                last_words_s = min(_LAST_WORDS_S, settings.drain_s / 4)
+                endings.append(asyncio.create_task(_end_after(settings.drain_s - last_words_s, client)))
     finally:
         for ending in endings:
             ending.cancel()
+    settings.address.remove()
     os._exit(1)
 
 

@@ -73,8 +73,7 @@ class Server:
 
     def __init__(self, options: ServeOptions, listener: socket.socket | None = None) -> None:
         """``listener``: a socket that `listen` made already; it is closed with the server."""
-        if options.api_key is not None and not options.api_key.strip():
-            raise InvalidRequest("the API key is empty: give it a value, or leave it out to serve without one")
+        require_usable(options.api_key, options.served_name)
         self.options = options
         self._listener = listener or listen(options.host, options.port)
         self.host, self.port = self._listener.getsockname()[:2]
@@ -223,6 +222,17 @@ class Server:
         )
 
 
+def require_usable(api_key: str | None, served_name: str | None) -> None:
+    """Raise InvalidRequest for a key that no client can send, or a name that none can ask for."""
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        raise InvalidRequest(
+            "the API key is empty, or has characters that a header cannot carry: give --api-key (or SPLITRUN_API_KEY) "
+            "printable ASCII without blanks at its ends, or leave it out to serve without one"
+        )
+    if served_name is not None and not (served_name.isprintable() and served_name.strip()):
+        raise InvalidRequest(f"the name {served_name!r} cannot be asked for: give --served-name printable characters")
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; raises CannotListen with what mends it."""
     if not 0 <= port < 65536:
@@ -230,7 +240,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # a name that is none raises UnicodeError
         raise CannotListen(f"cannot listen on {host}:{port}: {error}: choose another --host") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -6,11 +6,25 @@ different things. Knows nothing of the engine.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-TokenIds = Annotated[list[int], Field(min_length=1)]
+from splitrun.schedule.request import MOST_TOKENS
+
+T = TypeVar("T")
+# Their first fault ends it: one for each entry of a body of 16 MB would take gigabytes.
+ListOf = Annotated[list[T], Field(fail_fast=True)]
+NonEmpty = Annotated[list[T], Field(min_length=1, fail_fast=True)]
+
+
+def _bounded(value: Any) -> Any:
+    """A mapping that is worth looking at."""
+    if isinstance(value, dict) and len(value) > MOST_TOKENS:
+        raise ValueError(f"{len(value)} entries are too many: at most {MOST_TOKENS}")
+    return value
+
+
 Finish = Literal["stop", "length"]
 
 
@@ -36,16 +50,16 @@ class SamplingFields(_Strict):
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | ListOf[str] | None = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_bounded)] = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool = False
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: ListOf[int] | None = None
     return_token_ids: bool = False
 
     @property
@@ -67,17 +81,17 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | ListOf[ContentPart] | None = None
 
 
 class ChatRequest(SamplingFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: NonEmpty[ChatMessage]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: ListOf[dict[str, Any]] | None = None
     response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -85,7 +99,7 @@ class ChatRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions. A prompt is text or token ids; a list of either makes several completions."""
 
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: str | NonEmpty[int] | NonEmpty[str] | NonEmpty[NonEmpty[int]]
     logprobs: int | None = None
     echo: bool = False
     suffix: str | None = None

@@ -35,6 +35,7 @@ from splitrun.serve.wire import (
 
 _POLL_MS = 50
 _WELCOME_POLL_MS = 5
+_LOCAL = "ipc://"
 _LONGEST_PATH = 100
 """Paths of local sockets may have 103 characters on some systems."""
 
@@ -46,6 +47,11 @@ class Address:
     control: str
     events: str
     token: str
+
+    def remove(self) -> None:
+        """Remove the directory of local sockets. Whoever of the two processes ends last does it."""
+        if self.control.startswith(_LOCAL):
+            shutil.rmtree(Path(self.control.removeprefix(_LOCAL)).parent, ignore_errors=True)
 
 
 class EngineService:
@@ -62,7 +68,6 @@ class EngineService:
         self._control = self._socket()
         self._events = self._socket()
         self._events.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._directory: Path | None = None
         self.address = self._bind()
         self._events_lock = threading.Lock()
         self._heard: dict[bytes, float] = {}
@@ -90,8 +95,7 @@ class EngineService:
         with self._events_lock:
             self._events.close(linger=200)
         self._context.term()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        self.address.remove()
 
     def _socket(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.ROUTER)
@@ -101,10 +105,9 @@ class EngineService:
 
     def _bind(self) -> Address:
         token = secrets.token_hex(32)
-        short = len(tempfile.gettempdir()) + len("/splitrun-abcdefgh/control") <= _LONGEST_PATH
-        if zmq.has("ipc") and short:
-            self._directory = Path(tempfile.mkdtemp(prefix="splitrun-"))
-            control, events = (f"ipc://{self._directory / name}" for name in ("control", "events"))
+        directory = _own_directory() if zmq.has("ipc") else None
+        if directory is not None:
+            control, events = (f"{_LOCAL}{directory}/{name}" for name in ("control", "events"))
             self._control.bind(control)
             self._events.bind(events)
         else:
@@ -230,3 +233,12 @@ class EngineService:
                 request_id, finish_reason="error", error=f"cancelled after {self._peer_silence_s:g} s of silence"
             )
             self._send_event(peer, event_message(end))
+
+
+def _own_directory() -> str | None:
+    """A fresh directory for local sockets; None where there is no room for one, or its path is too long for them."""
+    try:
+        short = len(tempfile.gettempdir()) + len("/splitrun-abcdefgh/control") <= _LONGEST_PATH
+        return tempfile.mkdtemp(prefix="splitrun-") if short else None
+    except OSError:
+        return None

@@ -231,6 +231,11 @@ def test_parameters_reach_the_engine(client: openai.OpenAI, engine: FakeEngine) 
     )  # fmt: skip
 
 
+def test_the_templates_options_may_have_any_name(client: openai.OpenAI) -> None:
+    options = {"length": 1, "work": 2, "at_most": 3, "options": 4}
+    assert client.chat.completions.create(**CHAT, max_tokens=1, extra_body={"chat_template_kwargs": options}).choices
+
+
 def test_text_parts_of_a_message_are_joined(client: openai.OpenAI, engine: FakeEngine) -> None:
     client.chat.completions.create(**CHAT, max_tokens=1)
     plain = engine.submitted[-1].prompt
@@ -259,6 +264,9 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"chat_template_kwargs": {"tokenize": True}}, "tokenize"),
     ({"seed": 2**80}, "seed"),
+    ({"chat_template_kwargs": {"self": 1}}, "chat template refused"),
+    ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias.*at most 1024"),
+    ({"stop_token_ids": [5] * 1025}, "stop_token_ids.*at most 1024"),
 ]
 
 
@@ -300,8 +308,14 @@ def test_a_prompt_beyond_the_context_has_openais_code(client: openai.OpenAI, str
 
 
 @pytest.mark.parametrize(
-    "body", [b"{", b"[1]", b"\xff\xfe", b"[" * 50_000, b'{"messages": NaN}', b'{"prompt": "\\ud800"}'], ids=repr
-)
+    "body",
+    [
+        b"{", b"[1]", b"\xff\xfe", b"[" * 50_000, b'{"messages": NaN}', b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "logit_bias": {"\\ud800": "y"}}', b'{"prompt": "x", "temperature": NaN}',
+        b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
+    ],
+    ids=lambda body: repr(body[:40]),
+)  # fmt: skip
 def test_bodies_that_are_no_request(http: httpx.Client, body: bytes) -> None:
     answer = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
@@ -372,8 +386,9 @@ def test_a_dead_engine_is_unavailable_and_unhealthy(
 def test_a_failing_request_is_an_error_also_inside_a_stream(client: openai.OpenAI, engine: FakeEngine) -> None:
     engine.fail_with = "stage 0 (cpu): out of memory"
     try:
-        with pytest.raises(openai.InternalServerError, match="out of memory"):
+        with pytest.raises(openai.InternalServerError, match="out of memory") as caught:
             client.chat.completions.create(**CHAT)
+        assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "1")
     finally:
         engine.fail_with = ""
     engine.pause_at(20)

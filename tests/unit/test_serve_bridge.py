@@ -147,6 +147,22 @@ def test_a_finished_choice_is_cancelled_alone() -> None:
         assert engine.cancelled == [engine.submitted[0].request_id]
 
 
+def test_of_requests_that_do_not_all_fit_a_message_none_runs() -> None:
+    """Nobody would wait for the others, nor cancel them."""
+    engine = FakeEngine(context=10_000_000)
+
+    async def work(client: EngineClient) -> list[int]:
+        endless = SamplingParams(max_tokens=9_000_000)
+        with pytest.raises(InvalidRequest, match="cannot be handed to the engine"):
+            async with client.submit_all([([1], endless), ([2**40], endless)], ()):
+                pass
+        return await tokens_of(client, [10, 20])
+
+    with bridge(engine) as service:
+        assert talk(service.address, work) == expected_tokens([10, 20])
+        assert [request.prompt for request in engine.submitted] == [(10, 20)]
+
+
 def test_closing_the_service_cancels_what_runs() -> None:
     engine = FakeEngine(context=10_000_000)
     with bridge(engine) as service, raw_peer(service.address) as peer:

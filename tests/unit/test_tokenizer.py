@@ -88,6 +88,7 @@ def test_a_broken_tokenizer_is_refused_with_its_reason(tmp_path: Path, content: 
         ({"eos_token_id": [9, 4], "temperature": 0.6, "top_p": 0.95}, (9, 4), {"temperature": 0.6, "top_p": 0.95}),
         ({"eos_token_id": 4, "do_sample": False, "temperature": 0.6}, (4,), {"temperature": 0.0}),
         ({"top_k": "many", "repetition_penalty": 1.1}, (4,), {"repetition_penalty": 1.1}),
+        ({"top_k": float("nan"), "top_p": 0.0, "temperature": -1, "min_p": True}, (4,), {}),
         ({}, (4,), {}),
     ],
 )
