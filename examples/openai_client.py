@@ -1,5 +1,6 @@
 """Talk to a running `splitrun serve` with OpenAI's own client.
 
+pip install openai
 splitrun serve demo &
 python examples/openai_client.py [http://127.0.0.1:8000/v1]
 """

@@ -63,7 +63,10 @@ def join(
     if token is None:
         raise ClusterError("a token is always required: copy the whole command that 'splitrun node start' printed")
     if token == "-":
-        token = str(typer.prompt("token", hide_input=True)).strip()
+        try:
+            token = str(typer.prompt("token", hide_input=True)).strip()
+        except typer.Abort:
+            raise ClusterError("no token was typed: 'splitrun node start' printed it on the first machine") from None
     record = node.join(Home.default(), head, token, host, port, name)
     typer.echo(f"node {record.name} has joined {record.head} from {record.host}")
 

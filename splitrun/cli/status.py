@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -12,6 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from splitrun.errors import InvalidRequest, StageLost
+
+MOST_BYTES = 16 << 20
 
 
 def status(
@@ -56,14 +59,19 @@ def lines(now: Mapping[str, Any], before: Mapping[str, Any] | None, seconds: flo
 def _fetch(url: str, api_key: str | None) -> Mapping[str, Any]:
     if not url.startswith(("http://", "https://")):
         raise InvalidRequest(f"--url {url} is no http address, such as http://127.0.0.1:8000")
-    request = urllib.request.Request(url.rstrip("/") + "/placement")
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
     try:
+        request = urllib.request.Request(url.rstrip("/") + "/placement")
+        if api_key:
+            request.add_header("Authorization", f"Bearer {api_key}")
         with urllib.request.urlopen(request, timeout=10) as answer:
-            found: Mapping[str, Any] = json.loads(answer.read())
-            return found
+            found: Mapping[str, Any] = json.loads(answer.read(MOST_BYTES))
     except urllib.error.HTTPError as error:
-        raise InvalidRequest(f"{url} answers {error.code}: give its --api-key, if it has one") from error
-    except (OSError, ValueError) as error:
+        mend = "give its --api-key" if error.code == 401 else "is it the address of a splitrun server?"
+        raise InvalidRequest(f"{url} answers {error.code}: {mend}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise StageLost(f"no splitrun server answers at {url}: {error}; start it with 'splitrun serve'") from error
+    if not isinstance(found, dict) or "stages" not in found:
+        raise InvalidRequest(
+            f"{url} answers, but is no splitrun server: give the address that 'splitrun serve' printed"
+        )
+    return found

@@ -32,7 +32,7 @@ def split_address(text: str) -> tuple[str, int]:
         raise ClusterError(f"{text!r} is not HOST:PORT, such as 192.168.1.5:{BASE}")
     try:
         return socket.gethostbyname(host), int(port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ClusterError(f"the host {host} cannot be found: {error}; give its address in numbers") from error
 
 
@@ -54,7 +54,7 @@ def own_address(host: str) -> str:
     """``host`` in numbers, if it is an address of this machine; raises ClusterError naming those that are."""
     try:
         address = socket.gethostbyname(host)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ClusterError(f"the host {host} cannot be found: {error}; give an address of this machine") from error
     known = own_addresses()
     if address not in known and not is_loopback(address):

@@ -8,9 +8,9 @@ measured again. Knows nothing of what is measured.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from splitrun.folders import cache_folder as cache_folder
 
@@ -49,9 +49,12 @@ class Cache:
         text = json.dumps(self._entries, indent=1, sort_keys=True)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile("w", dir=self._path.parent, delete=False, encoding="utf-8") as file:
-                file.write(text)
-            Path(file.name).replace(self._path)
+            temporary = self._path.with_suffix(f".{os.getpid()}")
+            try:
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(self._path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError:
             return  # a full disk or a read-only home: the next run measures again
 

@@ -138,8 +138,13 @@ def _local(source: str) -> Path | None:
     """The directory that ``source`` means, or None when it may be a name on the Hub."""
     if source == DEMO:
         return Path(__file__).parent.parent / "demo"
-    path = Path(source).expanduser()
-    if source and path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        found = bool(source) and path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name beyond the system's length, or a user that is not there
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MissingWeights(f"{source[:80]!r} can be no directory: {reason}; give a model's") from error
+    if found:
         return path
     if path.suffix == ".gguf":
         raise UnsupportedModel(f"{source} is a GGUF file, which splitrun does not read: take the safetensors version")

@@ -263,9 +263,10 @@ class PackWriter:
     def _try(self, action: Any) -> None:
         try:
             action()
-        except OSError as error:
+        except (OSError, RuntimeError, MemoryError) as error:  # torch's for want of memory is a RuntimeError
             self._faulty = True
-            self._warn(f"packed weights are not kept: {error.strerror or error} ({self._folder})")
+            reason = error.strerror if isinstance(error, OSError) else None
+            self._warn(f"packed weights are not kept: {reason or error or type(error).__name__} ({self._folder})")
 
 
 def packed_weights(

@@ -17,6 +17,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,17 +97,27 @@ def entries(root: Path | None = None) -> list[PackEntry]:
     """What is kept, most recently used first. Folders that cannot be read are listed as such."""
     found = []
     for folder in (root or packed_root()).glob("*/"):
-        files = [file for file in folder.iterdir() if file.is_file()]
-        sizes = [file.stat().st_size for file in files]
+        sizes = _sizes(folder)
         index = read_index(folder) or {}
         try:
             used = (folder / INDEX).stat().st_mtime
         except OSError:
             used = 0.0
-        tensors = sum(file.suffix == SUFFIX for file in files)
+        tensors = sum(name.endswith(SUFFIX) for name in sizes)
         model, format, device = (str(index.get(name, "unreadable")) for name in ("model", "format", "device"))
-        found.append(PackEntry(folder.name, model, format, device, sum(sizes), tensors, used))
+        found.append(PackEntry(folder.name, model, format, device, sum(sizes.values()), tensors, used))
     return sorted(found, key=lambda entry: -entry.used_s)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """File name -> bytes. Others write and delete there too: what vanishes meanwhile is left out."""
+    sizes = {}
+    with suppress(OSError), os.scandir(folder) as files:
+        for file in files:
+            with suppress(OSError):
+                if file.is_file():
+                    sizes[file.name] = file.stat().st_size
+    return sizes
 
 
 def clear(root: Path | None = None, model: str | None = None) -> list[PackEntry]:

@@ -175,13 +175,16 @@ class QuantizedSource:
 
 
 def _parse_state(fields: dict[str, Any]) -> _State:
-    return _State(
+    state = _State(
         shape=tuple(int(length) for length in fields["shape"]),
         block=int(fields["blocksize"]),
         dtype=DTYPES[str(fields["dtype"]).removeprefix("torch.")],
         nested_block=int(fields.get("nested_blocksize") or 1),
         nested_offset=float(fields.get("nested_offset") or 0.0),
     )
+    if min(state.block, state.nested_block, len(state.shape), *state.shape) < 1:
+        raise ValueError("a length is below 1")
+    return state
 
 
 def with_quantization(source: WeightSource, quantization: Any) -> WeightSource:

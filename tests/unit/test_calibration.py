@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def test_measuring_again_forgets(tmp_path: Path) -> None:
     assert factor(anew, CPU, "nf4") == Factor()
     forget(anew, [CPU], ["nf4", "int8"])
     assert factor(Cache(tmp_path), CPU, "nf4") == Factor()
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    kept = Cache(tmp_path)
+    kept.put("a", {"x": 1.0})
+    assert kept.get("a") == {"x": 1.0}
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_do_not_lose_each_others_figures(tmp_path: Path) -> None:

@@ -186,6 +186,8 @@ def test_configs_that_are_refused(
         ("two words", MissingWeights, "neither a directory"),
         ("weights.gguf", UnsupportedModel, "GGUF"),
         ("", MissingWeights, "neither a directory"),
+        ("a" * 300, MissingWeights, "can be no directory: File name too long"),
+        ("~nobody-of-that-name/model", MissingWeights, "can be no directory: Could not determine home directory"),
     ],
 )
 def test_names_that_cannot_be(source: str, error: type[ModelError], message: str) -> None:

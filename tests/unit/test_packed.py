@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,36 @@ def test_a_full_disk_costs_one_line_and_leaves_no_half_file(
     assert _same(one(), expected)
     assert _same(one(), expected)
     assert not one.reads
+
+
+def test_want_of_memory_while_writing_does_not_hold_up_loading(
+    load: Callable[[str], Load], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(packed.TensorFile, "write", fail)
+    assert load("qwen2")()
+    assert "packed weights are not kept: can't allocate memory" in caplog.records[0].getMessage()
+
+
+def test_files_that_vanish_while_they_are_listed_do_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process writes there, or deletes."""
+    (folder / "key").mkdir(parents=True)
+    for name, size in (("kept.packed", 5), ("gone.packed", 7)):
+        (folder / "key" / name).write_bytes(bytes(size))
+    scan = os.scandir
+
+    @contextmanager
+    def racing(path: Path) -> Iterator[list[os.DirEntry[str]]]:
+        with scan(path) as files:
+            found = list(files)
+        if Path(path).name == "key":
+            Path(path, "gone.packed").unlink()
+        yield found
+
+    monkeypatch.setattr(packed_folder.os, "scandir", racing)
+    assert [(entry.nbytes, entry.tensors) for entry in entries()] == [(5, 1)]
 
 
 def test_changed_values_under_equal_headers_are_another_checkpoint(load: Callable[[str], Load], tmp_path: Path) -> None:

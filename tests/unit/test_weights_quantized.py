@@ -152,11 +152,17 @@ def test_whole_numbers_without_a_quantization_config_are_refused(tmp_path: Path)
         load(tmp_path, None)
 
 
-def test_broken_state_names_the_tensor(tmp_path: Path) -> None:
+STATE = {"blocksize": 64, "dtype": "bfloat16", "shape": [96, 64]}
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {**STATE, "blocksize": 0}, {**STATE, "shape": []}, {**STATE, "shape": [-96, -64]}]
+)
+def test_broken_state_names_the_tensor(tmp_path: Path, state: dict[str, object]) -> None:
     rewrite(tmp_path, lambda weight: four_bits(weight, "nf4", 64, False))
     tensors = load_file(tmp_path / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
-    tensors[name] = torch.frombuffer(bytearray(b"{}"), dtype=torch.uint8)
+    tensors[name] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CorruptWeights, match=r"layers\.1\.mlp\.up_proj"):
         load(tmp_path, FOUR_BITS)
