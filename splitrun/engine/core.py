@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
 from splitrun.engine.interface import BlockUse, EngineStatus
 from splitrun.engine.lineup import Line
+from splitrun.engine.outbox import Outbox
 from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Resumed
 from splitrun.engine.record import Span
 from splitrun.errors import DeviceOutOfMemory, InvalidRequest, QueueFull, SplitrunError, StageError, StageLost
@@ -54,8 +54,7 @@ class EngineCore:
         self._idle = threading.Condition(self._lock)
         self._deliveries: dict[int, Deliver] = {}
         self._committed: list[tuple[Deliver, TokenEvent]] = []
-        self._outbox: deque[Step] = deque()
-        self._sending = threading.Lock()
+        self._outbox = Outbox()
         self._reason = "no token has gone through the stages yet"
         self._draining = False
         self._paused = False
@@ -217,7 +216,7 @@ class EngineCore:
         try:
             with self._lock:
                 taken = self._take_up(message)
-            self._send_off()
+            self._outbox.send(self._submit)
             well = True
         finally:
             if not well:
@@ -238,18 +237,13 @@ class EngineCore:
     def _line_up_steps(self) -> None:
         """Put all steps that can run into the outbox. Called under the lock."""
         while not self._closed and not self._paused and (step := self._scheduler.schedule()) is not None:
-            self._outbox.append(step)
+            self._outbox.add(step)
 
-    def _send_off(self) -> None:
-        """Send the steps in the outbox, in order. A thread that is at it sends those of others too."""
-        while self._outbox and self._sending.acquire(blocking=False):
-            try:
-                while self._outbox:
-                    step, pipeline = self._outbox.popleft(), self._pipeline
-                    if step.epoch == self._scheduler.epoch:
-                        pipeline.submit(step)
-            finally:
-                self._sending.release()
+    def _submit(self, step: Step) -> None:
+        """Send a step off, unless the stages that it was made for are gone."""
+        pipeline = self._pipeline
+        if step.epoch == self._scheduler.epoch:
+            pipeline.submit(step)
 
     def _loop(self) -> None:
         deliveries: list[tuple[Deliver, TokenEvent]] = []
@@ -260,7 +254,7 @@ class EngineCore:
                     deliveries += self._handle(self._inbox.get())
                 with self._lock:
                     self._line_up_steps()
-                self._send_off()
+                self._outbox.send(self._submit)
                 self._hand_out(deliveries)  # while the stages compute the next step
                 deliveries = []
         finally:

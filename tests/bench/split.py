@@ -5,7 +5,9 @@
 
 Random weights in the shape of DeepSeek-R1-Distill-Qwen-1.5B, or of --model; embedding and head lie on the processor (on
 the cards with --second). "isolated" is the sum of the stages' own times for one token, each run alone on its worker;
-"seams" is what a token takes beyond that: hops, scheduling and handing out. Ends with one JSON line.
+"seams" is what a token takes beyond that: hops, scheduling and handing out. "hop" is what one takes by itself: a row of
+activations passed along the same workers and hops with nothing computed. "beyond" is what is left of a token beside
+isolated stages and hops, as a share of the isolated stages. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -14,17 +16,21 @@ import argparse
 import json
 import statistics
 import tempfile
+import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from half_on_card import SHAPE
+from torch import Tensor
 
 from splitrun import Engine, Placement, SamplingParams
-from splitrun.engine.pipeline import Link
+from splitrun.engine.pipeline import Link, Outcome, Pipeline
 from splitrun.measure.unit_steps import Point, make_step
 from splitrun.model.structure import inspect
+from splitrun.schedule.step import RowTokens, Step, Tokens
 from splitrun.stage.generic import RangeStage
 
 FILE = """version: 1
@@ -35,6 +41,7 @@ stages:
 devices: {{{devices}}}
 """
 ROUNDS = 30
+PASSES = 300
 COLUMNS = (
     "cut",
     "streams",
@@ -43,6 +50,8 @@ COLUMNS = (
     "token_ms",
     "isolated_ms",
     "seams_us",
+    "hop_us",
+    "beyond_percent",
     "peak_mib",
 )
 
@@ -126,26 +135,29 @@ def measure(
         sizes = {"model": model, "layers": _layers(args), "context": context, "sessions": max(streams)}
         file.write_text(FILE.format(stages=lines, devices=devices, **sizes))
         torch.cuda.reset_peak_memory_stats()
-        rows, ids = [], []
+        rows: list[dict[str, Any]] = []
+        ids: list[tuple[int, ...]] = []
         with Engine(Placement.load(file), load="dummy") as engine:
             for count in streams:
                 first_s, step_s, found = run(engine, args, count)
                 ids = ids or found
                 behind = args.prompt_tokens + args.new_tokens // 2
-                isolated_s = sum(isolated(engine, behind)) if count == 1 else float("nan")
-                rows.append(
-                    {
-                        "cut": cut,
-                        "stages": len(stages),
-                        "streams": count,
-                        "prefill_tokens_per_s": round(count * args.prompt_tokens / first_s),
-                        "decode_tokens_per_s": round(count / step_s, 1),
-                        "token_ms": round(step_s * 1e3, 3),
-                        "isolated_ms": round(isolated_s * 1e3, 3) if count == 1 else None,
-                        "seams_us": round((step_s - isolated_s) * 1e6) if count == 1 else None,
-                        "peak_mib": torch.cuda.max_memory_reserved() >> 20,
-                    }
-                )
+                row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
+                    "cut": cut,
+                    "stages": len(stages),
+                    "streams": count,
+                    "prefill_tokens_per_s": round(count * args.prompt_tokens / first_s),
+                    "decode_tokens_per_s": round(count / step_s, 1),
+                    "token_ms": round(step_s * 1e3, 3),
+                    "peak_mib": torch.cuda.max_memory_reserved() >> 20,
+                }
+                if count == 1:
+                    isolated_s, hops_s = sum(isolated(engine, behind)), passing(engine, behind)
+                    row["isolated_ms"] = round(isolated_s * 1e3, 3)
+                    row["seams_us"] = round((step_s - isolated_s) * 1e6)
+                    row["hop_us"] = round(hops_s / max(1, len(stages) - 1) * 1e6)
+                    row["beyond_percent"] = round((step_s - isolated_s - hops_s) / isolated_s * 100, 1)
+                rows.append(row)
     return rows, ids
 
 
@@ -172,8 +184,7 @@ def isolated(engine: Engine, behind: int) -> list[float]:
     """Median seconds of each stage for one token ``behind`` others, alone on its worker with an activation that lies
     there already."""
     structure, found = inspect(engine.files.config), []
-    blocks = min((use.total for use in engine.core.status().blocks.values()), default=1)
-    step = make_step(Point(1, 1, behind), structure.groups, engine.placement.workload.block_tokens, blocks)
+    step = _step(engine, behind)
     for link in engine.core.pipeline.links:
         assert isinstance(link, Link)
         assert isinstance(link.stage, RangeStage)
@@ -193,6 +204,65 @@ def isolated(engine: Engine, behind: int) -> list[float]:
 
         found.append(link.worker.call(timed))
     return found
+
+
+class Passing:
+    """A stage that computes nothing: it has an activation, or takes up that of the stage before."""
+
+    def __init__(self, hidden: int, dtype: torch.dtype, device: torch.device, last: bool) -> None:
+        self._activation = torch.zeros((1, hidden), dtype=dtype, device=device)
+        self._last = last
+
+    def any_thread(self, step: Step) -> bool:
+        """Always."""
+        return True
+
+    def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
+        """As a stage does."""
+        if self._last:
+            return Tokens(step.index, step.epoch, (RowTokens((1,)),))
+        if incoming is not None:
+            self._activation.copy_(incoming, non_blocking=True)
+        return self._activation
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def passing(engine: Engine, behind: int) -> float:
+    """Seconds of all hops of a token: of one that goes through the engine's own workers and hops, but not its stages.
+    As in earnest, the worker that has the last stage sends the next one off."""
+    hidden, step = inspect(engine.files.config).hidden, _step(engine, behind)
+    links = [link for link in engine.core.pipeline.links if isinstance(link, Link)]
+    empty = []
+    for link in links:
+        assert isinstance(link.stage, RangeStage)
+        model = link.stage.model
+        stage = Passing(hidden, model.dtype, model.device, link.onward is None)
+        empty.append(Link(stage, link.worker, link.name, link.onward))
+    moments: list[float] = []
+    done = threading.Event()
+
+    def arrived(outcome: Outcome) -> None:
+        moments.append(time.perf_counter())
+        if len(moments) < PASSES:
+            pipeline.submit(step)
+        else:
+            done.set()
+
+    if len(links) == 1:
+        return 0.0
+    pipeline = Pipeline(empty, arrived)
+    pipeline.submit(step)
+    assert done.wait(60), "the hops pass nothing on"
+    return statistics.median(later - earlier for earlier, later in pairwise(moments))
+
+
+def _step(engine: Engine, behind: int) -> Step:
+    """One new token behind others."""
+    structure, tokens = inspect(engine.files.config), engine.placement.workload.block_tokens
+    blocks = min((use.total for use in engine.core.status().blocks.values()), default=1)
+    return make_step(Point(1, 1, behind), structure.groups, tokens, blocks)
 
 
 def to_table(rows: list[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from splitrun.engine.outbox import Outbox
 from splitrun.engine.pipeline import Link, Outcome, Pipeline
 from splitrun.schedule.request import SamplingParams
 from splitrun.schedule.step import RowSampling, RowTokens, Step, Tokens
@@ -191,3 +192,24 @@ def test_of_two_steps_each_device_runs_its_own(workers: tuple[Worker, Worker]) -
     workers[0].call(lambda: None, PATIENCE_S)
     assert stages[1].threads == ["splitrun xpu:0"] * 2
     assert [outcome.step for outcome in came if isinstance(outcome, Tokens)] == [0, 1]
+
+
+def test_steps_leave_in_order_whoever_sends_them() -> None:
+    outbox, sent = Outbox(), list[int]()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slowly(one: Step) -> None:
+        inside.set()
+        assert go_on.wait(PATIENCE_S)
+        sent.append(one.index)
+
+    outbox.add(step(0))
+    first = threading.Thread(target=outbox.send, args=(slowly,))
+    first.start()
+    assert inside.wait(PATIENCE_S)
+    outbox.add(step(1))
+    outbox.send(lambda one: sent.append(-one.index))
+    assert sent == [], "the second overtakes the first"
+    go_on.set()
+    first.join(PATIENCE_S)
+    assert sent == [0, 1]
