@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -28,7 +29,7 @@ Task = Callable[[], Callable[[], None] | None]
 Failed = Callable[[Exception], None]
 
 _CURRENT = threading.local()
-"""``worker``: the worker whose thread this is. ``stream``: the CUDA stream that the thread works on."""
+"""``worker``: the worker whose thread this is."""
 
 
 class Worker:
@@ -64,10 +65,9 @@ class Worker:
             if self._unfinished:
                 return False
             self._unfinished += 1
-        if self._stream is not None and getattr(_CURRENT, "stream", None) is not self._stream:
-            torch.cuda.set_stream(self._stream)  # and the thread keeps it: a processor's worker has none of its own
-            _CURRENT.stream = self._stream
-        self._do(task, failed)
+        # The caller's own stream comes back behind it: this one may be recorded by its own thread later.
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            self._do(task, failed)
         return True
 
     def call(self, function: Callable[[], Result], timeout_s: float | None = None) -> Result:
@@ -101,7 +101,7 @@ class Worker:
             torch.set_num_threads(self._threads)
         if self.device.startswith("cuda"):
             torch.cuda.set_device(torch.device(self.device))
-            self._stream = _CURRENT.stream = torch.cuda.Stream(torch.device(self.device))
+            self._stream = torch.cuda.Stream(torch.device(self.device))
             torch.cuda.set_stream(self._stream)
         self._count_finished()
         while (entry := self._tasks.get()) is not None:
