@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy
 import numpy.typing
@@ -111,6 +112,27 @@ def choice_of(tables: Tables, device: int, number: int) -> Choice:
     """That device in the format of that number."""
     slots = (slot for slot in tables.slots if slot.device == device)
     return next(choice for slot in slots for choice in slot.choices if choice.number == number)
+
+
+def seconds_of(tables: Tables, split: Split) -> float:
+    """Seconds of the split's stages and hops, all added up."""
+    bounds: dict[int, Bounds] = dict.fromkeys((split.embed, split.head), (0, 0))
+    bounds |= {device: (start, stop) for device, start, stop in split.runs}
+    total = 0.0
+    for device, run in bounds.items():
+        choice = choice_of(tables, device, split.formats[device])
+        total += float(choice.seconds(device == split.embed, device == split.head)[run])
+    path = [_slot(tables, device, split) for device in (split.embed, *(run[0] for run in split.runs), split.head)]
+    total += float(tables.enter_s[path[0]] + tables.leave_s[path[-1]])
+    return total + sum(float(tables.hop_s[pair]) for pair in pairwise(path))
+
+
+def _slot(tables: Tables, device: int, split: Split) -> int:
+    """The number of the slot that the device has in that split."""
+    for number, slot in enumerate(tables.slots):
+        if slot.device == device and any(choice.number == split.formats[device] for choice in slot.choices):
+            return number
+    raise KeyError(device)
 
 
 def excess_of(tables: Tables, split: Split) -> list[int]:

@@ -81,7 +81,9 @@ def left_out(found: Findings) -> list[str]:
             continue
         value, it = outcome.best_with(rest[0]), "it" if len(rest) == 1 else "one of them"
         text = " and ".join(found.devices[number].name for number in rest) + " " + ("was", "were")[len(rest) > 1]
-        if value == INFINITE:
+        if not outcome.by_devices:  # not gathered: all that is known is that this plan is the best
+            sentences.append(f"{text} left out: {it} would gain nothing")
+        elif value == INFINITE:
             sentences.append(f"{text} left out: no plan that uses {it} keeps the budgets")
         elif value <= outcome.value * (1 + 1e-9):
             sentences.append(f"{text} left out: {it} would gain nothing")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy
 
-from splitrun.planner.alike import DeviceSet, apart, classes_of, ends_of, sets_of
+from splitrun.planner.alike import Classes, DeviceSet, apart, classes_of, ends_of, sets_of
 from splitrun.planner.problem import INFINITE, Bounds, Choice, Floats, Integers, Split, Tables
 
 
@@ -58,6 +58,16 @@ class Chain:
     bottleneck: bool
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A chain under the caps of one division of shared memories, and the sets of devices that it may go through."""
+
+    chain: Chain
+    caps: Integers
+    classes: Classes
+    sets: Sequence[DeviceSet]
+
+
 Price = Callable[[Choice, bool, bool, int], Floats]
 """What a choice costs per run: (choice, holds embed, holds head, bytes it may take) -> shape (n + 1, n + 1)."""
 
@@ -69,10 +79,10 @@ def fastest(tables: Tables, bottleneck: bool, ends: Iterable[int] | None = None)
     may hold embed and head; None: every one.
     """
     allowed = None if ends is None else frozenset(ends)
-    outcome = _enumerate(tables, seconds_within(INFINITE), bottleneck, not bottleneck, allowed)
+    outcome = best_of(tables, seconds_within(INFINITE), bottleneck, not bottleneck, allowed)
     if not bottleneck or outcome.split is None:
         return outcome
-    second = _enumerate(tables, seconds_within(outcome.value * (1 + 1e-12)), False, True, allowed)
+    second = best_of(tables, seconds_within(outcome.value * (1 + 1e-12)), False, True, allowed)
     return Outcome(outcome.value, second.split, outcome.by_devices)
 
 
@@ -88,7 +98,7 @@ def seconds_within(ceiling: float) -> Price:
 
 def least_excess(tables: Tables) -> Outcome:
     """The split whose bytes beyond the budgets are fewest in all; value 0 when something fits."""
-    return _enumerate(tables, excess, False, False, None)
+    return best_of(tables, excess, False, False, None)
 
 
 def excess(choice: Choice, embed: bool, head: bool, cap: int) -> Floats:
@@ -97,11 +107,24 @@ def excess(choice: Choice, embed: bool, head: bool, cap: int) -> Floats:
     return numpy.where(numpy.isinf(choice.seconds(embed, head)), INFINITE, beyond)
 
 
-def _enumerate(
-    tables: Tables, price: Price, bottleneck: bool, with_hops: bool, allowed: frozenset[int] | None
+def best_of(
+    tables: Tables, price: Price, bottleneck: bool, with_hops: bool, allowed: frozenset[int] | None = None
 ) -> Outcome:
-    """Try every holder of embed and head and every division of shared memories."""
-    outcome, classes = Outcome(), classes_of(tables)
+    """The split of least cost: the sum over its devices, or with ``bottleneck`` the largest, and hops where they count.
+
+    ``allowed``: devices that may hold embed and head; None: every one.
+    """
+    outcome = Outcome()
+    for problem in problems(tables, price, bottleneck, with_hops, allowed):
+        _improve(problem, tables, price, outcome)
+    return outcome
+
+
+def problems(
+    tables: Tables, price: Price, bottleneck: bool, with_hops: bool, allowed: frozenset[int] | None = None
+) -> Iterator[Problem]:
+    """One problem for every holder of embed and head and every division of shared memories."""
+    classes = classes_of(tables)
     pairs = ends_of(classes)
     count = len(tables.slots)
     device = tuple(slot.device for slot in tables.slots)
@@ -120,7 +143,8 @@ def _enumerate(
             continue
         if (device[embed] == device[head] and embed != head) or (device[embed], device[head]) not in pairs:
             continue  # one format per device, and of devices that are alike the first
-        sets = sets_of(apart(classes, {device[embed], device[head]}))
+        others = apart(classes, {device[embed], device[head]})
+        sets = sets_of(others)
         hop, start, end = still, still[embed], still[:, head]
         if with_hops:
             hop, start = tables.hop_s, tables.enter_s[embed] + tables.hop_s[embed]
@@ -132,9 +156,7 @@ def _enumerate(
             for slot in range(count):  # the other slots of a device that holds an end: one format per device
                 if device[slot] in (device[embed], device[head]) and slot not in (embed, head):
                     charge[slot] = INFINITE
-            problem = Chain(charge, device, hop, start, end, embed, head, bottleneck)
-            _solve_chain(problem, tables, price, caps, sets, outcome)
-    return outcome
+            yield Problem(Chain(charge, device, hop, start, end, embed, head, bottleneck), caps, others, sets)
 
 
 def divisions(tables: Tables, embed: int, head: int) -> Iterator[Integers]:
@@ -168,30 +190,15 @@ def _sizes(tables: Tables, device: int, embed: bool, head: bool) -> Integers:
     return numpy.unique(numpy.concatenate(found)) if found else numpy.zeros(0, dtype=numpy.int64)
 
 
-def _solve_chain(
-    chain: Chain, tables: Tables, price: Price, caps: Integers, sets: Sequence[DeviceSet], outcome: Outcome
-) -> None:
+def _improve(problem: Problem, tables: Tables, price: Price, outcome: Outcome) -> None:
     """Improve ``outcome`` with the best chain of every set of devices."""
-    count, last_layer = chain.charge.shape[0], chain.charge.shape[1] - 1
-    alone = chain.charge[numpy.arange(count), 0, 0]
-    runs = chain.charge.copy()
-    runs[:, numpy.arange(last_layer + 1), numpy.arange(last_layer + 1)] = INFINITE
+    chain, caps = problem.chain, problem.caps
+    runs, last_layer = runs_of(chain), chain.charge.shape[1] - 1
+    alone = chain.charge[:, 0, 0]
     join = numpy.maximum if chain.bottleneck else numpy.add
-    # reach[mask][s, j]: least charge for layers 0 .. j - 1 by the devices of mask, slot s the last of them
-    reach: dict[int, Floats] = {}
+    reach = reach_of(chain, runs, problem.sets)
     ends_held = 1 << chain.device[chain.embed] | 1 << chain.device[chain.head]
-    for mask, last in sets:
-        table = reach[mask] = numpy.full((count, last_layer + 1), INFINITE)
-        for slot in (slot for slot in range(count) if chain.device[slot] in last):
-            before = mask ^ (1 << chain.device[slot])
-            if before == 0:
-                table[slot] = chain.start[slot] + runs[slot, 0]
-                continue
-            arrive = (reach[before] + chain.hop[:, slot, None]).min(axis=0)
-            useful = numpy.flatnonzero(arrive < INFINITE)
-            if len(useful):
-                first = useful[0]
-                table[slot, first:] = join(arrive[first:, None], runs[slot, first:, first:]).min(axis=0)
+    for mask, table in reach.items():
         ends = table[:, last_layer] + chain.end
         for slot in {chain.embed, chain.head}:
             if not mask >> chain.device[slot] & 1:
@@ -203,6 +210,35 @@ def _solve_chain(
             outcome.value = value
             found = _trace(chain, runs, reach, mask, int(ends.argmin()))
             outcome.split = with_formats(chain, tables, price, caps, found)
+
+
+def runs_of(chain: Chain) -> Floats:
+    """What runs of one layer and more cost; infinite where there is none. Shape: (slots, n + 1, n + 1)."""
+    runs, layers = chain.charge.copy(), numpy.arange(chain.charge.shape[1])
+    runs[:, layers, layers] = INFINITE
+    return runs
+
+
+def reach_of(chain: Chain, runs: Floats, sets: Sequence[DeviceSet]) -> dict[int, Floats]:
+    """Mask -> shape (slots, n + 1): entry [s, j] is the least charge for layers 0 .. j - 1 by all devices of the mask,
+    slot s the last of them."""
+    count, size = runs.shape[:2]
+    join = numpy.maximum if chain.bottleneck else numpy.add
+    reach: dict[int, Floats] = {}
+    arriving: dict[int, Floats] = {}  # the same with the hop to each slot
+    for mask, last in sets:
+        table = reach[mask] = numpy.full((count, size), INFINITE)
+        for slot in (slot for slot in range(count) if chain.device[slot] in last):
+            before = mask ^ (1 << chain.device[slot])
+            if before == 0:
+                table[slot] = chain.start[slot] + runs[slot, 0]
+                continue
+            arrive = arriving[before][slot]
+            first = int((arrive < INFINITE).argmax())
+            if arrive[first] < INFINITE:
+                table[slot, first:] = join(arrive[first:, None], runs[slot, first:, first:]).min(axis=0)
+        arriving[mask] = (table[:, None] + chain.hop[:, :, None]).min(axis=0)
+    return reach
 
 
 def _trace(

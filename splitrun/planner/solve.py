@@ -57,7 +57,7 @@ def solve(
     bottleneck = workload.objective == "throughput"
     if subsets(classes_of(tables)) > MAX_SUBSETS:
         return _of_many(profile, cluster, workload, devices, formats, quality if weights == "auto" else None)
-    outcome = fastest(tables, bottleneck)
+    outcome = quickest = fastest(tables, bottleneck)
     if outcome.split is None:
         raise does_not_fit(profile, cluster, workload, tried)
     plan = build_placement(profile, devices, workload, outcome.split)
@@ -70,8 +70,11 @@ def solve(
     notes = [f"{name} was left out: it does not compute {' or '.join(tried)}" for name in unable]
     found = Findings(tables, outcome, devices, workload, steps(workload) * cluster.step_s)
     notes += left_out(found)
-    notes += runner_up(found)
-    notes += more_context(found, profile, cluster, formats)
+    if outcome is quickest:
+        notes += runner_up(found) + more_context(found, profile, cluster, formats)
+        binding = limit(found)
+    else:
+        binding = f"--quality {quality}: weights that lose more would give {found.instead(quickest.value)}"
     loss = loss_share(profile, plan)
     if weights == "auto" and loss:
         notes.append(f"weights lose {loss:.0%} of what nf4 throughout loses; --quality, such as int8, keeps more")
@@ -80,7 +83,7 @@ def solve(
         gain = first_token_gain_s(profile, cluster, plan)
         if gain:
             notes.append(f"weights on the processor are copied to the card for prompts: {gain * 1e3:.3g} ms less")
-    return replace(plan, estimate=estimate(profile, cluster, plan, limit(found), notes))
+    return replace(plan, estimate=estimate(profile, cluster, plan, binding, notes))
 
 
 def _of_many(
