@@ -62,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + getattr(signal, "SIGPIPE", 13)
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    finally:
+        if arguments is None:
+            # What is left is the interpreter's own end, of which an interrupt would only make a traceback.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def one_line(message: str) -> str:
@@ -76,7 +80,9 @@ def _without_debug(words: list[str]) -> tuple[list[str], bool]:
 
 
 def _report_unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an error that nobody translated as one line; Python then exits with status 1."""
+    """Print an error that nobody translated as one line; Python then exits with status 1, or by the interrupt."""
+    if issubclass(kind, KeyboardInterrupt):
+        return
     print(
         f"splitrun: unexpected {kind.__name__}: {one_line(str(error))}; the same command with --debug shows where",
         file=sys.stderr,

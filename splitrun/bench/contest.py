@@ -7,6 +7,7 @@ contestant, not what one does.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -27,8 +28,12 @@ FOREIGN = ("accelerate", "transformers", "bitsandbytes")
 
 @contextmanager
 def other_process() -> Iterator[Executor]:
-    """A process to plan and predict in: both open cards, whose contexts would take memory from the contestants."""
-    with safe_spawning(), ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+    """A process to plan and predict in: both open cards, whose contexts would take memory from the contestants.
+
+    Ctrl-C ends it at once and without a word: this process has its own.
+    """
+    quietly: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+    with safe_spawning(), ProcessPoolExecutor(1, get_context("spawn"), **quietly) as process:
         yield process
 
 
@@ -88,8 +93,9 @@ def hold(terms: Terms, others: Iterable[str]) -> list[Result]:
 def _play(terms: Terms) -> Result:
     command, given = child_command("splitrun.bench.contestant"), json.dumps(terms.to_json())
     outcome = subprocess.run(
-        command, input=given, stdout=subprocess.PIPE, text=True, check=False, env=child_environment()
-    )
+        command, input=given, stdout=subprocess.PIPE, text=True, check=False, env=child_environment(),
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then ends that one
+    )  # fmt: skip
     lines = outcome.stdout.splitlines()
     if outcome.returncode != 0 or not lines:
         error = f"the process ended with status {outcome.returncode} and no result"

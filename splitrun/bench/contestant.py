@@ -13,6 +13,7 @@ import sys
 import traceback
 
 from splitrun.bench.terms import Result, Terms
+from splitrun.cluster.lines import end_with_parent
 from splitrun.errors import SplitrunError
 
 DEBUG_VARIABLE = "SPLITRUN_DEBUG"
@@ -21,7 +22,8 @@ FAILURES = (SplitrunError, RuntimeError, ValueError, TypeError, LookupError, Att
 
 
 def main() -> None:
-    """Play the terms on standard input."""
+    """Play the terms on standard input. Ends with the process that started it."""
+    end_with_parent()
     terms = Terms(**json.load(sys.stdin))
     # Libraries talk on standard output too: only the result may go there.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")

@@ -11,6 +11,7 @@ import typer
 
 from splitrun.cli.options import ModelOrPlacement, NodesOption, Planning, VerifyOption, spread
 from splitrun.cli.placements import plan_or_load
+from splitrun.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from splitrun import Engine, SamplingParams
@@ -43,7 +44,7 @@ def run(
     import splitrun
 
     sampling = splitrun.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     placement, _ = plan_or_load(model, planning, nodes=nodes, verify=verify)
     with splitrun.Engine(placement, load=planning.load) as engine:
         chat = engine.tokenizer.has_chat_template and not raw
@@ -57,6 +58,16 @@ def run(
         for event in engine.stream(ids, sampling):
             typer.echo(event.text, nl=False)
         typer.echo()
+
+
+def _standard_input() -> str:
+    """All of standard input. Raises InvalidRequest when it is no text."""
+    try:
+        return typer.get_binary_stream("stdin").read().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"standard input is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error
 
 
 def _messages(text: str, system: str | None) -> list[dict[str, str]]:

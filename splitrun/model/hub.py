@@ -96,7 +96,7 @@ def _absent(name: str, revision: str | None, missing: list[str]) -> ModelError:
 @contextmanager
 def _translated(name: str, revision: str | None) -> Iterator[None]:
     """Turn the Hub's errors into one line each; the most special ones first."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     at = f"{name} at revision {revision}" if revision else name
     unreachable = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, _http_library().TransportError)
@@ -116,9 +116,9 @@ def _translated(name: str, revision: str | None) -> Iterator[None]:
     except errors.RevisionNotFoundError as error:
         raise MissingWeights(f"{name} has no revision {revision} on the Hub") from error
     except unreachable as error:
-        raise MissingWeights(
-            f"{at} is not in the cache, and the Hub cannot be reached: go online or give a directory"
-        ) from error
+        offline = "HF_HUB_OFFLINE is set: unset it once"
+        why = offline if constants.HF_HUB_OFFLINE else "the Hub cannot be reached: go online"
+        raise MissingWeights(f"{at} is not in the cache, and {why} or give a directory") from error
     except errors.EntryNotFoundError as error:
         raise MissingWeights(f"{at} has no config.json on the Hub: it is not a transformers model") from error
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:

@@ -84,7 +84,8 @@ def install_error_handlers(app: FastAPI) -> None:
             return error_response(f"{told}: send Content-Type: application/json", 400)
         parts = [str(part) for part in first["loc"] if part != "body"]
         where = ".".join(parts) or "the body"
-        return _respond(error_body(f"{where[:200]}: {first['msg']}", 400, param=parts[0] if parts else None), 400)
+        told = str(first["msg"]).removeprefix("Value error, ")
+        return _respond(error_body(f"{where[:200]}: {told}", 400, param=parts[0] if parts else None), 400)
 
     @app.exception_handler(StarletteHTTPException)
     async def refuse_http(request: Request, error: HTTPException) -> Response:

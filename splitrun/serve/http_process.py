@@ -52,8 +52,8 @@ class HttpSettings:
         return cls(**{**value, "address": Address(**value["address"])})
 
 
-async def serve_http(settings: HttpSettings, parent: asyncio.StreamReader) -> None:
-    """Serve until the parent asks to drain. Raises StageLost when the engine does not answer."""
+async def serve_http(settings: HttpSettings, asked: asyncio.Event) -> None:
+    """Serve until ``asked`` to drain. Raises StageLost when the engine does not answer."""
     tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model_path)
     if tokenizer.missing_reason:
         print(f"splitrun: {tokenizer.missing_reason}", file=sys.stderr)
@@ -78,38 +78,30 @@ async def serve_http(settings: HttpSettings, parent: asyncio.StreamReader) -> No
         timeout_graceful_shutdown=max(1, int(settings.drain_s)),
     )
     server = uvicorn.Server(config)
-    watcher = asyncio.create_task(_obey(parent, server, client, settings))
+    draining = asyncio.create_task(_drain(asked, server, client, settings.drain_s))
     listener = socket.socket(fileno=settings.listener)
     try:
         await server.serve(sockets=[listener])
     finally:
-        watcher.cancel()
+        draining.cancel()
 
 
-async def _obey(
-    parent: asyncio.StreamReader, server: uvicorn.Server, client: EngineClient, settings: HttpSettings
-) -> None:
-    """Do as the parent says; when it is gone, nobody can be answered any more, so end on the spot, and remove what it
-    would have removed.
-
-    Shortly before the time to drain is over, what still runs is ended with an error that its client can read.
-    """
-    endings: list[asyncio.Task[None]] = []
-    try:
-        while line := await parent.readline():
-            if line.strip() == b"drain":
-                server.should_exit = True
-                last_words_s = min(_LAST_WORDS_S, settings.drain_s / 4)
-                endings.append(asyncio.create_task(_end_after(settings.drain_s - last_words_s, client)))
-    finally:
-        for ending in endings:
-            ending.cancel()
-    settings.address.remove()
+async def _obey(parent: asyncio.StreamReader, asked: asyncio.Event, address: Address) -> None:
+    """Pass on what the parent says; when it is gone, nobody can be answered any more, so end on the spot, and remove
+    what it would have removed."""
+    while line := await parent.readline():
+        if line.strip() == b"drain":
+            asked.set()
+    address.remove()
     os._exit(1)
 
 
-async def _end_after(seconds: float, client: EngineClient) -> None:
-    await asyncio.sleep(seconds)
+async def _drain(asked: asyncio.Event, server: uvicorn.Server, client: EngineClient, drain_s: float) -> None:
+    """Let the server end once asked to. Shortly before the time is over, what still runs is ended with an error that
+    its client can read."""
+    await asked.wait()
+    server.should_exit = True
+    await asyncio.sleep(drain_s - min(_LAST_WORDS_S, drain_s / 4))
     await client.end_all(StageError("the server is shutting down and ended this request: send it again later"))
 
 
@@ -120,7 +112,13 @@ async def run() -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(0, "rb", closefd=False))
     line = await reader.readline()
     if line:
-        await serve_http(HttpSettings.from_json(json.loads(line)), reader)
+        settings, asked = HttpSettings.from_json(json.loads(line)), asyncio.Event()
+        # From the start: a parent that ends while the tokenizer loads must not leave its port taken.
+        watcher = asyncio.create_task(_obey(reader, asked, settings.address))
+        try:
+            await serve_http(settings, asked)
+        finally:
+            watcher.cancel()
 
 
 def main() -> None:

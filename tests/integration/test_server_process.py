@@ -18,6 +18,7 @@ import httpx
 import pytest
 from fake_engine import FakeEngine
 
+from splitrun.child import child_command, child_environment
 from splitrun.errors import InvalidRequest
 from splitrun.serve.launcher import CannotListen, HttpProcessLost, ServeOptions, Server, listen
 
@@ -290,6 +291,26 @@ def test_the_http_process_does_not_outlive_its_parent(empty_model: Path, monkeyp
         assert ended(watched)
         os.close(watched)
         assert not list(empty_model.glob("splitrun-*"))
+
+
+def test_an_http_process_whose_parent_ends_while_it_starts_ends_too(tmp_path: Path) -> None:
+    """It would hold the port, and wait for the engine of a process that is gone."""
+    sockets = tmp_path / "sockets"
+    sockets.mkdir()
+    address = {"control": f"ipc://{sockets}/control", "events": f"ipc://{sockets}/events", "token": "t"}
+    with listen("127.0.0.1", 0) as listener:
+        settings = {
+            "address": address, "listener": listener.fileno(), "model_path": str(tmp_path), "served_name": "fake",
+            "api_key": None, "body_limit_bytes": 1, "receive_deadline_s": 1, "drain_s": 1, "beat_s": 1, "silence_s": 1,
+        }  # fmt: skip
+        child = subprocess.Popen(
+            child_command("splitrun.serve.http_process"), stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            pass_fds=[listener.fileno()], env=child_environment(),
+        )  # fmt: skip
+        _, told = child.communicate(json.dumps(settings) + "\n", timeout=15)
+    assert child.returncode == 1
+    assert "does not answer" not in told
+    assert not sockets.exists()
 
 
 def ended(watched: int, timeout_s: float = 20.0) -> bool:

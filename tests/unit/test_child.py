@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
+from splitrun.bench.contest import other_process
 from splitrun.child import PACKAGE_HOME, child_command, child_environment, safe_spawning
 
 
@@ -49,6 +53,16 @@ def test_an_http_process_starts_in_a_hostile_folder(hostile_folder: Path) -> Non
     )  # fmt: skip
     assert "was imported" not in outcome.stderr
     assert not (hostile_folder / "taken").exists()
+
+
+def test_an_interrupt_ends_the_process_that_plans_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    with other_process() as process:
+        number = process.submit(os.getpid).result()
+        planning = process.submit(time.sleep, 60)
+        os.kill(number, signal.SIGINT)
+        with pytest.raises(BrokenProcessPool):
+            planning.result(timeout=20)
+    assert capfd.readouterr().err == ""
 
 
 def test_spawned_processes_import_nothing_from_the_current_folder(hostile_folder: Path) -> None:

@@ -1,8 +1,10 @@
 """The command line: statuses, one line per error, what each command parses, calls and prints. Nothing is loaded."""
 
+import io
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -14,7 +16,7 @@ import pytest
 
 import splitrun
 from splitrun import api
-from splitrun.__main__ import main, one_line
+from splitrun.__main__ import _report_unexpected, main, one_line
 from splitrun.cli.options import Planning
 from splitrun.engine.interface import EngineStatus
 from splitrun.errors import ContextTooLong, DoesNotFit, StageLost
@@ -145,6 +147,25 @@ def test_an_error_is_one_line_with_its_status(
 def test_debug_after_a_bare_double_dash_is_a_prompt(engine: type[FakeEngine]) -> None:
     assert main(["run", "demo", "--raw", "--", "--debug"]) == 0
     assert len(engine.made[0].asked[0][0]) == len("--debug")
+
+
+def test_an_interrupt_outside_of_any_command_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    _report_unexpected(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupt_while_the_interpreter_ends_is_too_late() -> None:
+    code = "import signal; from splitrun.__main__ import main; main(); print(signal.getsignal(signal.SIGINT).name)"
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "SIG_IGN"
+
+
+def test_standard_input_that_is_no_text_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    assert main(["run", "demo", "-"]) == 2
+    assert capsys.readouterr().err == "splitrun: standard input is not UTF-8 text: byte 2 is 0xff\n"
 
 
 def test_an_interrupt_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
