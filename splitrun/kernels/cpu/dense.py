@@ -1,7 +1,8 @@
 """A matrix in bf16 or fp16 on the CPU, stored as torch stores it: products of few rows in C, of many by torch.
 
-Products of up to 16 rows are fp32 sums in the order that `reference.dense_reference` defines, so that a row's bits
-depend on that row alone; torch's own depend on how many there are. Knows no models.
+Products of up to 16 rows are fp32 sums in an order of their own, so that a row's bits depend on that row alone; torch's
+own depend on how many there are. The order is the one that `reference.dense_reference` defines, but for bf16 at a level
+with `Kernel.dots`. Knows no models.
 """
 
 from __future__ import annotations

@@ -61,12 +61,16 @@ def scratch_address(nbytes: int) -> int:
 
 
 class Kernel:
-    """The library at one instruction set level. Tensors are on the CPU and contiguous; nothing is checked in C."""
+    """The library at one instruction set level. Tensors are on the CPU and contiguous; nothing is checked in C.
+
+    ``dots``: products with bf16 matrices are within `reference.many_bound`; else they are the reference's bits.
+    """
 
     def __init__(self, library: ctypes.CDLL, level: int, name: str) -> None:
         self.name = name
         self._library = library
         self._level = level
+        self.dots = bool(library.splitrun_level_dots(level))
         self._product = library.splitrun_product
         self._layers = library.splitrun_layers
         self._scratch_bytes = cache(library.splitrun_scratch_bytes)
@@ -247,6 +251,7 @@ def _load() -> ctypes.CDLL | None:
     signatures: dict[str, tuple[object, tuple[object, ...]]] = {
         "splitrun_level": (pointer, (narrow,)),
         "splitrun_level_name": (ctypes.c_char_p, (pointer,)),
+        "splitrun_level_dots": (narrow, (pointer,)),
         "splitrun_scratch_bytes": (wide, (wide, wide)),
         "splitrun_use_openmp": (None, (pointer,)),
         "splitrun_pack": (None, (pointer, wide, wide, pointer, pointer)),

@@ -14,7 +14,8 @@ fp32 and output rounding. Typical, for normally distributed values: 1.0 % (nf4),
 are rounded again (kernels for tile instructions take 8). Read A_g and M_g as those of the span; M_g counts twice.
 Typical: 1.2 % and 0.8 %.
 
-A product of many rows in bf16 multiplies values rounded to bf16 in fp32 sums: `many_bound`.
+A product of many rows in bf16 multiplies values rounded to bf16 in fp32 sums: `many_bound`. So does one of few rows
+with a bf16 matrix at a level with dot products of bf16; what is smaller than fp32's normal numbers is zero there.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _spanned(codes: Tensor, scales: Tensor, span: int) -> tuple[Tensor, Tensor]:
 
 
 def many_bound(x: Tensor, values: Tensor, exact: Tensor) -> Tensor:
-    """How far a bf16 product of many rows may be from the exact one of these values. Shape: (rows, out), float64.
+    """How far a bf16 product in fp32 sums may be from the exact one of these values. Shape: (rows, out), float64.
 
     fp32 sums of n terms, n 2^-23 of the terms' magnitudes; half a unit of bf16 for the output; and what is smaller
     than fp32's normal numbers counts as zero.

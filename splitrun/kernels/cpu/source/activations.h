@@ -20,6 +20,16 @@ ALWAYS_INLINE struct activations activations_in(void *scratch, int64_t rows, int
     return x;
 }
 
+/* Values to bf16, from an index on. */
+ALWAYS_INLINE void round_values(const void *values, int dtype, int64_t count, int64_t start, void *out) {
+    for (int64_t at = 0; at < count; at += GROUP) {
+        float part[GROUP];
+        int few = count - at < GROUP ? (int)(count - at) : GROUP;
+        load_values(values, dtype, at, few, part);
+        store_values(part, BF16, start + at, few, out);
+    }
+}
+
 /* Set count columns of a row, from a multiple of the group on. */
 ALWAYS_INLINE void set_activations(const struct level *level, int format, const struct activations *x, int64_t row,
                                    int64_t start, const void *values, int dtype, int64_t count) {
@@ -28,6 +38,8 @@ ALWAYS_INLINE void set_activations(const struct level *level, int format, const 
     if (format == NF4 || format == INT8)
         level->quantize(values, dtype, count, unit, x->codes + row * x->code_stride + start,
                         x->scales + group, x->offsets + group);
+    else if (format == BF16_ROWS && level->dots)
+        round_values(values, dtype, count, start, x->values + row * x->value_stride);
     else
         load_values(values, dtype, 0, (int)count, x->values + row * x->value_stride + start);
 }

@@ -1,9 +1,15 @@
 /* Products with 16-bit floating-point matrices as torch stores them, row by row: fp32 products and sums in 16 partial
- * sums along a row, without fused multiply-add, so the bits are the same at every level. */
+ * sums along a row, without fused multiply-add, so the bits are the same at every level but where dots are used. */
 #ifndef SPLITRUN_DENSE_H
 #define SPLITRUN_DENSE_H
 
 #include "lanes.h"
+#ifdef __AVX512BF16__
+#include "dense_dots.h"
+#define DENSE_DOTS 1
+#else
+#define DENSE_DOTS 0
+#endif
 
 #define PAIR 2 /* matrix rows at a time: two chains of additions hide their latency */
 #define STEP (2 * LANES) /* columns of a line */
@@ -83,8 +89,13 @@ ALWAYS_INLINE void dense_as(const uint16_t *weights, const int dtype, int64_t co
 /* sums[row * TILE + lane] = the products of up to 16 matrix rows with each activation row. */
 static void dense_tile(const void *weights, int dtype, int64_t columns, int matrix_rows, const float *x, int64_t stride,
                        int rows, float *sums) {
+#ifdef __AVX512BF16__
+    if (dtype == BF16)
+        dense_dots(weights, columns, matrix_rows, (const uint16_t *)x, 2 * stride, rows, sums);
+#else
     if (dtype == BF16)
         dense_as(weights, BF16, columns, matrix_rows, x, stride, rows, sums);
+#endif
     else
         dense_as(weights, FP16, columns, matrix_rows, x, stride, rows, sums);
 }

@@ -51,3 +51,6 @@ EXPORT const struct level *splitrun_level(int32_t index) {
 }
 
 EXPORT const char *splitrun_level_name(const struct level *level) { return level->name; }
+
+/* Whether products with bf16 matrices take activations rounded to bf16, in sums of another order. */
+EXPORT int32_t splitrun_level_dots(const struct level *level) { return level->dots; }

@@ -10,8 +10,9 @@
  * Arithmetic is the same at every level, to the bit: integer sums over 64 columns, then fp32 products and sums in the
  * order of the groups, without fused multiply-add (the build says -ffp-contract=off); for 16-bit floats 16 partial sums
  * along a row. A row's result therefore depends neither on the level, nor on the threads, nor on the other rows. One
- * exception: avx512dots attends to bf16 keys and values with queries and weights rounded to bf16; there too a row's bits
- * depend on that row alone. Nothing here knows models or Python.
+ * exception: avx512dots multiplies bf16 matrices with activations rounded to bf16, and attends to bf16 keys and values
+ * with queries and weights rounded so, in fp32 sums of its own; there too a row's bits depend on that row alone.
+ * Nothing here knows models or Python.
  */
 #ifndef SPLITRUN_KERNELS_H
 #define SPLITRUN_KERNELS_H
@@ -45,7 +46,7 @@ struct weight {
 };
 
 /* Activations in int8: per row and group of 64 columns codes, one scale, and -128 times the sum of the codes; in fp32 for
- * products with 16-bit floats. */
+ * products with 16-bit floats, or where the level has dots in bf16 for those with bf16. */
 struct activations {
     int8_t *codes;
     float *scales;
@@ -58,7 +59,7 @@ struct activations {
 /* Add to sums[row * TILE + lane] the product of a full tile's columns with each activation row. */
 typedef void tile_product(const uint8_t *lines, const float *scales, int64_t columns, const struct activations *x,
                           int rows, float *sums);
-/* As tile_product for up to 16 rows of a plain matrix: sets sums. */
+/* As tile_product for up to 16 rows of a plain matrix: sets sums. x: as activations have it; stride: in floats. */
 typedef void dense_product(const void *weights, int dtype, int64_t columns, int matrix_rows, const float *x,
                            int64_t stride, int rows, float *sums);
 /* Values of one matrix row: codes and scales of its first column, and the strides to the next. */
@@ -96,12 +97,13 @@ struct level {
     row_norm *norm;
     row_rotation *rotate;
     row_gate *gate;
+    int32_t dots; /* products with bf16 matrices take activations in bf16 */
 };
 
 /* A level of the functions that its file has defined. */
 #define LEVEL(name)                                                                                                    \
     const struct level level_##name = {#name,  nf4_tile,     int8_tile, dense_tile, nf4_row, int8_row,                 \
-                                       attend, quantize_row, norm_row,  rotate_row, gate_row}
+                                       attend, quantize_row, norm_row,  rotate_row, gate_row, DENSE_DOTS}
 
 extern const struct level level_avx512dots, level_avx512vnni, level_avx2vnni, level_avx2, level_neon, level_portable;
 
