@@ -143,12 +143,16 @@ class TiledWeight(Weight):
     def rows(self, ids: Tensor) -> Tensor:
         """Entries along the first axis. Shape: (*ids.shape, *shape[1:]). Raises IndexError."""
         flat = ids.reshape(-1).long()
-        flat = torch.where(flat < 0, flat + self.shape[0], flat)
         if self.ndim > 2:
             entries = [self.entry(int(index)).dequantize() for index in flat]
             return torch.stack(entries).view(*ids.shape, *self.shape[1:])
         values = torch.empty((flat.shape[0], self.shape[1]), dtype=self.dtype)
-        self._kernel.gather(self.matrix, flat, values)
+        try:
+            self._kernel.gather(self.matrix, flat, values)
+        except IndexError:  # ids from the end are rare, and looking for them costs as much as the rows
+            if not bool((flat < 0).any()):
+                raise
+            self._kernel.gather(self.matrix, torch.where(flat < 0, flat + self.shape[0], flat), values)
         return values.view(*ids.shape, self.shape[1])
 
     def part(self, start: int, stop: int) -> Weight:
