@@ -11,7 +11,7 @@ from planner_models import GIB, MIB, device, model, random_cluster, random_model
 
 from splitrun.planner import search
 from splitrun.planner.alike import Classes, classes_of, sets_of, subsets
-from splitrun.planner.facts import Cluster, Link, ModelProfile, Objective, Workload
+from splitrun.planner.facts import FORMATS, Cluster, Link, ModelProfile, Objective, Workload
 from splitrun.planner.memory import over_budget
 from splitrun.planner.problem import Tables
 from splitrun.planner.quality import loss_limit
@@ -22,11 +22,11 @@ from splitrun.planner.within import fastest_within
 
 
 def twins(draw: random.Random, cluster: Cluster) -> Cluster:
-    """The cluster with one or two of its devices there twice, and once in a while thrice."""
+    """The cluster with one of its devices there twice, and now and then thrice."""
     devices = list(cluster.devices)
-    for place in draw.sample(devices, min(2, len(devices))):
-        count = draw.choice([1, 1, 2])
-        devices += [replace(place, name=f"cuda:{len(devices) + index + 4}") for index in range(count)]
+    number = draw.randrange(len(devices))
+    devices[number] = replace(devices[number], formats=FORMATS)
+    devices += [replace(devices[number], name=f"cuda:{index + 4}") for index in range(draw.choice([1, 1, 2]))]
     return Cluster(tuple(replace(place, memory_pool=place.name) for place in devices))
 
 
@@ -40,11 +40,9 @@ def told_apart(tables: Tables) -> Classes:
     return tuple((number,) for number in range(tables.devices))
 
 
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", range(30))
 def test_as_good_as_a_search_that_tells_them_apart(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     profile, tables, workload = instance(seed)
-    if not tables.slots:
-        return
     bottleneck, most = workload.objective == "throughput", loss_limit(profile, "0.5")
     found = fastest(tables, bottleneck), fastest_within(tables, profile, bottleneck, most), least_excess(tables)
     assert subsets(classes_of(tables)) < 1 << tables.devices
