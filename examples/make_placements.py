@@ -155,7 +155,13 @@ def processor(name: str, budget_bytes: int, bandwidth: float, flops: float) -> D
     """A virtual processor with a budget of its own."""
     facts = find_device("desktop DDR4 CPU", "device").device(name, "host" if name == "cpu" else name)
     sizes = {"total_bytes": budget_bytes, "free_bytes": budget_bytes, "budget_bytes": budget_bytes}
-    return replace(facts, description="processor", bandwidth_bytes_per_s=bandwidth, flops_per_s=flops, **sizes)
+    return replace(
+        facts,
+        description=f"a processor that reads {bandwidth / 1e9:.0f} GB/s",
+        bandwidth_bytes_per_s=bandwidth,
+        flops_per_s=flops,
+        **sizes,
+    )
 
 
 def from_sheets(

@@ -14,6 +14,7 @@ import numpy
 from splitrun.planner.alike import classes_of
 from splitrun.planner.facts import Cluster, Device, ModelProfile, Workload
 from splitrun.planner.many import least_possible
+from splitrun.planner.placement import Placement
 from splitrun.planner.problem import INFINITE, Split, Tables, choice_of, excess_of, used_devices
 from splitrun.planner.search import Outcome, fastest
 from splitrun.planner.tables import build_tables
@@ -60,7 +61,8 @@ class Findings:
             (other, now), unit = map(format_seconds, each), MEASURES[self.workload.objective]
         if other == now:
             more = each[0] / each[1] - 1
-            return f"{other} {unit}, {abs(more) * 100:.2g}% {'more' if more > 0 else 'less'} time"
+            exactly = f", {abs(more):.1%} {'more' if more > 0 else 'less'} time" if abs(more) >= 0.0005 else " too"
+            return f"{other} {unit}{exactly}"
         return f"{other} instead of {now} {unit}"
 
 
@@ -145,6 +147,22 @@ def more_context(
         return []
     gain = found.instead(outcome.value)
     return [f"--context {context} instead of {workload.context} would leave room for more on the faster device: {gain}"]
+
+
+def untimed(profile: ModelProfile, cluster: Cluster, placement: Placement) -> list[str]:
+    """What the figures of devices rest on where the model's layers were not timed there."""
+    used = dict.fromkeys((stage.device, stage.weights) for stage in placement.stages)
+    missing = [(cluster.device(name), weights) for name, weights in used if (name, weights) not in profile.seconds]
+    sheets = dict.fromkeys(device for device, _ in missing if device.source == "datasheet")
+    sentences = [
+        f"{weights} on {device.name} was not timed: its figures follow from the device's bandwidth"
+        for device, weights in missing
+        if device not in sheets
+    ]
+    if sheets:
+        names = (f"{device.name} is {device.description.removesuffix(' (datasheet)')}" for device in sheets)
+        sentences.append(f"from published figures, not measured: {', '.join(names)}")
+    return sentences
 
 
 def _memories(tables: Tables, used: Set[int]) -> list[tuple[int, ...]]:

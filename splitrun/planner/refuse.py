@@ -100,7 +100,10 @@ def _advice(profile: ModelProfile, cluster: Cluster, workload: Workload, tried: 
         options += [f"--context {context}"] if context < workload.context else []
         options += ["--sessions 1"] if workload.sessions > 1 else []
         return "it fits with " + " ".join(options)
-    return "nothing smaller fits either; give it that much more with --memory, or take a smaller model"
+    least = replace(workload, sessions=1, context=min(workload.context, workload.block_tokens))
+    missing = _least(profile, cluster, _able(cluster, leanest), least, leanest)
+    short = f"in {leanest} {least.context} tokens are {format_bytes(missing)} short"
+    return f"nothing smaller fits either: {short}; give it more with --memory, or take a smaller model"
 
 
 def _longest_context(profile: ModelProfile, cluster: Cluster, workload: Workload, weights: str) -> int:

@@ -70,8 +70,3 @@ def interpolated(points: Sequence[tuple[float, float]], position: float) -> floa
     upper = next((index for index, point in enumerate(points) if point[0] >= position), len(points) - 1)
     (x0, y0), (x1, y1) = points[upper - 1], points[upper]
     return max(0.0, y0 + (y1 - y0) * (position - x0) / (x1 - x0))
-
-
-def zero_seconds() -> UnitSeconds:
-    """A unit that takes no time."""
-    return UnitSeconds((DecodeLine(1, 0.0, 0.0),), ((1, 0.0),))

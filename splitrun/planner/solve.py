@@ -19,10 +19,10 @@ from splitrun.planner.memory import compute_dtype
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
 from splitrun.planner.problem import Split, used_devices
 from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss
-from splitrun.planner.reasons import Findings, left_out, limit, measure_text, more_context, runner_up, slowest
+from splitrun.planner.reasons import Findings, left_out, limit, measure_text, more_context, runner_up, slowest, untimed
 from splitrun.planner.refuse import does_not_fit
 from splitrun.planner.search import fastest
-from splitrun.planner.stream import first_token_gain_s, with_stream_buffer
+from splitrun.planner.stream import prompt_notes, with_stream_buffer
 from splitrun.planner.tables import build_tables
 from splitrun.planner.within import fastest_within
 from splitrun.quantities import format_seconds
@@ -75,14 +75,13 @@ def solve(
         binding = limit(found)
     else:
         binding = f"--quality {quality}: weights that lose more would give {found.instead(quickest.value)}"
+    notes += untimed(profile, cluster, plan)
     loss = loss_share(profile, plan)
     if weights == "auto" and loss:
         notes.append(f"weights lose {loss:.0%} of what nf4 throughout loses; --quality, such as int8, keeps more")
     if stream:
         plan = with_stream_buffer(profile, cluster, plan)
-        gain = first_token_gain_s(profile, cluster, plan)
-        if gain:
-            notes.append(f"weights on the processor are copied to the card for prompts: {gain * 1e3:.3g} ms less")
+        notes += prompt_notes(profile, cluster, plan)
     return replace(plan, estimate=estimate(profile, cluster, plan, binding, notes))
 
 

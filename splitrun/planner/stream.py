@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from splitrun.planner.cost import prefill_s, reference_prompt, stage_kv_dtype
 from splitrun.planner.facts import Cluster, Device, ModelProfile, Workload
-from splitrun.planner.memory import SLABS, compute_dtype, placement_memory, streams
+from splitrun.planner.memory import SLABS, compute_dtype, over_budget, placement_memory, pool_budgets, streams
 from splitrun.planner.placement import Placement, StageSpec
+from splitrun.quantities import format_bytes, format_seconds
 
 PADDING_BYTES = 8192
 """In a slab, for matrices that begin at round addresses."""
@@ -62,6 +63,27 @@ def with_stream_buffer(profile: ModelProfile, cluster: Cluster, placement: Place
     The slabs hold the largest layer of any stage that gains by them; each stage on the processor says from how many
     tokens on it does. Unchanged where nothing is gained.
     """
+    made = _with_slabs(profile, cluster, placement)
+    missing = over_budget(placement_memory(profile, cluster, made), pool_budgets(cluster))
+    return placement if missing else made
+
+
+def prompt_notes(profile: ModelProfile, cluster: Cluster, placement: Placement) -> list[str]:
+    """What slabs gain, or would with how much more memory; nothing where prompts gain nothing by them."""
+    made = _with_slabs(profile, cluster, placement)
+    gain = first_token_gain_s(profile, cluster, made)
+    if gain <= 0:
+        return []
+    missing = over_budget(placement_memory(profile, cluster, made), pool_budgets(cluster))
+    earlier = f"the first token comes {format_seconds(gain)} earlier"
+    if not missing:
+        return [f"weights on the processor are copied to the card for prompts: {earlier}"]
+    room = " and ".join(f"{format_bytes(size)} more on {name}" for name, size in missing.items())
+    return [f"with {room} the weights on the processor could be copied to the card for prompts: {earlier}"]
+
+
+def _with_slabs(profile: ModelProfile, cluster: Cluster, placement: Placement) -> Placement:
+    """The placement with slabs, whether they fit or not; unchanged where nothing is gained."""
     card, stages = _card(cluster, placement), list(placement.stages)
     found = [crossover_tokens(profile, cluster, placement, stage) for stage in stages]
     gains = [stage for stage, tokens in zip(stages, found, strict=True) if tokens is not None]
@@ -73,9 +95,7 @@ def with_stream_buffer(profile: ModelProfile, cluster: Cluster, placement: Place
     size = max(slab_bytes(profile, stage) for stage in gains)
     index = next(number for number, stage in enumerate(stages) if stage.device == card.name)
     stages[index] = replace(stages[index], stream_buffer_bytes=size)
-    made = replace(placement, stages=tuple(stages))
-    fits = all(bill.total_bytes <= bill.budget_bytes for bill in placement_memory(profile, cluster, made))
-    return made if fits else placement
+    return replace(placement, stages=tuple(stages))
 
 
 def first_token_gain_s(profile: ModelProfile, cluster: Cluster, placement: Placement) -> float:

@@ -32,7 +32,7 @@ def changed(cluster: Cluster, changes: Changes) -> tuple[Cluster, list[str]]:
         raise InvalidPlacement(f"{sorted(both)[0]!r} is both added and dropped; name it once")
     devices = list(cluster.devices)
     for name in changes.drop:
-        devices.remove(_named(devices, name, "--drop"))
+        devices.remove(_named(devices, name, "--drop: there is no"))
     links = {pair: link for pair, link in cluster.links.items() if all(_has(devices, end) for end in pair)}
     notes = []
     for text in changes.add:
@@ -88,7 +88,7 @@ def _named(devices: Sequence[Device], name: str, what: str) -> Device:
             return device
     names = [device.name for device in devices]
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(names) or 'none'}"
+    hint = f"did you mean {near[0]}?" if near else f"there is {' and '.join(names) or 'none'}"
     raise InvalidPlacement(f"{what} {name[:60]!r}: {hint}")
 
 

@@ -68,7 +68,7 @@ def test_what_if_warns_of_what_cannot_run(capsys: pytest.CaptureFixture[str]) ->
         (["what-if", "demo", *MACHINE, "--add-node", "GTX 1066"], "--add-node 'GTX 1066' is not known"),
         (["what-if", "demo", *MACHINE, "--link", "string"], "--link 'string' is not known"),
         (["what-if", "demo", "--machine", "toaster"], "--machine 'toaster' is not known"),
-        (["what-if", "demo", *MACHINE, "--drop", "cuda:1"], "--drop 'cuda:1': there is cpu"),
+        (["what-if", "demo", *MACHINE, "--drop", "cuda:1"], "--drop: there is no 'cuda:1': there is cpu"),
         (["what-if", "demo", *MACHINE, "--facts", "x.json"], "--machine and --facts both say where to start"),
         (["what-if", "demo", *MACHINE, "--memory", "cpu=0"], "a budget of 0 for cpu"),
         (["what-if", "demo", *MACHINE, "--memory", "cpu=1MiB"], "demo does not fit"),

@@ -12,6 +12,7 @@ from splitrun.errors import DoesNotFit, InvalidPlacement
 from splitrun.planner.facts import Cluster, Workload
 from splitrun.planner.memory import placement_memory
 from splitrun.planner.placement import Placement
+from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds
 from splitrun.planner.solve import allowed_formats, solve
 
 
@@ -194,7 +195,7 @@ def test_the_context_advised_is_the_longest_that_fits() -> None:
 
 def test_the_shortfall_is_what_is_missing() -> None:
     refusal = refusal_of(60, Workload(context=512))
-    assert "nothing smaller fits either" in str(refusal)
+    assert re.search(r"nothing smaller fits either: in nf4 64 tokens are [\d.]+ MiB short", str(refusal))
     missing = refusal.shortfall_bytes["cpu"]
     profile, workload = model(layers=8, values=10 * MIB), Workload(context=512)
     solve(profile, Cluster((device(budget=60 * MIB + missing),)), workload)
@@ -233,3 +234,18 @@ def test_tied_embeddings_are_paid_once_on_one_device() -> None:
     cluster = Cluster((device(),))
     bills = [placement_memory(p, cluster, solve(p, cluster, Workload(), "bf16"))[0] for p in (untied, tied)]
     assert bills[0].weight_bytes - bills[1].weight_bytes == 2 * ends
+
+
+def test_figures_that_were_not_measured_say_what_they_rest_on() -> None:
+    each = UnitSeconds((DecodeLine(1, 1e-3, 0.0),), ((32, 1e-3),))
+    timed = replace(model(), seconds={("cpu", "nf4"): DeviceSeconds(each, (each,) * 10)})
+    card = replace(device("cuda:0"), source="datasheet", description="RTX 3050 4GB (datasheet)")
+    assert not any("timed" in note for note in notes_of(solve(timed, Cluster((device(),)), Workload(), "nf4")))
+    assert "int8 on cpu was not timed" in notes_of(solve(timed, Cluster((device(),)), Workload(), "int8"))[0]
+    notes = notes_of(solve(timed, Cluster((card,)), Workload(), "int8"))
+    assert notes == ("from published figures, not measured: cuda:0 is RTX 3050 4GB",)
+
+
+def notes_of(placement: Placement) -> tuple[str, ...]:
+    assert placement.estimate is not None
+    return placement.estimate.notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,14 @@ from splitrun.planner.facts import Cluster, Link, Workload
 from splitrun.planner.memory import placement_memory
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
 from splitrun.planner.solve import solve
-from splitrun.planner.stream import crossover_tokens, first_token_gain_s, slab_bytes, streamed_s, with_stream_buffer
+from splitrun.planner.stream import (
+    crossover_tokens,
+    first_token_gain_s,
+    prompt_notes,
+    slab_bytes,
+    streamed_s,
+    with_stream_buffer,
+)
 
 PROFILE = model(layers=8, values=40 * MIB)
 HOST = device(bandwidth=28e9, flops_per_s=0.5e12)
@@ -66,6 +74,17 @@ def test_the_plan_carries_from_how_many_tokens_on_a_stage_gains() -> None:
     assert placement_memory(PROFILE, slow, other)[0] == placement_memory(PROFILE, slow, PLAN)[0]  # nothing is pinned
 
 
+def test_slabs_that_do_not_fit_are_advised_with_the_room_they_take() -> None:
+    (note,) = prompt_notes(PROFILE, CLUSTER, PLAN)
+    assert note.startswith("weights on the processor are copied to the card for prompts: the first token comes ")
+    tight = Cluster((HOST, replace(CARD, budget_bytes=800 * MIB)), WIRE)
+    (note,) = prompt_notes(PROFILE, tight, PLAN)
+    more = re.match(r"with (\d+) MiB more on cuda:0 the weights on the processor could be copied", note)
+    assert more
+    card = replace(CARD, budget_bytes=(801 + int(more[1])) * MIB)
+    assert with_stream_buffer(PROFILE, Cluster((HOST, card), WIRE), PLAN) != PLAN
+
+
 def test_slabs_by_hand_that_cost_time_are_foretold_so() -> None:
     slow = replace(CLUSTER, links={pair: Link(20e-6, 0.1e9) for pair in WIRE})
     by_hand = replace(PLAN, stages=(ON_HOST, replace(PLAN.stages[1], stream_buffer_bytes=slab_bytes(PROFILE, ON_HOST))))
@@ -98,5 +117,5 @@ def test_other_models_and_other_machines_compute_their_prompts_where_they_lie() 
 def test_the_plan_says_what_prompts_gain() -> None:
     found = solve(PROFILE, CLUSTER, Workload(), "bf16", stream=True)
     assert found.estimate is not None
-    copied = any("copied to the card for prompts" in note for note in found.estimate.notes)
+    copied = any("are copied to the card for prompts: the first token comes" in note for note in found.estimate.notes)
     assert copied == any(stage.stream_buffer_bytes for stage in found.stages)

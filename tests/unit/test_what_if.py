@@ -57,7 +57,7 @@ def test_a_card_joins_its_machine_and_a_node_the_network() -> None:
         (Changes(add=("GTX 1066 3GB",)), r"--add 'GTX 1066 3GB' is not known; did you mean GTX 1060"),
         (Changes(add=("qqqq",)), "--add 'qqqq' is not known; known: GTX 1050 Ti 4GB, "),
         (Changes(add=("desktop DDR4 CPU",)), "is a processor: name it with --machine or --add-node"),
-        (Changes(drop=("cuda:2",)), "--drop 'cuda:2': did you mean cuda:"),
+        (Changes(drop=("cuda:2",)), "--drop: there is no 'cuda:2': did you mean cuda:"),
         (Changes(drop=("cpu", "cuda:0", "cuda:1")), "no device is left"),
         (Changes(add=("cuda:0",), drop=("cuda:0",)), "is both added and dropped"),
         (Changes(link="1GbF"), r"--link '1GbF' is not known; did you mean 1GbE"),
