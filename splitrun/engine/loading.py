@@ -36,6 +36,7 @@ from splitrun.planner.facts import VALUE_BYTES
 from splitrun.planner.kv import pool_blocks
 from splitrun.planner.memory import stage_dtype, streams
 from splitrun.planner.placement import Placement, StageSpec
+from splitrun.planner.relief import relief
 from splitrun.schedule.step import Step
 from splitrun.stage.batch import Traits
 from splitrun.stage.generic import RangeStage
@@ -102,7 +103,7 @@ class StageLoading:
         except SplitrunError:
             raise
         except (RuntimeError, MemoryError, OSError) as error:
-            raise translated(error, name) from error
+            raise translated(error, name, relief(self._placement, spec.device)) from error
 
     def close(self) -> None:
         """Give back what stages share; for a load that failed."""
@@ -235,7 +236,8 @@ def make_links(
             behind = loaded.stages.get(index + 1)
             reads_host = behind is not None and behind.reads_host
             onward = None if following is None else ring.hop(spec, following, reads_host)
-            links.append(Link(stage, loaded.workers[_worker_device(placement, index, loaded)], name, onward))
+            worker = loaded.workers[_worker_device(placement, index, loaded)]
+            links.append(Link(stage, worker, name, onward, relief(placement, spec.device)))
         else:
             assert send is not None, f"{name} is not here"
             target = None if following is None else FromHost(torch_device(following))

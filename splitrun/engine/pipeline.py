@@ -22,6 +22,8 @@ from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageLost, StageTi
 from splitrun.schedule.step import Step, Tokens
 from splitrun.transport.local import Hop, Parcel, Worker
 
+LESS = "fewer layers there"
+"""What mends a full device where the plan is not at hand."""
 CLOSING_S = 30.0
 """How long closing waits for a stage that computes."""
 
@@ -91,12 +93,14 @@ class StageClock:
 
 @dataclass(frozen=True)
 class Link:
-    """One stage in its place: its worker, its name in messages, and the hop behind it (None at the head)."""
+    """One stage in its place: its worker, its name in messages, the hop behind it (None at the head), and what to plan
+    with when its device is full."""
 
     stage: Stage
     worker: Worker
     name: str
     onward: Hop | None
+    relief: str = LESS
 
 
 @dataclass(frozen=True)
@@ -188,11 +192,12 @@ class Pipeline:
 
     def _post(self, index: int, step: Step, parcel: Parcel | None) -> None:
         link = self._links[index]
+        relief = link.relief if isinstance(link, Link) else LESS
 
         def failed(error: Exception) -> None:
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()  # what is left in pieces may fit as a whole
-            self._deliver(Failure(step.index, step.epoch, translated(error, link.name)))
+            self._deliver(Failure(step.index, step.epoch, translated(error, link.name, relief)))
 
         if isinstance(link, Link):
 
@@ -251,13 +256,11 @@ class Pipeline:
         self.record.add(Span(index, step.index, step.epoch, len(step.token_ids), step.requests, started_s, seconds))
 
 
-def translated(error: Exception, name: str) -> SplitrunError:
-    """An error of a stage as one of ours, naming the stage."""
+def translated(error: Exception, name: str, relief: str = LESS) -> SplitrunError:
+    """An error of a stage as one of ours, naming the stage; ``relief`` is what to plan with when memory is out."""
     if isinstance(error, SplitrunError):
         return error
     reason = str(error).strip().split("\n")[0][:200]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in reason:
-        return DeviceOutOfMemory(
-            f"{name} ran out of memory: plan with less context, fewer sessions or fewer layers there"
-        )
+        return DeviceOutOfMemory(f"{name} ran out of memory: plan again with {relief}")
     return StageLost(f"{name} failed: {type(error).__name__}: {reason}")

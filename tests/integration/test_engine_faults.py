@@ -87,7 +87,7 @@ def test_a_full_device_costs_the_newest_request_only(monkeypatch: pytest.MonkeyP
         for _ in range(3):
             assert done.acquire(timeout=60)
         assert [ends[number][0] for number in (901, 902, 903)] == ["length", "length", "error"]
-        assert "ran out of memory: plan with less context, fewer sessions" in ends[903][1]
+        assert "ran out of memory: plan again with --context " in ends[903][1]
 
 
 def test_one_fault_after_the_other_costs_only_the_steps_that_met_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from splitrun.engine.pipeline import translated
 from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageLost, StageTimeout
 
-FULL = "stage head on cpu ran out of memory: plan with less context, fewer sessions or fewer layers there"
+FULL = "stage head on cpu ran out of memory: plan again with --context 64 (now 128)"
 TABLE: list[tuple[Exception, type[SplitrunError], str]] = [
     (MemoryError(), DeviceOutOfMemory, FULL),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), DeviceOutOfMemory, FULL),
@@ -24,5 +24,5 @@ TABLE: list[tuple[Exception, type[SplitrunError], str]] = [
 
 @pytest.mark.parametrize(("error", "kind", "message"), TABLE, ids=lambda value: str(value)[:40])
 def test_a_fault_names_its_stage(error: Exception, kind: type[SplitrunError], message: str) -> None:
-    found = translated(error, "stage head on cpu")
+    found = translated(error, "stage head on cpu", "--context 64 (now 128)")
     assert (type(found), str(found)) == (kind, message)
