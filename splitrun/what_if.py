@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """What the user asks; ``named`` is a model or a placement file, ``context`` None the placement's or 4096."""
+    """What the user asks; ``named`` is a model or a placement file. ``context`` and ``sessions`` None are the
+    placement's, or 4096 and 1; so is "latency" the placement's objective."""
 
     named: str
     changes: Changes
@@ -28,7 +29,7 @@ class Question:
     facts: str | None = None
     memory: Mapping[str, str | int] | None = None
     context: int | None = None
-    sessions: int = 1
+    sessions: int | None = None
     objective: Objective = "latency"
     weights: str = "auto"
     quality: str = "nf4"
@@ -48,11 +49,13 @@ def answer(question: Question, report: Callable[[str], None] = lambda text: None
     question, workload = _of_placement(question)
     found = _start(question, report)
     cluster, notes = changed(found.cluster, question.changes)
-    context = question.context or min(DEFAULT_CONTEXT, found.profile.max_context)
-    if workload is None:
-        workload = Workload(context=context, sessions=question.sessions, objective=question.objective)
-    elif question.context is not None:
-        workload = replace(workload, context=context)
+    context = min(DEFAULT_CONTEXT, found.profile.max_context)
+    workload = workload or Workload(context=context)
+    workload = replace(
+        workload, context=question.context or workload.context, sessions=question.sessions or workload.sessions
+    )
+    if question.objective != "latency":
+        workload = replace(workload, objective=question.objective)
     plan = solve(found.profile, cluster, workload, question.weights, question.quality, stream=True)
     if plan.estimate is None or not notes:
         return plan

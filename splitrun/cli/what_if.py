@@ -53,5 +53,5 @@ def what_if(
     destination.check()
     changes = Changes(tuple(add or ()), tuple(add_node or ()), tuple(drop or ()), link)
     asked = vars(planning) | {"memory": planning.budgets}
-    question = Question(model, changes, machine, facts, sessions=sessions or 1, **asked)
+    question = Question(model, changes, machine, facts, sessions=sessions, **asked)
     destination.send(answer(question, lambda text: typer.echo(text, err=True)))

@@ -11,6 +11,8 @@ from splitrun.planner.memory import ALLOCATOR_SHARE, MARGIN_SHARE
 from splitrun.planner.placement import Placement
 from splitrun.quantities import format_bytes, format_rate, format_seconds
 
+SLABS_TEXT = "  with slabs a layer on the processor takes the longer of copying its weights and computing on the card"
+
 
 def derivation(placement: Placement) -> list[str]:
     """Lines of text. Raises InvalidPlacement for a placement without an estimate."""
@@ -53,11 +55,13 @@ def _prompt(placement: Placement, stored: Estimate) -> list[str]:
     chunk = placement.workload.chunk_tokens
     chunks = -(-stored.prompt_tokens // chunk)
     stages = " + ".join(format_seconds(stage.prefill_s) for stage in stored.stages)
+    slabs = any(stage.stream_buffer_bytes for stage in placement.stages)
     return [
         f"First token of {stored.prompt_tokens:,}: {chunks} chunk{'s' * (chunks != 1)} of up to {chunk} tokens "
         "through every stage,",
         "  a chunk takes what chunks of 32 and 512 tokens took, on the line between, and c · tokens · history more",
-        f"  stages {stages}, with hops {format_seconds(stored.time_to_first_token_s)}",
+        *([SLABS_TEXT] * slabs),
+        f"  stages {stages}, with hops{' and slabs' * slabs} {format_seconds(stored.time_to_first_token_s)}",
     ]
 
 

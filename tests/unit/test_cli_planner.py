@@ -54,6 +54,8 @@ def test_what_if_adds_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert Placement.load(file).device_names == ("cuda:0",)
     assert main(["what-if", str(file), *MACHINE, "--context", "1024"]) == 0
     assert "1 session of 1,024 tokens" in capsys.readouterr().out
+    assert main(["what-if", str(file), *MACHINE, "--sessions", "3", "--objective", "throughput"]) == 0
+    assert "3 sessions of 512 tokens · planned for throughput" in capsys.readouterr().out
 
 
 def test_what_if_warns_of_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from planner_models import GIB, MIB, device, model
 
-from splitrun.planner.cost import prefill_s
+from splitrun.planner.cost import estimate, prefill_s
+from splitrun.planner.derivation import derivation
 from splitrun.planner.facts import Cluster, Link, Workload
 from splitrun.planner.memory import placement_memory
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
@@ -83,6 +84,12 @@ def test_slabs_that_do_not_fit_are_advised_with_the_room_they_take() -> None:
     assert more
     card = replace(CARD, budget_bytes=(801 + int(more[1])) * MIB)
     assert with_stream_buffer(PROFILE, Cluster((HOST, card), WIRE), PLAN) != PLAN
+
+
+def test_the_derivation_names_the_slabs() -> None:
+    for plan, told in ((PLAN, False), (with_stream_buffer(PROFILE, CLUSTER, PLAN), True)):
+        lines = derivation(replace(plan, estimate=estimate(PROFILE, CLUSTER, plan)))
+        assert any("with slabs" in line for line in lines) == told
 
 
 def test_slabs_by_hand_that_cost_time_are_foretold_so() -> None:
