@@ -68,12 +68,11 @@ def plan(
         raise InvalidPlacement(f"--quality limits --weights auto, and --weights {weights} leaves no choice: give one")
     share_of(quality)
     rows = tuple(sorted({1, sessions if objective == "throughput" else 1}))
-    if nodes:
-        known = gather_cluster(model, memory, weights, revision, load, rows, refresh, report)
-    elif facts is None:
-        known = gather_facts(model, memory, weights, revision, load, rows, refresh, report)
-    else:
+    if facts is not None:
         known = read_facts_for(facts, model, memory)
+    else:
+        collect = gather_cluster if nodes else gather_facts
+        known = collect(model, memory, weights, revision, load, rows, refresh, report)
     wanted = min(DEFAULT_CONTEXT, known.profile.max_context) if context is None else context
     workload = Workload(context=wanted, sessions=sessions, objective=objective)
     try:

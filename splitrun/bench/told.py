@@ -7,7 +7,7 @@ all rows run on the processor. Knows nothing of what the guide claims.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,21 @@ class Told:
     error: str = ""
 
 
-def told_table(model: str, load: str, memory: dict[str, str | int] | None, new_tokens: int, repeat: int) -> list[Told]:
-    """Plan and run every row."""
-    return [_row(model, load, memory, tokens, what, new_tokens, repeat) for tokens, what in ROWS]
+def told_table(
+    model: str,
+    load: str,
+    memory: dict[str, str | int] | None,
+    new_tokens: int,
+    repeat: int,
+    report: Callable[[str], None] = lambda text: None,
+) -> list[Told]:
+    """Plan and run every row, which takes minutes; ``report`` is told of each."""
+    rows = []
+    for tokens, what in ROWS:
+        report(f"planning and running {tokens} tokens, {what}")
+        rows.append(_row(model, load, memory, tokens, what, new_tokens, repeat))
+        report(_line(rows[-1]))
+    return rows
 
 
 def _row(
@@ -73,11 +85,13 @@ def formats_of(placement: Placement) -> str:
 def to_text(rows: Sequence[Told]) -> str:
     """Markdown, so that it can be put beside other people's."""
     lines = ["| hardware | input | weights | device memory | tok/s |", "|---|---|---|---|---|"]
-    for row in rows:
-        figures = (format_bytes(row.device_memory_bytes), format_rate(row.tokens_per_s).removesuffix(" tok/s"))
-        cells = (row.error, "–") if row.error else figures
-        lines.append(f"| {row.hardware} | {row.input_tokens} | {row.weights} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(_line, rows)])
+
+
+def _line(row: Told) -> str:
+    figures = (format_bytes(row.device_memory_bytes), format_rate(row.tokens_per_s).removesuffix(" tok/s"))
+    cells = (row.error, "–") if row.error else figures
+    return f"| {row.hardware} | {row.input_tokens} | {row.weights} | {cells[0]} | {cells[1]} |"
 
 
 def to_json(rows: Iterable[Told]) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ def _table(
 ) -> None:
     from splitrun.bench.told import to_json, to_text, told_table
 
-    rows = told_table(model, load, budgets, new_tokens, repeat)
+    rows = told_table(model, load, budgets, new_tokens, repeat, lambda text: typer.echo(text, err=True))
     typer.echo(to_text(rows), err=json_output)
     if json_output:
         typer.echo(json.dumps(to_json(rows)))
