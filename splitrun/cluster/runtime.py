@@ -11,8 +11,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -124,6 +125,25 @@ def remove_leftovers() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+class _Notes(Protocol):
+    """What is used of Ray's client of its registry, which is compiled and without types."""
+
+    def internal_kv_get(self, key: bytes, space: bytes, timeout: float) -> bytes | None:
+        """A note."""
+
+    def internal_kv_put(self, key: bytes, note: bytes, replace: bool, space: bytes, timeout: float) -> int:
+        """Leave a note."""
+
+    def internal_kv_del(self, key: bytes, by_prefix: bool, space: bytes, timeout: float) -> int:
+        """Remove a note."""
+
+    def internal_kv_keys(self, prefix: bytes, space: bytes, timeout: float) -> list[bytes]:
+        """Keys of notes."""
+
+    def get_all_node_info(self, timeout: float) -> dict[Any, Any]:
+        """The nodes by their ids."""
+
+
 class Registry:
     """Small notes at the head, readable by every node: who is there with which versions, and who was refused.
 
@@ -131,11 +151,9 @@ class Registry:
     """
 
     def __init__(self, head: str) -> None:
-        from ray._raylet import GcsClient  # type: ignore[attr-defined]
-
         self._head = head
         with _translated(head):
-            self._client: Any = GcsClient(address=head)
+            self._client: _Notes = import_module("ray._raylet").GcsClient(address=head)
 
     def get(self, key: str) -> str | None:
         """The note under that key."""

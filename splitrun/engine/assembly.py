@@ -105,7 +105,8 @@ def _scheduler(
         depth=depth,
     )
     paged = [group for group in structure.groups if group.kind != "state"]
-    return Scheduler(tuple(GroupSpec(group.name, group.window, blocks[group.name]) for group in paged), limits)
+    groups = tuple(GroupSpec(group.name, group.window, blocks[group.name]) for group in paged)
+    return Scheduler(groups, limits, states=any(cache.states for cache in structure.caches))
 
 
 def _require_possible(spec: StageSpec) -> None:

@@ -17,9 +17,9 @@ from dataclasses import replace
 from splitrun.engine.interface import BlockUse, EngineStatus
 from splitrun.engine.lineup import Line
 from splitrun.engine.outbox import Outbox
-from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Resumed
+from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Restarted, Resumed
 from splitrun.engine.record import Span
-from splitrun.errors import DeviceOutOfMemory, InvalidRequest, QueueFull, SplitrunError, StageError, StageLost
+from splitrun.errors import DeviceOutOfMemory, InvalidRequest, QueueFull, SplitrunError, StageLost
 from splitrun.schedule.limits import check_request
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import Scheduler
@@ -56,8 +56,7 @@ class EngineCore:
         self._committed: list[tuple[Deliver, TokenEvent]] = []
         self._outbox = Outbox()
         self._reason = "no token has gone through the stages yet"
-        self._draining = False
-        self._paused = False
+        self._draining = self._paused = False
         self._lost = ""
         self._closed = False
         self._replacing = False
@@ -104,6 +103,7 @@ class EngineCore:
         with self._lock:
             self._deliveries.pop(request_id, None)
             self._scheduler.cancel(request_id)
+            self._pipeline.forget(request_id)
             self._idle.notify_all()
         self._inbox.put(None)
 
@@ -207,9 +207,9 @@ class EngineCore:
                 self._idle.notify_all()
 
     def _come_back(self, message: Outcome) -> None:
-        """Take what stages send back. The next step after tokens is sent off at once, by the worker that made them:
-        the loop would have to wake up first. It hands them out meanwhile."""
-        if not isinstance(message, Tokens) or not self._pipeline.all_here:
+        """Take what stages send back. The next step after tokens is sent off at once, by the worker that made them or
+        the mailbox that got them: the loop would have to wake up first. It hands them out meanwhile."""
+        if not isinstance(message, Tokens):
             self._inbox.put(message)
             return
         well = False
@@ -237,6 +237,7 @@ class EngineCore:
     def _line_up_steps(self) -> None:
         """Put all steps that can run into the outbox. Called under the lock."""
         while not self._closed and not self._paused and (step := self._scheduler.schedule()) is not None:
+            self._pipeline.begin(step.requests)
             self._outbox.add(step)
 
     def _submit(self, step: Step) -> None:
@@ -285,9 +286,12 @@ class EngineCore:
 
     def _events_of(self, message: Outcome) -> list[TokenEvent]:
         """What the message means for the requests. Called under the lock."""
+        if isinstance(message, Restarted):
+            self._pipeline.restore(message.loss, self._scheduler.held())
+            return []
         if isinstance(message, Resumed):
-            self._paused = False
-            self._reason = ""
+            self._scheduler.go_back(message.ends, message.refill)
+            self._paused, self._reason = False, ""
             return []
         if isinstance(message, Interruption):
             self._paused = True
@@ -295,7 +299,7 @@ class EngineCore:
             if message.final:
                 self._lost = self._reason
                 return self._scheduler.fail_all(self._reason)
-            self._scheduler.recompute_all()
+            self._scheduler.halt()
             return []
         if message.epoch != self._scheduler.epoch:
             return []
@@ -325,6 +329,7 @@ class EngineCore:
             deliver = self._deliveries.get(event.request_id)
             if event.finish_reason is not None:
                 self._deliveries.pop(event.request_id, None)
+                self._pipeline.forget(event.request_id)
             if deliver is not None:
                 pairs.append((deliver, event))
         return pairs
@@ -337,9 +342,3 @@ class EngineCore:
             except Exception as error:  # the receivers' boundary: their faults are not the engine's
                 _LOG.error("the receiver of request %d failed: %r", event.request_id, error)
                 self.cancel(event.request_id)
-
-
-def raise_for(event: TokenEvent) -> None:
-    """Raise StageError when the event ends its request with an error."""
-    if event.finish_reason == "error":
-        raise StageError(event.error or "the request failed in a stage")

@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import Self
 
 from splitrun.engine.assembly import assemble
-from splitrun.engine.core import EngineCore, raise_for
+from splitrun.engine.core import EngineCore
 from splitrun.engine.detokenizer import TextStream
 from splitrun.engine.loading import Load
 from splitrun.engine.remote import Patience
 from splitrun.engine.tokenizer import Tokenizer
-from splitrun.errors import InvalidRequest
+from splitrun.errors import InvalidRequest, StageError
 from splitrun.model.files import resolve
 from splitrun.model.weights import release_free_memory
 from splitrun.planner.placement import Placement
@@ -214,7 +214,8 @@ class _Job:
         reason: str | None = None
         while reason is None:
             event, text, reason = self._pieces.get()
-            raise_for(event)
+            if event.finish_reason == "error":
+                raise StageError(event.error or "the request failed in a stage")
             yield event, text, reason
 
 

@@ -66,7 +66,7 @@ class Exchange:
         if frame.stage >= len(self.route.peers) or self.route.peers[frame.stage] != self._own or self.pipeline is None:
             raise MalformedMessage(f"stage {frame.stage} is not here")
         step = step_of(frame)
-        if (frame.body is None) != (frame.stage == 0):
+        if (frame.body is None) != (frame.stage == 0 or (bool(step.refill) and frame.stage not in step.refill)):
             raise MalformedMessage("the activation is missing, or nobody wants one")
         verdict = self._gates[frame.stage].judge(frame.epoch, frame.first, frame.step)
         if verdict == "run":

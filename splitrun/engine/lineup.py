@@ -26,6 +26,7 @@ from splitrun.engine.loading import (
     StageLoading,
     cpu_workers,
     load_stages,
+    make_journals,
     make_links,
     pool_sizes,
     stage_name,
@@ -34,7 +35,7 @@ from splitrun.engine.loading import (
 from splitrun.engine.pipeline import Outcome, Pipeline
 from splitrun.engine.record import JSON_LOG_VARIABLE
 from splitrun.engine.remote import LOOPBACK, Listening, Patience, RemoteStages
-from splitrun.engine.room import require_room
+from splitrun.engine.room import journals_fit, kept_room, require_room
 from splitrun.errors import ClusterError, InvalidPlacement
 from splitrun.model.files import ModelFiles
 from splitrun.model.structure import ModelStructure
@@ -77,7 +78,9 @@ class LineUp:
         require_room(placement, self.structure, blocks)
         threads = {name: worker_threads(placement, name) for name in placement.device_names if "/" not in name}
         loading = StageLoading(placement, self.files, self.structure, blocks, self.load, self.traits)
-        remote = self._remote_stages(placement, replace_lost)
+        kept = kept_room(placement, self.structure, blocks)
+        journaled = journals_fit(placement, self.structure, blocks)
+        remote = self._remote_stages(placement, kept, journaled, replace_lost)
         with ExitStack() as undo:
             if remote is not None:
                 remote.start()
@@ -93,7 +96,9 @@ class LineUp:
         def make_pipeline(deliver: Callable[[Outcome], None]) -> Pipeline:
             if remote is None:
                 return Pipeline(links, deliver)
-            pipeline = Pipeline(links, remote.outcome, remote)
+            peers = stage_peers(placement)
+            journals = make_journals(placement, peers, loaded.stages) if journaled else {}
+            pipeline = Pipeline(links, remote.outcome, remote, journals=journals)
             remote.run(pipeline, deliver)
             return pipeline
 
@@ -103,8 +108,11 @@ class LineUp:
         )
         return Line(make_pipeline, statuses, yaml.safe_load(dump(placement)), close)
 
-    def _remote_stages(self, placement: Placement, replace_lost: Replace | None) -> RemoteStages | None:
-        """The stages that are not in this process, not started; None when there are none."""
+    def _remote_stages(
+        self, placement: Placement, kept: Mapping[int, int], journals: bool, replace_lost: Replace | None
+    ) -> RemoteStages | None:
+        """The stages that are not in this process, not started; None when there are none. ``kept`` and ``journals``:
+        see there."""
         devices = [name for name in placement.device_names if "/" in name]
         if not devices:
             return None
@@ -130,12 +138,19 @@ class LineUp:
                 "sharing": cpu_workers(placement, device),
                 "host": where.host,
                 "ports": where.ports,
+                "shipped": [index for index, most in kept.items() if most and placement.stages[index].device == device],
+                "journals": journals,
                 **extra,
             }
-        peers = tuple(spec.device if "/" in spec.device else COORDINATOR for spec in placement.stages)
+        peers = stage_peers(placement)
         far = any(machine_of(name) for name in devices)
         starter = _Starter(nodes, self.files)
-        return RemoteStages(peers, jobs, starter, self.patience, here, replace_lost if far else None)
+        return RemoteStages(peers, jobs, starter, self.patience, here, replace_lost if far else None, kept, journals)
+
+
+def stage_peers(placement: Placement) -> tuple[str, ...]:
+    """Who runs each stage: the device's name, or COORDINATOR for one that is in this process."""
+    return tuple(spec.device if "/" in spec.device else COORDINATOR for spec in placement.stages)
 
 
 @dataclass(frozen=True)

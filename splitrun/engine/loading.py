@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from splitrun.cluster.process import machine_of
+from splitrun.engine.exchange import COORDINATOR
 from splitrun.engine.filling import Filling
 from splitrun.engine.filling import Load as Load
 from splitrun.engine.pipeline import Link, RemoteLink, translated
@@ -41,6 +42,7 @@ from splitrun.schedule.step import Step
 from splitrun.stage.batch import Traits
 from splitrun.stage.generic import RangeStage
 from splitrun.stage.load import StageSize, load_stage
+from splitrun.transport.journal import Journal
 from splitrun.transport.local import FromHost, Hop, Worker, hop, torch_device
 
 if TYPE_CHECKING:
@@ -247,6 +249,19 @@ def make_links(
         if id(worker) not in used:
             worker.close()
     return links
+
+
+def make_journals(placement: Placement, peers: Sequence[str], here: Collection[int]) -> dict[int, Journal]:
+    """A journal in front of every stage of another process that may be lost, behind a stage that is here.
+
+    ``peers``: who runs each stage; ``here``: the stages of this process.
+    """
+    workload = placement.workload
+    return {
+        index + 1: Journal(workload.sessions, workload.context)
+        for index in here
+        if index + 1 < len(peers) and index + 1 not in here and peers[index + 1] != COORDINATOR
+    }
 
 
 def _worker_device(placement: Placement, index: int, loaded: LoadedStages) -> str:

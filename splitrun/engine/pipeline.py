@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from splitrun.engine.record import Record, Span
 from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageLost, StageTimeout
-from splitrun.schedule.step import Step, Tokens
+from splitrun.schedule.scheduler import Held
+from splitrun.schedule.step import RowTokens, Step, Tokens
+from splitrun.transport.journal import Journal
 from splitrun.transport.local import Hop, Parcel, Worker
 
 LESS = "fewer layers there"
@@ -59,11 +61,23 @@ class Interruption:
 
 
 @dataclass(frozen=True)
+class Restarted:
+    """All stages are there again. `Pipeline.restore` fills those that have lost their KV, and then comes `Resumed`.
+    ``loss``: which loss they come back from."""
+
+    loss: int
+
+
+@dataclass(frozen=True)
 class Resumed:
-    """All stages are there again, with empty KV."""
+    """Steps can run again. ``ends``: request -> how many of its first tokens every stage has KV of. ``refill``: the
+    stages that compute what is behind; empty: all."""
+
+    ends: Mapping[int, int] = field(default_factory=dict)
+    refill: Collection[int] = ()
 
 
-Outcome = Tokens | Failure | Interruption | Resumed
+Outcome = Tokens | Failure | Interruption | Restarted | Resumed
 
 
 @dataclass
@@ -120,6 +134,15 @@ class Elsewhere(Protocol):
     def alive(self) -> bool:
         """Whether all of them run, or are being started again."""
 
+    def begin(self, requests: Collection[int]) -> None:
+        """These requests are about to run."""
+
+    def forget(self, request: int) -> None:
+        """This request has ended."""
+
+    def restore(self, loss: int, held: Iterable[Held]) -> None:
+        """See `Pipeline.restore`."""
+
     def close(self) -> None:
         """End them."""
 
@@ -127,7 +150,8 @@ class Elsewhere(Protocol):
 class Pipeline:
     """Stages in a row. ``deliver`` is called from any thread with each step's Tokens or Failure.
 
-    ``elsewhere`` is closed with the pipeline.
+    ``elsewhere`` is closed with the pipeline. ``after`` is called on a stage's worker behind each of its steps, when
+    what came of it is on its way. ``journals``: stage in another process -> what is kept of what it is sent.
     """
 
     def __init__(
@@ -135,11 +159,15 @@ class Pipeline:
         links: Sequence[Link | RemoteLink],
         deliver: Callable[[Outcome], None],
         elsewhere: Elsewhere | None = None,
+        after: Callable[[int, Step], None] | None = None,
+        journals: Mapping[int, Journal] | None = None,
     ) -> None:
         self._links = tuple(links)
         self._local = tuple(link for link in self._links if isinstance(link, Link))
         self._deliver = deliver
         self._elsewhere = elsewhere
+        self._after = after
+        self._journals = journals or {}
         self._closing = threading.Event()
         self._begun = 0
         self._ended = 0
@@ -150,6 +178,27 @@ class Pipeline:
     def submit(self, step: Step) -> None:
         """Send a step on its way; returns at once."""
         self._post(0, step, None)
+
+    def begin(self, requests: Collection[int]) -> None:
+        """These requests are about to run: what is kept for the case of a loss is kept of them."""
+        if self._elsewhere is not None:
+            self._elsewhere.begin(requests)
+
+    def forget(self, request: int) -> None:
+        """Keep nothing of a request that has ended."""
+        if self._elsewhere is not None:
+            self._elsewhere.forget(request)
+
+    def restore(self, loss: int, held: Iterable[Held]) -> None:
+        """After ``Restarted``: give the new stages KV of what the others hold. ``Resumed`` follows, soon or later."""
+        if self._elsewhere is not None:
+            self._elsewhere.restore(loss, held)
+
+    def work(self, index: int, task: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        """Run something on the worker of a stage that is here."""
+        link = self._links[index]
+        assert isinstance(link, Link), f"{link.name} is elsewhere"
+        link.worker.post(task, failed)
 
     def arrived(self, index: int, step: Step, activation: Tensor | None) -> None:
         """Go on with a step that a stage in another process has brought to stage ``index``, which is here."""
@@ -165,11 +214,6 @@ class Pipeline:
     def alive(self) -> bool:
         """Whether every worker runs."""
         return all(link.worker.alive for link in self._local) and (self._elsewhere is None or self._elsewhere.alive)
-
-    @property
-    def all_here(self) -> bool:
-        """Whether every stage is one of this process."""
-        return len(self._local) == len(self._links)
 
     @property
     def busy(self) -> bool:
@@ -209,9 +253,24 @@ class Pipeline:
                 link.worker.post(task, failed)
             return
         try:
-            link.send(step, self._received(index, parcel))
+            self._send(index, link, step, parcel)
         except SplitrunError as error:
             failed(error)
+
+    def _send(self, index: int, link: RemoteLink, step: Step, parcel: Parcel | None) -> None:
+        """Send a step to another process, with what was kept for it where the stage before has only passed it on."""
+        journal = self._journals.get(index)
+        passed = bool(step.refill) and index - 1 not in step.refill
+        activation = self._received(index, parcel)
+        if step.refill and index not in step.refill:
+            link.send(step, None)
+        elif passed and index:
+            assert journal is not None, f"nothing was kept for {link.name}"
+            link.send(step, journal.read(step))
+        else:
+            link.send(step, activation)
+        if journal is not None and activation is not None:
+            journal.keep(step, activation)
 
     def _received(self, index: int, parcel: Parcel | None) -> Tensor | None:
         """The activation for stage ``index``, None for the first stage."""
@@ -221,14 +280,15 @@ class Pipeline:
     def _run(self, index: int, link: Link, step: Step, parcel: Parcel | None) -> Callable[[], None] | None:
         """One stage's share of a step, on the stage's worker or a thread lent to it; returns what sends the step on."""
         result: Parcel | Tokens | None = None
+        passed = bool(step.refill) and index not in step.refill
         try:
-            if not self._closing.is_set():
+            if not self._closing.is_set() and not passed:
                 result = self._compute(index, link, step, parcel)
         finally:
             self._count(index, ended=1)
-        if isinstance(result, Tokens):
-            return partial(self._deliver, result)
-        return None if result is None else partial(self._post, index + 1, step, result)
+        if passed and not self._closing.is_set():
+            return partial(self._pass, index, step)
+        return None if result is None else partial(self._hand_on, index, step, result)
 
     def _count(self, index: int, *, begun: int = 0, ended: int = 0) -> int:
         """Count shares of steps; returns how many are under way in this process."""
@@ -249,6 +309,22 @@ class Pipeline:
         self.clocks[index].sent_bytes += result.nbytes
         self._note(index, step, started)
         return onward
+
+    def _hand_on(self, index: int, step: Step, result: Parcel | Tokens) -> None:
+        """Send what came of a stage's share where it goes."""
+        if isinstance(result, Tokens):
+            self._deliver(result)
+        else:
+            self._post(index + 1, step, result)
+        if self._after is not None:
+            self._after(index, step)
+
+    def _pass(self, index: int, step: Step) -> None:
+        """Go on with a step that other stages compute. None of its tokens is new."""
+        if index + 1 < len(self._links):
+            self._post(index + 1, step, None)
+        else:
+            self._deliver(Tokens(step.index, step.epoch, (RowTokens(),) * step.rows))
 
     def _note(self, index: int, step: Step, started_s: float) -> None:
         seconds = time.monotonic() - started_s

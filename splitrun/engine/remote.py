@@ -1,7 +1,7 @@
 """The coordinator's side of stages in other processes: start them, hear their heartbeats, start lost ones again.
 
-When a process ends, falls silent or misses a step, all KV is void: the requests wait, the process is started again and
-everything known is computed again from its tokens. Knows processes and frames, nothing of requests.
+When a process ends, falls silent or misses a step, the requests wait, the process is started again and given what was
+kept of its KV; the rest is computed again from its tokens. Knows processes and frames, nothing of requests.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from splitrun import errors
 from splitrun.cluster.nodes import NodeLost
 from splitrun.cluster.process import StageHandle
 from splitrun.engine.exchange import COORDINATOR, Exchange, Route
-from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Resumed, StageClock
-from splitrun.engine.record import Span
+from splitrun.engine.kept import KeptKV
+from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Restarted, Resumed, StageClock
+from splitrun.engine.restoring import Restoration
+from splitrun.engine.signs import Signs
 from splitrun.errors import SplitrunError, StageError, StageLost
 from splitrun.schedule.flat import MalformedMessage
+from splitrun.schedule.scheduler import Held
 from splitrun.schedule.step import Step, Tokens
 from splitrun.transport.frames import Frame, Kind
 from splitrun.transport.mailbox import Address
+from splitrun.transport.messages import kv_of
 from splitrun.transport.socket import SocketMailbox
 
 Starter = Callable[[str, Mapping[str, Any]], StageHandle]
@@ -68,7 +72,8 @@ class RemoteStages:
 
     ``jobs`` has one entry per device in a process of its own: what ``stage_host`` needs, less what is decided here.
     ``here`` is where the coordinator listens. ``replace`` is told, from the watching thread, what was lost for good
-    with which devices, and sees to the rest; without it the requests end.
+    with which devices, and sees to the rest; without it the requests end. ``kept``: stage with KV -> most bytes to keep
+    of it here. ``journals``: stages keep what they send to other processes.
     """
 
     def __init__(
@@ -79,6 +84,8 @@ class RemoteStages:
         patience: Patience,
         here: Listening = LOOPBACK,
         replace: Callable[[str, Collection[str]], None] | None = None,
+        kept: Mapping[int, int] | None = None,
+        journals: bool = False,
     ) -> None:
         self._patience = patience
         self._starter = starter
@@ -90,9 +97,9 @@ class RemoteStages:
         self._mailbox = SocketMailbox(session, self._receive, here.host, here.ports)
         self._addresses = {COORDINATOR: self._mailbox.address}
         self._processes: dict[str, StageHandle] = {}
-        self._silence_s = dict.fromkeys(jobs, 0.0)
-        self._busy: dict[str, bool] = {}
-        self._offsets_s: dict[str, float] = {}
+        self._signs = Signs(peers, jobs)
+        self._kept = KeptKV(kept or {})
+        self._restoration = Restoration(self._kept, session, self._send_to, self._resume, journals=journals)
         self._stalled_s = 0.0
         self._reports: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -122,6 +129,21 @@ class RemoteStages:
     def send(self, stage: int, step: Step, activation: Tensor | None) -> None:
         """Send a step to a stage in another process."""
         self._exchange.send_step(self._mailbox, stage, step, activation)
+
+    def begin(self, requests: Collection[int]) -> None:
+        """See `Elsewhere`."""
+        self._kept.begin(requests)
+
+    def forget(self, request: int) -> None:
+        """See `Elsewhere`."""
+        self._restoration.forget(request)
+
+    def restore(self, loss: int, held: Iterable[Held]) -> None:
+        """See `Pipeline.restore`."""
+        self._restoration.begin(loss, held)
+
+    def _resume(self, ends: Mapping[int, int], refill: Collection[int]) -> None:
+        self.outcome(Resumed(ends, tuple(refill)))
 
     def outcome(self, outcome: Outcome) -> None:
         """Pass on what came of a step, here or elsewhere. Any thread."""
@@ -163,7 +185,7 @@ class RemoteStages:
         for process in self._processes.values():
             process.tell({"peers": peers})
         failures = self._each(self._jobs, lambda device: self._processes[device].expect("connected", patience))
-        self._silence_s = dict.fromkeys(self._jobs, 0.0)
+        self._signs.forgive()
         self._stalled_s = 0.0
         self.loading_s = time.monotonic() - began
         return failures
@@ -219,12 +241,13 @@ class RemoteStages:
             device, reason = self._reports.get()
             faults[device] = reason
         for device, process in self._processes.items():
-            self._silence_s[device] += elapsed_s
-            if self._silence_s[device] > self._patience.dead_after_s:
+            self._signs.silence_s[device] += elapsed_s
+            if self._signs.silence_s[device] > self._patience.dead_after_s:
                 faults[device] = f"gave no sign of life for {self._patience.dead_after_s:g} s"
             faults[device] = process.end or faults.get(device, "")
-        at_work = any(self._busy.values()) or (self._exchange.pipeline is not None and self._exchange.pipeline.busy)
-        self._stalled_s = self._stalled_s + elapsed_s if self._exchange.waiting and not at_work else 0.0
+        at_work = self._signs.busy or (self._exchange.pipeline is not None and self._exchange.pipeline.busy)
+        waiting = self._restoration.waiting or (self._exchange.waiting and not at_work)
+        self._stalled_s = self._stalled_s + elapsed_s if waiting else 0.0
         if self._stalled_s > self._patience.stall_s:
             return dict.fromkeys(self._processes, "lost a step, or cannot reach its peers")
         return {device: reason for device, reason in faults.items() if reason}
@@ -237,10 +260,7 @@ class RemoteStages:
         while not self._stopping.is_set():
             if self._losses > self._patience.starts or attempts == self._patience.starts:
                 return self._given_up(reason, faults)
-            self.outcome(Interruption(StageLost(f"lost: {reason}: it is being started again")))
-            for device in faults:
-                for index in self._stages_of(device):
-                    self._clocks[index].restarts += 1
+            self._interrupt(reason, faults)
             failures = self._bring_up(set(faults))
             if not failures:
                 break
@@ -252,8 +272,16 @@ class RemoteStages:
             faults = dict.fromkeys({*failures, *(name for name, process in self._processes.items() if process.end)}, "")
         while not self._reports.empty():
             self._reports.get()  # of the epoch that has ended
-        self.outcome(Resumed())
+        self.outcome(Restarted(self._restoration.losses))
         return True
+
+    def _interrupt(self, reason: str, devices: Collection[str]) -> None:
+        """Let the requests wait for the stages of these devices."""
+        lost = [index for device in devices for index in self._signs.stages_of(device)]
+        for index in lost:
+            self._clocks[index].restarts += 1
+        interruption = Interruption(StageLost(f"lost: {reason}: it is being started again"))
+        self._restoration.lose(lost, lambda: self.outcome(interruption))
 
     def _given_up(self, reason: str, devices: Collection[str]) -> bool:
         """Leave what is lost for good to whoever plans again, or end the requests; returns False."""
@@ -266,9 +294,6 @@ class RemoteStages:
         self.outcome(Interruption(StageLost(f"lost for good: {reason}: {again}"), final=True))
         return False
 
-    def _stages_of(self, device: str) -> list[int]:
-        return [index for index, peer in enumerate(self._exchange.route.peers) if peer == device]
-
     # ---- frames ----
 
     def _receive(self, frame: Frame) -> None:
@@ -277,14 +302,22 @@ class RemoteStages:
             raise MalformedMessage(f"there is no stage {frame.stage}")
         device = self._exchange.route.peers[frame.stage]
         if frame.kind is Kind.BEAT:
-            self._beat(device, frame)
-            return
-        if frame.kind is Kind.SPANS:
-            self._take_spans(device, frame)
-            return
-        if frame.kind is Kind.FAILURE:
-            self._failure(device, frame)
-            return
+            self._signs.beat(device, frame, self._clocks)
+        elif frame.kind is Kind.SPANS and self._exchange.pipeline is not None:
+            self._signs.spans(device, frame, self._exchange.pipeline.record)
+        elif frame.kind is Kind.FAILURE:
+            self._failure(self._signs.known(device), frame)
+        elif frame.kind is Kind.KV:
+            kv = kv_of(frame)
+            self._kept.take(frame.stage, kv.request, kv.start, kv.rows)
+        elif frame.kind is Kind.RESTORED:
+            self._stalled_s = 0.0
+            self._restoration.placed(frame)
+        else:
+            self._take(frame)
+
+    def _take(self, frame: Frame) -> None:
+        """Take a step or tokens, if it is their turn. Raises MalformedMessage."""
         if frame.kind is Kind.STEP:
             verdict = self._exchange.take_step(frame)
         else:
@@ -297,39 +330,10 @@ class RemoteStages:
             sender = frame.stage - (frame.kind is Kind.STEP)
             self._reports.put((self._exchange.route.peers[sender], "lost a step on its way"))
 
-    def _beat(self, device: str, frame: Frame) -> None:
-        if device not in self._silence_s:
-            raise MalformedMessage("a heartbeat of nobody")
-        self._silence_s[device] = 0.0
-        self._busy[device] = bool(frame.control.get("busy"))
-        clocks = frame.control.get("clocks")
-        if not self._clocks or not isinstance(clocks, dict):
-            return
-        for index in self._stages_of(device):
-            figures = clocks.get(str(index))
-            if isinstance(figures, list) and len(figures) == 5 and all(isinstance(one, int | float) for one in figures):
-                clock = self._clocks[index]
-                clock.last_s, clock.total_s, clock.steps = float(figures[0]), float(figures[1]), int(figures[2])
-                clock.queued, clock.sent_bytes = int(figures[3]), int(figures[4])
-
-    def _take_spans(self, device: str, frame: Frame) -> None:
-        """Keep spans of another process, on this one's clock: the quickest message so far sets the two alike."""
-        pipeline = self._exchange.pipeline
-        if pipeline is None:
-            return
-        try:
-            offset_s = time.monotonic() - float(frame.control["now"])
-            self._offsets_s[device] = min(offset_s, self._offsets_s.get(device, offset_s))
-            for values in frame.control["spans"]:
-                span = Span.from_list(values, self._offsets_s[device])
-                if span.stage in self._stages_of(device):
-                    pipeline.record.keep(span)
-        except (KeyError, TypeError, ValueError) as error:
-            raise MalformedMessage(f"these are no spans: {error}") from error
+    def _send_to(self, stage: int, frame: Frame) -> bool:
+        return self._mailbox.send(self._exchange.route.peers[stage], frame)
 
     def _failure(self, device: str, frame: Frame) -> None:
-        if device not in self._silence_s:
-            raise MalformedMessage("a failure of nobody")
         message = str(frame.control.get("message", ""))
         if frame.control.get("lost"):
             self._reports.put((device, message))

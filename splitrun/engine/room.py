@@ -1,4 +1,4 @@
-"""Is there room for what a placement asks, before anything is allocated.
+"""Is there room for what a placement asks, before anything is allocated, and for KV of other machines.
 
 Counts weights, KV blocks and states exactly, as loading will take them, against the budgets of the plan and what is
 free now; workspace is the planner's to foresee. Knows shapes, not files.
@@ -6,6 +6,7 @@ free now; workspace is the planner's to foresee. Knows shapes, not files.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +18,7 @@ from splitrun.measure.host import read_host_memory
 from splitrun.model.cut import CutRange
 from splitrun.model.structure import ModelStructure
 from splitrun.planner.facts import VALUE_BYTES
+from splitrun.planner.memory import stage_dtype
 from splitrun.planner.placement import Placement, StageSpec
 from splitrun.quantities import format_bytes
 from splitrun.transport.local import torch_device
@@ -49,7 +51,7 @@ def _weight_bytes(stage: StageSpec, structure: ModelStructure, tied: set[tuple[s
     """Bytes of a stage's tensors; one that the device holds already under another name costs nothing more."""
     cut = CutRange(stage.embed, stage.layers[0], stage.layers[1], stage.head)
     units = set(cut.units(structure.layers))
-    dtype = compute_dtype(stage.device, stage.weights)
+    dtype = _dtype(stage)
     total = 0
     for info in structure.parameters:
         key = (torch_device(stage.device), stage.weights, info.tied_to or info.name)
@@ -62,13 +64,68 @@ def _weight_bytes(stage: StageSpec, structure: ModelStructure, tied: set[tuple[s
 def _history_bytes(stage: StageSpec, placement: Placement, structure: ModelStructure, blocks: Mapping[str, int]) -> int:
     """Bytes of a stage's KV blocks and state slots."""
     workload = placement.workload
-    width = VALUE_BYTES[stage.kv.dtype or compute_dtype(stage.device, stage.weights)]
+    width = VALUE_BYTES[stage.kv.dtype or _dtype(stage)]
     total = 0
     for cache in structure.caches[stage.layers[0] : stage.layers[1]]:
         total += cache.state_bytes * workload.sessions
         if cache.group is not None:
             total += blocks[cache.group.name] * workload.block_tokens * cache.values_per_token * width
     return total
+
+
+def kept_room(placement: Placement, structure: ModelStructure, blocks: Mapping[str, int]) -> dict[int, int]:
+    """Stage in another process, with KV -> how many bytes of it may be kept here: all, or 0 where there is no room.
+
+    Room is what the plan's budget leaves beside the stages of this process, and no more than half of what is free.
+    States cannot go back to an earlier token: of models with states nothing is kept.
+    """
+    room = (_free_bytes("cpu") or 0) // 2
+    if "cpu" in placement.devices:
+        room = min(room, placement.devices["cpu"] - _needed_bytes("cpu", placement, structure, blocks))
+    if any(cache.states for cache in structure.caches):
+        room = 0
+    workload = placement.workload
+    whole = [blocks[group.name] for group in structure.groups if group.kind in ("full", "latent")]
+    tokens = max(whole) * workload.block_tokens if whole else workload.sessions * workload.context
+    found = {}
+    for index, stage in enumerate(placement.stages):
+        values = sum(cache.values_per_token for cache in structure.caches[stage.layers[0] : stage.layers[1]])
+        if "/" in stage.device and values:
+            needed = values * VALUE_BYTES[stage.kv.dtype or _dtype(stage)] * tokens
+            found[index] = needed if needed <= room else 0
+            room -= found[index]
+    return found
+
+
+def journals_fit(placement: Placement, structure: ModelStructure, blocks: Mapping[str, int]) -> bool:
+    """Whether every stage before one in another process may keep what it sends: its device's budget has room, or there
+    is none. A card's host memory is not planned."""
+    senders = {stage.device for stage in placement.stages if torch_device(stage.device) == "cpu"}
+    return all(
+        _needed_bytes(device, placement, structure, blocks) <= placement.devices.get(device, sys.maxsize)
+        for device in senders
+    )
+
+
+def _needed_bytes(device: str, placement: Placement, structure: ModelStructure, blocks: Mapping[str, int]) -> int:
+    """Bytes of a device's weights, KV, and journals of what it sends to stages in other processes."""
+    tied: set[tuple[str, str, str]] = set()
+    workload = placement.workload
+    total = 0
+    for stage, following in zip(placement.stages, [*placement.stages[1:], None], strict=True):
+        if stage.device == device:
+            total += _weight_bytes(stage, structure, tied) + _history_bytes(stage, placement, structure, blocks)
+            if following is not None and "/" in following.device and following.device != device:
+                row = structure.hidden * VALUE_BYTES[_dtype(stage)]
+                total += workload.sessions * workload.context * row
+    return total
+
+
+def _dtype(stage: StageSpec) -> str:
+    """The type a stage computes in; elsewhere, one that takes as much room."""
+    if "/" in stage.device:
+        return stage_dtype("bf16", stage.weights)
+    return compute_dtype(stage.device, stage.weights)
 
 
 def _free_bytes(device: str) -> int | None:

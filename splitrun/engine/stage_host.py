@@ -18,17 +18,28 @@ from torch import Tensor
 from splitrun.cluster.lines import Parent
 from splitrun.cluster.model_there import locate
 from splitrun.engine.exchange import COORDINATOR, Exchange, Route
-from splitrun.engine.loading import LoadedStages, Ring, StageLoading, host_threads, load_stages, make_links, pool_sizes
+from splitrun.engine.loading import (
+    LoadedStages,
+    Ring,
+    StageLoading,
+    host_threads,
+    load_stages,
+    make_journals,
+    make_links,
+    pool_sizes,
+)
 from splitrun.engine.pipeline import Failure, Outcome, Pipeline
+from splitrun.engine.shipping import Shipping
 from splitrun.model.files import resolve
 from splitrun.model.structure import inspect
 from splitrun.planner.placement import Placement
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.schedule.step import Step, Tokens
 from splitrun.stage.batch import Traits
+from splitrun.stage.generic import RangeStage
 from splitrun.transport.frames import Frame, Kind
 from splitrun.transport.mailbox import Address
-from splitrun.transport.messages import tokens_frame
+from splitrun.transport.messages import kv_of, tokens_frame
 from splitrun.transport.socket import SocketMailbox
 
 SPANS_A_FRAME = 1000
@@ -46,6 +57,8 @@ class StageHost:
         first, last = job["ports"]
         self._mailbox = SocketMailbox(int(job["session"]), self._receive, str(job["host"]), (int(first), int(last)))
         self._pipeline: Pipeline | None = None
+        self._shipping: Shipping | None = None
+        self._stages: Mapping[int, RangeStage] = {}
 
     @property
     def address(self) -> tuple[str, str]:
@@ -95,11 +108,15 @@ class StageHost:
 
     def _start(self, placement: Placement, loaded: LoadedStages, ring: Ring) -> None:
         links = make_links(placement, loaded, self._send_step, ring)
-        self._pipeline = Pipeline(links, self._deliver)
+        shipped = {index: loaded.stages[index] for index in self._job["shipped"]}
+        self._stages = loaded.stages
+        self._shipping = Shipping(self._exchange.route.session, shipped, self._send)
+        journals = make_journals(placement, self._exchange.route.peers, loaded.stages) if self._job["journals"] else {}
+        self._pipeline = Pipeline(links, self._deliver, after=self._shipping.after, journals=journals)
         self._exchange.pipeline = self._pipeline
 
-    def _send(self, frame: Frame) -> None:
-        self._mailbox.send(COORDINATOR, frame)
+    def _send(self, frame: Frame) -> bool:
+        return self._mailbox.send(COORDINATOR, frame)
 
     def _send_step(self, stage: int, step: Step, activation: Tensor | None) -> None:
         self._exchange.send_step(self._mailbox, stage, step, activation)
@@ -116,7 +133,27 @@ class StageHost:
         control = {"kind": kind, "message": message[:2000], "lost": lost}
         self._send(Frame(Kind.FAILURE, self._exchange.route.session, self._own[0], epoch, 0, step, control))
 
+    def _restore(self, frame: Frame) -> None:
+        """Put KV in its place, and say so. What cannot be done is told as a loss. Raises MalformedMessage."""
+        pipeline, shipping, kv = self._pipeline, self._shipping, kv_of(frame)
+        if pipeline is None or shipping is None or frame.stage not in self._stages:
+            raise MalformedMessage(f"stage {frame.stage} is not here")
+        stage = self._stages[frame.stage]
+
+        def place() -> None:
+            stage.restore(kv.tables, kv.start, kv.rows)
+            shipping.restored(frame.stage, kv.slot, kv.request, kv.start + kv.rows.shape[0])
+            self._send(Frame(Kind.RESTORED, frame.session, frame.stage, step=frame.step))
+
+        def failed(error: Exception) -> None:
+            self._fail(0, 0, "StageLost", f"its KV could not be restored: {error}", lost=True)
+
+        pipeline.work(frame.stage, place, failed)
+
     def _receive(self, frame: Frame) -> None:
+        if frame.kind is Kind.KV:
+            self._restore(frame)
+            return
         if frame.kind is not Kind.STEP:
             raise MalformedMessage(f"{frame.kind.name} is not for a stage")
         verdict = self._exchange.take_step(frame)

@@ -56,6 +56,10 @@ class BlockAccounts:
         for table in self._tables[sequence].values():
             table.drop(sequence.scheduled)
 
+    def reaches(self, sequence: Sequence, position: int) -> bool:
+        """Whether the running sequence still holds all that its token at ``position`` attends to."""
+        return all(table.reaches(position) for table in self._tables[sequence].values())
+
     def shortfall(self, sequence: Sequence, end: int) -> dict[str, int]:
         """Group name -> blocks lacking before positions up to ``end`` can be written; empty when there is room."""
         lacking: dict[str, int] = {}

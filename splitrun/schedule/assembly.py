@@ -14,7 +14,7 @@ from splitrun.schedule.step import IntArray, Step
 Row = tuple[Sequence, Slice]
 
 
-def build_step(index: int, epoch: int, rows: Rows[Row], accounts: BlockAccounts) -> Step:
+def build_step(index: int, epoch: int, rows: Rows[Row], accounts: BlockAccounts, refill: tuple[int, ...] = ()) -> Step:
     """The step that runs ``rows`` in this order. Every sequence has its slot and the blocks its slice needs."""
     starts = numpy.zeros(len(rows) + 1, dtype=numpy.int32)
     numpy.cumsum([slice_.count for _, slice_ in rows], out=starts[1:])
@@ -37,6 +37,7 @@ def build_step(index: int, epoch: int, rows: Rows[Row], accounts: BlockAccounts)
         prompt_targets={row: wanted for row, wanted in enumerate(targets) if wanted is not None} or None,
         replay=tuple(slice_.kind == "replay" for _, slice_ in rows),
         requests=tuple(sequence.request.request_id for sequence, _ in rows),
+        refill=refill,
     )
 
 

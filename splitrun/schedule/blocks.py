@@ -142,6 +142,10 @@ class BlockTable:
             self.ids[self._first] = ABSENT
             self._first += 1
 
+    def reaches(self, context: int) -> bool:
+        """Whether every block that the token at position ``context`` attends to is still there."""
+        return first_needed_block(context, self._window, self._block_tokens) >= self._first
+
     def release(self) -> None:
         """Free every block; the table is empty afterwards."""
         for block in self.owned:

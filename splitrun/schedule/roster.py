@@ -26,6 +26,18 @@ class Statistics:
     blocks: Mapping[str, tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class Held:
+    """What stages hold of a running sequence: the KV of its first ``tokens`` tokens. ``tables``: group -> block ids,
+    ``ABSENT`` where a block was dropped. ``refilling``: some stages have more, the others are on their way there."""
+
+    request_id: int
+    slot: int
+    tokens: int
+    tables: Mapping[str, tuple[int, ...]]
+    refilling: bool = False
+
+
 class Roster:
     """All unfinished sequences. The queue is ordered by arrival, so that one thrown out returns to its place."""
 
@@ -79,6 +91,10 @@ class Roster:
             self._queue.remove((sequence.arrival, sequence))
             heapq.heapify(self._queue)
         sequence.state = State.FINISHED
+
+    def tables(self, sequence: Sequence) -> dict[str, tuple[int, ...]]:
+        """Group name -> the blocks of a running sequence."""
+        return {name: tuple(table.ids) for name, table in self.accounts.tables(sequence).items()}
 
     def make_room(self, sequence: Sequence, end: int) -> bool:
         """Preempt the newest sequences behind this one until its blocks up to ``end`` are free; False if in vain.

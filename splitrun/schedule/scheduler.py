@@ -9,33 +9,42 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from splitrun.errors import InvalidRequest, QueueFull
 from splitrun.schedule.assembly import Row, build_step
 from splitrun.schedule.blocks import GroupSpec
 from splitrun.schedule.limits import Limits, check_request, session_tokens
 from splitrun.schedule.request import Request, TokenEvent
-from splitrun.schedule.roster import Roster, Statistics
+from splitrun.schedule.roster import Held, Roster, Statistics
 from splitrun.schedule.sequence import Sequence, State
 from splitrun.schedule.step import RowTokens, Step, Tokens
 
 NO_TOKEN = "the logits hold NaN or infinity: the model's values overflow this format; plan with --weights bf16 or fp32"
 """Why a row that wanted a token has none."""
 
-__all__ = ["GroupSpec", "Limits", "Scheduler", "Statistics"]
+__all__ = ["GroupSpec", "Held", "Limits", "Scheduler", "Statistics"]
 
 
 class Scheduler:
     """Turns requests into steps and the steps' tokens into events. Not thread-safe: one thread owns it.
 
     ``groups``: the paged KV groups (none for models with fixed state only). ``randomness`` draws the seeds of requests
-    without one; the operating system's by default. Stages run steps in the order of their index and commit comes in
-    that order too.
+    without one; the operating system's by default. ``states``: the model also has fixed states, which cannot go back.
+    Stages run steps in the order of their index and commit comes in that order too.
     """
 
-    def __init__(self, groups: tuple[GroupSpec, ...], limits: Limits, randomness: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        groups: tuple[GroupSpec, ...],
+        limits: Limits,
+        randomness: random.Random | None = None,
+        *,
+        states: bool = False,
+    ) -> None:
         self.limits = limits
+        self._states = states
+        self._refill: tuple[int, ...] = ()
         self.epoch = 0
         self.capacity = session_tokens(groups, limits)
         self._roster = Roster(groups, limits)
@@ -66,18 +75,24 @@ class Scheduler:
         """The next step, or None when nothing can run before the next commit or submit.
 
         Decode rows come first, an even share of them per step in flight; then prompt chunks and replayed tokens, at
-        most ``chunk_tokens`` together, oldest first; then waiting sequences start while slots and blocks last.
+        most ``chunk_tokens`` together, oldest first; then waiting sequences start while slots and blocks last. After
+        ``go_back`` the slices that only some stages compute come before everything else, in steps of their own.
         """
         if self.in_flight >= self.limits.depth:
             return None
         for sequence in self._roster.running:
             self._roster.accounts.drop_outside_windows(sequence)
         rows: list[Row] = []
-        self._add_decodes(rows)
-        self._admit(rows, budget=self._add_chunks(rows))
+        refilling = [sequence for sequence in self._roster.running if sequence.refilling]
+        if refilling:
+            self._add_chunks(rows, refilling)
+        else:
+            self._add_decodes(rows)
+            filling = [sequence for sequence in self._roster.running if sequence.ready and not sequence.decoding]
+            self._admit(rows, budget=self._add_chunks(rows, filling))
         if not rows:
             return None
-        step = build_step(self._steps, self.epoch, rows, self._roster.accounts)
+        step = build_step(self._steps, self.epoch, rows, self._roster.accounts, self._refill if refilling else ())
         self._flights.append((step.index, rows))
         self._steps += 1
         return step
@@ -93,10 +108,9 @@ class Scheduler:
             if len(rows) < share and sequence.ready and sequence.state is State.RUNNING:
                 self._add(rows, sequence)
 
-    def _add_chunks(self, rows: list[Row]) -> int:
-        """Add prompt chunks and replayed groups of running sequences; returns the tokens left of the step's budget."""
+    def _add_chunks(self, rows: list[Row], filling: list[Sequence]) -> int:
+        """Add prompt chunks and replayed groups of these sequences; returns the tokens left of the step's budget."""
         budget = self.limits.chunk_tokens
-        filling = [sequence for sequence in self._roster.running if sequence.ready and not sequence.decoding]
         for sequence in sorted(filling, key=lambda sequence: sequence.arrival):
             if sequence.state is State.RUNNING:
                 count = sequence.next_slice(self.limits.chunk_tokens).count
@@ -144,6 +158,7 @@ class Scheduler:
             if sequence.state is State.FINISHED:
                 continue
             sequence.in_flight -= 1
+            sequence.confirmed = slice_.end
             if sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs.extend(row.prompt_logprobs)
             if slice_.end == sequence.known:
@@ -206,13 +221,53 @@ class Scheduler:
         return events
 
     def recompute_all(self) -> None:
-        """Begin a new epoch after the stages lost their KV: running sequences are computed again from their tokens.
+        """Begin a new epoch after all stages lost their KV: running sequences are computed again from their tokens.
 
         Steps in flight are forgotten; no accepted token is lost or reported twice.
         """
         self._forget_flights()
         for sequence in list(self._roster.running):
             self._roster.suspend(sequence)
+
+    def halt(self) -> None:
+        """Begin a new epoch after a stage was lost: what has not come through all stages counts as not computed."""
+        self._forget_flights()
+        for sequence in list(self._roster.running):
+            self._go_back(sequence, sequence.confirmed)
+
+    def held(self) -> list[Held]:
+        """The KV of the running sequences that stages must have before the next step."""
+        return [
+            Held(
+                sequence.request.request_id,
+                sequence.slot,
+                sequence.confirmed,
+                self._roster.tables(sequence),
+                sequence.refill_end > sequence.confirmed,
+            )
+            for sequence in self._roster.running
+            if sequence.slot is not None and max(sequence.confirmed, sequence.refill_end) > 0
+        ]
+
+    def go_back(self, ends: Mapping[int, int], refill: Iterable[int] = ()) -> None:
+        """Compute again what some stage has no KV of: each running sequence from the position in ``ends`` (request id
+        -> tokens whose KV every stage has; others: none) or the start of the prompt chunk that holds it.
+
+        ``refill``: the stages that do; empty: all of them.
+        """
+        assert not self._flights, "sequences go back while steps are in flight"
+        self._refill = tuple(sorted(refill))
+        for sequence in list(self._roster.running):
+            sequence.refill_end = max(sequence.confirmed, sequence.refill_end) if self._refill else 0
+            end = min(sequence.confirmed, ends.get(sequence.request.request_id, 0))
+            self._go_back(sequence, sequence.slice_start(end, self.limits.chunk_tokens))
+
+    def _go_back(self, sequence: Sequence, position: int) -> None:
+        """Nothing is dropped of a window that is wanted again, and no state can go back: then all is computed again."""
+        if self._states or not self._roster.accounts.reaches(sequence, position):
+            self._roster.suspend(sequence)
+        else:
+            sequence.go_back(position)
 
     def _forget_flights(self) -> None:
         self._flights.clear()

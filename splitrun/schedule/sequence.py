@@ -50,7 +50,9 @@ class Slice:
 class Sequence:
     """A request and its progress. ``arrival`` orders sequences: lower came first and has priority.
 
-    ``token_limit`` is the length at which it ends. ``in_flight`` counts the steps under way that hold a slice of it.
+    ``token_limit`` is the length at which it ends. ``in_flight`` counts the steps under way that hold a slice of it;
+    ``confirmed`` tokens have come through all stages. Up to ``refill_end`` only some stages compute: the others have
+    been there before.
     ``prompt_logprobs`` collects entries chunk by chunk (None when not asked for) until the first token delivers them.
     """
 
@@ -60,6 +62,8 @@ class Sequence:
     token_limit: int
     output: list[int] = field(default_factory=list)
     scheduled: int = 0
+    confirmed: int = 0
+    refill_end: int = 0
     slot: int | None = None
     state: State = State.WAITING
     in_flight: int = 0
@@ -87,6 +91,11 @@ class Sequence:
         return self.scheduled < self.known
 
     @property
+    def refilling(self) -> bool:
+        """Whether the next slice is for some stages alone."""
+        return self.scheduled < self.refill_end
+
+    @property
     def decoding(self) -> bool:
         """Whether all but the newest token is scheduled: it has, or waits for, a decode row."""
         return self.scheduled >= self.prompt_length and self.known - self.scheduled <= 1
@@ -100,11 +109,17 @@ class Sequence:
         """
         start = self.scheduled
         if start < self.prompt_length:
-            if self.request.sampling.prompt_logprobs is not None:
-                chunk_tokens = min(chunk_tokens, SCORED_CHUNK_TOKENS)
-            return Slice(start, min(chunk_tokens, self.prompt_length - start), "prompt")
-        count = min(REPLAY_TOKENS, chunk_tokens, self.known - start)
+            return Slice(start, min(self._prompt_chunk(chunk_tokens), self.prompt_length - start), "prompt")
+        count = min(REPLAY_TOKENS, chunk_tokens, (self.refill_end if self.refilling else self.known) - start)
         return Slice(start, count, "replay" if count > 1 else "decode")
+
+    def _prompt_chunk(self, chunk_tokens: int) -> int:
+        scored = self.request.sampling.prompt_logprobs is not None
+        return min(chunk_tokens, SCORED_CHUNK_TOKENS) if scored else chunk_tokens
+
+    def slice_start(self, position: int, chunk_tokens: int) -> int:
+        """The last position up to this one where a slice may start: in the prompt, where one started before."""
+        return position if position >= self.prompt_length else position - position % self._prompt_chunk(chunk_tokens)
 
     def tokens(self, slice_: Slice) -> list[int]:
         """The ids of a slice. Slices never cross the border between prompt and output."""
@@ -147,7 +162,12 @@ class Sequence:
 
     def restart(self) -> None:
         """Give up all computed KV: everything known is to be computed again, on another slot."""
-        self.scheduled = 0
+        self.go_back(0)
+        self.refill_end = 0
         self.slot = None
-        self.in_flight = 0
         self.state = State.WAITING
+
+    def go_back(self, position: int) -> None:
+        """Compute everything from this position again, on the same slot and blocks."""
+        self.scheduled = self.confirmed = position
+        self.in_flight = 0

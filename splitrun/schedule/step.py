@@ -51,7 +51,9 @@ class Step:
     prompt_targets  row -> the tokens that follow each position of the slice (the last chunk's ends one short)
     replay          one entry per row: the slice holds 2 to 16 generated tokens whose KV is recomputed; to repeat the
                     first computation bit by bit they go through the decode path, never as a prompt chunk
-    requests        the rows' requests, for logs and traces alone
+    requests        the rows' requests: nothing that is computed depends on them
+    refill          stages that compute; empty: all. The others have the KV of these tokens already, and pass the step
+                    on with what they sent behind them the first time
     """
 
     index: int
@@ -66,6 +68,7 @@ class Step:
     prompt_targets: Mapping[int, tuple[int, ...]] | None = None
     replay: tuple[bool, ...] = ()
     requests: tuple[int, ...] = ()
+    refill: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:

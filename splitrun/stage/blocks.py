@@ -55,6 +55,24 @@ class BlockStore:
         """Bytes of both tensors."""
         return self.keys.nbytes + self.values.nbytes
 
+    @property
+    def width(self) -> int:
+        """Values of K and V of one token."""
+        return sum(pool.shape[1] * pool.shape[3] for pool in (self.keys, self.values))
+
+    def read(self, blocks: Tensor, offsets: Tensor) -> list[Tensor]:
+        """K and V of the tokens at these places. Shape: twice (tokens, heads * width)."""
+        return [pool[blocks, :, offsets].flatten(1) for pool in (self.keys, self.values)]
+
+    def write(self, blocks: Tensor, offsets: Tensor, rows: Tensor) -> None:
+        """Put K and V of tokens, side by side as ``read`` gives them, at these places. Modifies the blocks."""
+        start = 0
+        for pool in (self.keys, self.values):
+            heads, width = pool.shape[1], pool.shape[3]
+            part = rows[:, start : start + heads * width]
+            pool[blocks, :, offsets] = part.unflatten(1, (heads, width))
+            start += heads * width
+
     def append(self, view: BlockView, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new K and V and return them behind their history. Modifies the blocks.
 

@@ -6,7 +6,7 @@ It knows the step and the activation, nothing of requests, of other stages or of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,11 +16,14 @@ from torch import Tensor
 from splitrun.errors import StageError
 from splitrun.model.cut import CutModel
 from splitrun.schedule.request import TokenLogprob
-from splitrun.schedule.step import RowTokens, Step, Tokens
+from splitrun.schedule.step import IntArray, RowTokens, Step, Tokens
 from splitrun.stage.batch import Batch, BatchRules, split
 from splitrun.stage.blocks import BlockStore, StateStore
 from splitrun.stage.cache import BlockCache
 from splitrun.stage.sampling import is_plain, prompt_logprobs, sample
+
+Tables = Mapping[str, IntArray | Sequence[int]]
+"""Group name -> the block ids of one sequence."""
 
 
 @dataclass
@@ -61,6 +64,61 @@ class RangeStage(ABC):
     def kv_bytes(self) -> int:
         """Bytes of KV blocks and state slots that the stage holds."""
         return sum(store.nbytes for store in self._stores.values())
+
+    @property
+    def kv_width(self) -> int:
+        """Values of K and V of one token in all layers; 0 where nothing is stored."""
+        return sum(store.width for store in self._stores.values())
+
+    @torch.inference_mode()
+    def export(self, tables: Tables, start: int, stop: int) -> Tensor:
+        """The KV of one sequence's tokens ``start`` to ``stop``, on the CPU: a row per token, in it layer by layer K
+        and V. ``tables``: its blocks in each group. Rows of what was dropped mean nothing.
+
+        Shape: (tokens, kv_width).
+        """
+        places = self._places(tables, start, stop)
+        rows: list[Tensor] = []
+        for index, store in self._stores.items():
+            blocks, offsets, _ = places[self._group_of(index)]
+            rows += store.read(blocks, offsets)
+        return torch.cat(rows, dim=1).cpu()
+
+    @torch.inference_mode()
+    def restore(self, tables: Tables, start: int, rows: Tensor) -> None:
+        """Put exported KV into one sequence's blocks, from the token ``start`` on. Modifies the KV blocks.
+
+        Raises ValueError for rows of another stage, and for tokens without blocks.
+        """
+        if rows.shape[1] != self.kv_width:
+            raise ValueError(f"a row has {rows.shape[1]} values, the stage keeps {self.kv_width}")
+        places = self._places(tables, start, start + rows.shape[0])
+        first = 0
+        for index, store in self._stores.items():
+            blocks, offsets, wanted = places[self._group_of(index)]
+            if len(blocks) and int(blocks.max()) >= store.keys.shape[0]:
+                raise ValueError("a block is not there")
+            part = rows[wanted, first : first + store.width].to(self.model.device)
+            store.write(blocks[wanted], offsets[wanted], part)
+            first += store.width
+
+    def _places(self, tables: Tables, start: int, stop: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Group -> block and offset of each token, and whether its block is there. Shape: three times (tokens,)."""
+        positions = torch.arange(start, stop)
+        found = {}
+        for name, table in tables.items():
+            if len(table) * self.rules.block_tokens < stop:
+                raise ValueError("the tokens have no blocks")
+            blocks = torch.as_tensor(table, dtype=torch.int64)[positions // self.rules.block_tokens]
+            there = (blocks >= 0).to(self.model.device)
+            offsets = (positions % self.rules.block_tokens).to(self.model.device)
+            found[name] = (blocks.clamp(min=0).to(self.model.device), offsets, there)
+        return found
+
+    def _group_of(self, layer: int) -> str:
+        group = self.model.structure.caches[layer].group
+        assert group is not None, "a layer without KV has a store"
+        return group.name
 
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """Run the step's rows through the range.

@@ -25,7 +25,7 @@ from torch import Tensor
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.schedule.step import IntArray
 
-VERSION = 2
+VERSION = 3
 MAX_CONTROL_BYTES = 32 << 20
 MAX_BODY_BYTES = 1 << 30
 MAX_NUMBERS = 1 << 24
@@ -37,14 +37,17 @@ Part = bytes | memoryview
 
 
 class Kind(IntEnum):
-    """What a frame is. STEP goes to a stage (body: the activation, none for the first stage), the others come back
-    to the coordinator: tokens, a step's failure, a sign of life, what was done when."""
+    """What a frame is. STEP goes to a stage (body: the activation, none for the first stage). KV of some tokens goes
+    both ways (body: a row per token). The others come back to the coordinator: tokens, a step's failure, a sign of
+    life, what was done when, that KV is in its place."""
 
     STEP = 1
     TOKENS = 2
     FAILURE = 3
     BEAT = 4
     SPANS = 5
+    KV = 6
+    RESTORED = 7
 
 
 @dataclass(frozen=True)

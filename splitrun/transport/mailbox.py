@@ -32,8 +32,8 @@ class Mailbox(Protocol):
     def connect(self, peer: str, address: Address) -> None:
         """Frames to ``peer`` go there from now on, and frames from there are read. Replaces an earlier address."""
 
-    def send(self, peer: str, frame: Frame) -> None:
-        """Send a frame; returns at once. Any thread."""
+    def send(self, peer: str, frame: Frame) -> bool:
+        """Send a frame; returns at once, whether it is on its way. Any thread."""
 
     def close(self) -> None:
         """Stop reading and give the port back."""
@@ -85,16 +85,17 @@ class FakeMailbox:
         """See `Mailbox`."""
         self._peers[peer] = address.endpoint
 
-    def send(self, peer: str, frame: Frame) -> None:
+    def send(self, peer: str, frame: Frame) -> bool:
         """See `Mailbox`; returns when the frame has been read."""
         target = self._network.mailboxes.get(self._peers.get(peer, ""))
         if target is None:
             self.dropped.add("no such peer")
-            return
+            return False
         for parts in self._network.tamper([bytes(part) for part in encode(frame)]):
             arrived = opened(parts, self._network.session, target.dropped)
             if arrived is not None:
                 target._take(arrived)
+        return True
 
     def _take(self, frame: Frame) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Steps and tokens as frames, and back. Every length and index is checked before an array is made of it.
+"""Steps, tokens and KV as frames, and back. Every length and index is checked before an array is made of it.
 
 Knows the fields of a step, not what a stage does with them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -45,6 +46,8 @@ def step_frame(session: int, stage: int, first: int, step: Step, activation: Ten
         control["replay"] = step.replay
     if step.requests:
         control["requests"] = step.requests
+    if step.refill:
+        control["refill"] = step.refill
     integers = numpy.concatenate(arrays)
     return Frame(Kind.STEP, session, stage, step.epoch, first, step.index, control, integers, (), activation)
 
@@ -78,10 +81,11 @@ def _step_of(frame: Frame) -> Step:
     scores = tuple(None if count is None else whole(count) for count in control.get("scores", (None,) * rows))
     replay = tuple(bool(flag) for flag in control.get("replay", (False,) * rows))
     requests = tuple([whole(one) for one in control.get("requests", ())])
+    refill = tuple([size(whole(one)) for one in control.get("refill", ())])
     _require(len(sampling) == len(scores) == len(replay) == rows, "a list has not one entry per row")
     return Step(
         frame.step, frame.epoch, token_ids, starts, contexts, slots, tables, sampling, scores,
-        _targets_of(control.get("targets"), counts), replay, requests,
+        _targets_of(control.get("targets"), counts), replay, requests, refill,
     )  # fmt: skip
 
 
@@ -108,6 +112,44 @@ def tokens_of(frame: Frame) -> Tokens:
     if next(integers, None) is not None or next(reals, None) is not None:
         raise MalformedMessage("the tokens do not fill their frame")
     return Tokens(frame.step, frame.epoch, rows)
+
+
+@dataclass(frozen=True)
+class KVRows:
+    """KV of consecutive tokens of one request at a stage, from the token ``start`` on.
+
+    rows    Shape: (tokens, values), as the stage exports them
+    slot, tables  the sequence's slot and blocks in each group; on the way to a stage
+    """
+
+    request: int
+    start: int
+    rows: Tensor
+    slot: int = 0
+    tables: Mapping[str, IntArray] = field(default_factory=dict)
+
+
+def kv_frame(session: int, stage: int, epoch: int, number: int, kv: KVRows) -> Frame:
+    """KV on its way from a stage, or to one; ``number`` tells such frames apart."""
+    control = {"request": kv.request, "start": kv.start, "slot": kv.slot}
+    tables = {"tables": {name: len(table) for name, table in kv.tables.items()}}
+    integers = numpy.concatenate([*kv.tables.values()]) if kv.tables else ()
+    return Frame(Kind.KV, session, stage, epoch, 0, number, {**control, **tables}, integers, (), kv.rows)
+
+
+def kv_of(frame: Frame) -> KVRows:
+    """The inverse of ``kv_frame``; raises MalformedMessage."""
+    try:
+        take = _Reader(numpy.asarray(frame.integers, numpy.int32))
+        widths = frame.control["tables"].items()
+        tables = {str(name): take.next(size(whole(width))) for name, width in widths}
+        take.end()
+        start, slot = size(whole(frame.control["start"])), size(whole(frame.control["slot"]))
+        if frame.body is None:
+            raise MalformedMessage("the frame holds no rows")
+        return KVRows(whole(frame.control["request"]), start, frame.body, slot, tables)
+    except _BROKEN as error:
+        raise MalformedMessage(f"the frame holds no KV: {error}") from error
 
 
 def _row_of(integers: Iterator[int], reals: Iterator[float]) -> RowTokens:

@@ -21,13 +21,17 @@ from splitrun.transport.mailbox import Address, opened
 
 WAITING_FRAMES = 256
 """Most frames that wait for one peer; steps in flight are far fewer."""
+WAITING_KV_FRAMES = 8
+"""Most frames of KV that do: they may be large, and are sent again later when they do not go now."""
+KV_SEND_BUFFER = 256 << 10
+"""Bytes of KV that the system may hold: on a slow line heartbeats would come too late behind more of them."""
 
 
 class _Peer:
     """The sending sockets to one peer, made by the first frames: by then the peer lets this process in.
 
     Heartbeats have a connection of their own: behind a prompt's activations on a slow line they would come too late.
-    A lock makes it usable from any thread.
+    So has KV, which nobody waits for. A lock makes it usable from any thread.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: Address, keys: tuple[bytes, bytes]) -> None:
@@ -35,7 +39,7 @@ class _Peer:
         self._context = context
         self._keys = keys
         self._lock = threading.Lock()
-        self._sockets: dict[bool, zmq.Socket[bytes]] = {}
+        self._sockets: dict[Kind, zmq.Socket[bytes]] = {}
         self._closed = False
 
     def send(self, frame: Frame) -> bool:
@@ -44,9 +48,9 @@ class _Peer:
         with self._lock:
             if self._closed:
                 return False
-            lane = frame.kind is Kind.BEAT
+            lane = frame.kind if frame.kind in (Kind.BEAT, Kind.KV) else Kind.STEP
             if lane not in self._sockets:
-                self._sockets[lane] = self._connected()
+                self._sockets[lane] = self._connected(lane)
             try:
                 self._sockets[lane].send_multipart(parts, zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -60,10 +64,13 @@ class _Peer:
             for socket in self._sockets.values():
                 socket.close()
 
-    def _connected(self) -> zmq.Socket[bytes]:
+    def _connected(self, lane: Kind) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.PUSH)
         socket.linger = 0
         socket.sndhwm = WAITING_FRAMES
+        if lane is Kind.KV:
+            socket.sndhwm = WAITING_KV_FRAMES
+            socket.sndbuf = KV_SEND_BUFFER
         socket.curve_publickey, socket.curve_secretkey = self._keys
         socket.curve_serverkey = self.address.public_key.encode()
         socket.connect(self.address.endpoint)
@@ -126,11 +133,13 @@ class SocketMailbox:
         if earlier is not None:
             earlier.close()
 
-    def send(self, peer: str, frame: Frame) -> None:
+    def send(self, peer: str, frame: Frame) -> bool:
         """See `Mailbox`."""
         known = self._peers.get(peer)
-        if known is None or not known.send(frame):
-            self.dropped.add("no such peer" if known is None else "peer does not read")
+        if known is not None and known.send(frame):
+            return True
+        self.dropped.add("no such peer" if known is None else "peer does not read")
+        return False
 
     def close(self) -> None:
         """See `Mailbox`. May be called twice, not from ``receive``."""

@@ -1,6 +1,6 @@
 """What a hop between processes costs on loopback: CURVE, framing and threads included.
 
-    python tests/bench/hops.py [--quick] [--shaped]
+    python tests/bench/hops.py [--quick] [--shaped] [-o FILE]
 
 With --shaped (root only) also over a line of 1 Gbit/s to another network namespace: what share of the line a prompt
 chunk uses, chunks sent one behind the other, as prompts are.
@@ -150,12 +150,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it works")
     parser.add_argument("--shaped", action="store_true", help="also over a line of 1 Gbit/s; needs root")
+    parser.add_argument("-o", "--output", type=Path, help="file for a table")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    figures: dict[str, object] = dict(loopback(options.quick))
-    if options.shaped:
-        figures["share_of_1_gbit"] = one_gigabit(options.quick)
-    print(json.dumps(figures))
+    here = loopback(options.quick)
+    line = one_gigabit(options.quick) if options.shaped else {}
+    print(json.dumps({**here, **({"share_of_1_gbit": line} if line else {})}))
+    if options.output:
+        command = " ".join(["python", "tests/bench/hops.py", *sys.argv[1:]])
+        options.output.write_text(f"# One hop\n\n`{command}`\n\n{table(here, line)}\n")
+
+
+def table(here: dict[str, dict[str, float]], line: dict[str, float]) -> str:
+    """The figures for people."""
+    lines = ["| activation of the 1.5B shape, bf16 | median ms a hop | 95 % below | share of 1 Gbit/s |"]
+    lines.append("|---|---|---|---|")
+    shares = {"prefill_512": f"{line['alone']:.0%} alone, {line['stream']:.0%} in a row"} if line else {}
+    for name, figures in here.items():
+        lines.append(f"| {name} | {figures['hop_ms']} | {figures['hop_p95_ms']} | {shares.get(name, '')} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Kill or stop a stage again and again under load: every answer must be right, and nothing may grow.
 
     python tests/bench/soak.py [--minutes 10] [--every 20] [--tokens 2000] [--weights fp32|nf4] [--nodes]
+    python tests/bench/soak.py --model DIR --weights nf4 --prompt-tokens 1900 --tokens 100 --minutes 0.3 --every 18
 
 Four streams of the demo, two greedy and two sampled, over two stages in processes of their own (or on two Ray
-nodes of this machine, with --nodes) and one between them here. A fault is SIGKILL, sometimes SIGSTOP, of one of the
-two stages at a moment that the clock decides. Printed per fault: the longest pause that a client saw, and how much of
-it was starting and loading. One line of JSON at the end; status 1 when an answer differs or something has grown.
+nodes of this machine, with --nodes) and one between them here; of another model in two halves. A fault is SIGKILL,
+sometimes SIGSTOP, of one of the two stages at a moment that the clock decides. Printed per fault: the longest pause
+that a client saw, how much of it was starting and loading, and the tokens of the streams then. One line of JSON at the
+end, and with -o FILE a table; status 1 when an answer differs or something has grown.
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ from node_clusters import cluster
 
 import splitrun
 from splitrun.engine.remote import RemoteStages
+from splitrun.model.files import resolve
+from splitrun.model.structure import inspect
 from splitrun.planner.facts import Workload
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
 
 Stages = Callable[[str], list[int]]
 STREAMS = 4
-PROMPT_TOKENS = 40
 
 
 @dataclass
@@ -72,14 +75,19 @@ class Watch:
             return taken
 
 
-def placement(weights: str, tokens: int, devices: tuple[str, str]) -> Placement:
-    """The demo in three stages, the middle one here."""
+def placement(options: argparse.Namespace, devices: tuple[str, str]) -> Placement:
+    """The demo in three stages, the middle one here; another model in two halves."""
     first, last = devices
+    small = options.model == "demo"
+    layers = 8 if small else inspect(resolve(options.model, None, weights=False).config).layers
     bounds = [(first, True, (0, 3), False), ("cpu", False, (3, 5), False), (last, False, (5, 8), True)]
-    stages = tuple(StageSpec(*bound, weights=weights) for bound in bounds)
-    context = PROMPT_TOKENS + tokens + 1
-    workload = Workload(context, sessions=STREAMS, block_tokens=16, chunk_tokens=64)
-    return Placement(1, ModelRef("demo", layers=8), workload, stages)
+    if not small:
+        bounds = [(first, True, (0, layers // 2), False), (last, False, (layers // 2, layers), True)]
+    stages = tuple(StageSpec(*bound, weights=options.weights) for bound in bounds)
+    context = options.prompt_tokens + options.tokens + 1
+    block, chunk = (16, 64) if small else (64, 512)
+    workload = Workload(context, sessions=STREAMS, block_tokens=block, chunk_tokens=chunk)
+    return Placement(1, ModelRef(options.model, layers=layers), workload, stages)
 
 
 def sampling(index: int, tokens: int) -> splitrun.SamplingParams:
@@ -88,23 +96,23 @@ def sampling(index: int, tokens: int) -> splitrun.SamplingParams:
     return splitrun.SamplingParams(max_tokens=tokens, temperature=temperature, seed=index, ignore_eos=True)
 
 
-def answer(engine: splitrun.Engine, index: int, tokens: int, note: Callable[[], None]) -> list[int]:
+def answer(engine: splitrun.Engine, index: int, options: argparse.Namespace, note: Callable[[], None]) -> list[int]:
     """One stream to its end."""
-    prompt = [(7 + index + 3 * place) % 200 for place in range(PROMPT_TOKENS)]
+    prompt = [(7 + index + 3 * place) % 200 for place in range(options.prompt_tokens)]
     ids = []
-    for event in engine.stream(prompt, sampling(index, tokens)):
+    for event in engine.stream(prompt, sampling(index, options.tokens)):
         note()
         if event.token_id is not None:
             ids.append(event.token_id)
     return ids
 
 
-def all_answers(engine: splitrun.Engine, tokens: int, note: Callable[[], None]) -> list[list[int]]:
+def all_answers(engine: splitrun.Engine, options: argparse.Namespace, note: Callable[[], None]) -> list[list[int]]:
     """The four streams together."""
     found: dict[int, list[int]] = {}
 
     def work(index: int) -> None:
-        found[index] = answer(engine, index, tokens, note)
+        found[index] = answer(engine, index, options, note)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(STREAMS)]
     for thread in threads:
@@ -134,8 +142,7 @@ def engine_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[split
         if options.nodes:
             nodes = stack.enter_context(cluster(folder / "nodes", "one", "two"))
             names = ("one/cpu", "two/cpu")
-        plan = placement(options.weights, options.tokens, names)
-        engine = stack.enter_context(splitrun.Engine(plan))
+        engine = stack.enter_context(splitrun.Engine(placement(options, names)))
 
         def stages(device: str) -> list[int]:
             if nodes is not None:
@@ -153,8 +160,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--every", type=float, default=20.0, help="seconds between two faults")
     parser.add_argument("--tokens", type=int, default=2000, help="new tokens of each stream")
+    parser.add_argument("--prompt-tokens", type=int, default=40, help="tokens of each stream's prompt")
+    parser.add_argument("--model", default="demo", help="another model's directory")
     parser.add_argument("--weights", default="fp32", choices=["fp32", "nf4", "int8"])
     parser.add_argument("--nodes", action="store_true", help="on two Ray nodes instead of processes")
+    parser.add_argument("-o", "--output", type=Path, help="file for a table")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="splitrun-soak-") as folder:
         sys.exit(soak(options, Path(folder)))
@@ -165,36 +175,60 @@ def soak(options: argparse.Namespace, folder: Path) -> int:
     chance = random.Random(7)
     watch = Watch()
     with engine_of(options, folder) as (engine, stages):
-        expected = all_answers(engine, options.tokens, watch.token)
+        expected = all_answers(engine, options, watch.token)
         ended, rounds, wrong = threading.Event(), 0, 0
         pauses: list[tuple[float, float]] = []
         uses: list[dict[str, float]] = []
+        table: list[list[str | float]] = []
 
         def disturb() -> None:
             while not ended.wait(options.every):
                 device = chance.choice([spec.device for spec in engine.placement.stages if "/" in spec.device])
                 number = signal.SIGSTOP if len(pauses) % 4 == 3 else signal.SIGKILL
-                epoch, _ = engine.core.status().epoch, watch.take()
+                epoch, _, held = engine.core.status().epoch, watch.take(), held_tokens(engine)
                 for process in stages(device):
                     os.kill(process, number)
-                pauses.append(
-                    (watch.until_after(lambda epoch=epoch: engine.core.status().epoch > epoch), loading_s(engine))
-                )
+                pause = watch.until_after(lambda epoch=epoch: resumed(engine, epoch))
+                pauses.append((pause, loading_s(engine)))
                 uses.append(use())
+                table.append([signal.Signals(number).name, device, sum(held), *pauses[-1], *uses[-1].values()])
                 print(f"{signal.Signals(number).name} of {device}: pause {pauses[-1][0]:.2f} s, of which loading "
-                      f"{pauses[-1][1]:.2f} s; {uses[-1]}", flush=True)  # fmt: skip
+                      f"{pauses[-1][1]:.2f} s; {held} tokens; {uses[-1]}", flush=True)  # fmt: skip
 
         disturber = threading.Thread(target=disturb)
         disturber.start()
         until = time.monotonic() + options.minutes * 60
         while time.monotonic() < until:
-            found = all_answers(engine, options.tokens, watch.token)
+            found = all_answers(engine, options, watch.token)
             rounds += 1
             wrong += found != expected
         ended.set()
         disturber.join()
         restarts = sum(stage.restarts for stage in engine.core.status().stages)
-    return report(options, rounds, wrong, restarts, pauses, uses)
+    figures, status = report(options, rounds, wrong, restarts, pauses, uses)
+    if options.output:
+        command = " ".join(["python", "tests/bench/soak.py", *sys.argv[1:]])
+        options.output.write_text(f"# Stages killed again and again\n\n`{command}`\n\n{as_table(table)}\n\n{figures}\n")
+    return status
+
+
+def as_table(rows: list[list[str | float]]) -> str:
+    """The faults, one a line."""
+    titles = ["fault", "stage", "tokens held", "pause s", "loading s", "MB", "files", "threads", "children"]
+    lines = [titles, ["---"] * len(titles)]
+    lines += [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def resumed(engine: splitrun.Engine, epoch: int) -> bool:
+    """Whether steps run again after that epoch."""
+    return engine.core._scheduler.epoch > epoch and not engine.core._paused
+
+
+def held_tokens(engine: splitrun.Engine) -> list[int]:
+    """Tokens of each running stream whose KV the stages have."""
+    with engine.core._lock:
+        return [held.tokens for held in engine.core._scheduler.held()]
 
 
 def loading_s(engine: splitrun.Engine) -> float:
@@ -207,8 +241,8 @@ def loading_s(engine: splitrun.Engine) -> float:
 def report(
     options: argparse.Namespace, rounds: int, wrong: int, restarts: int, pauses: list[tuple[float, float]],
     uses: list[dict[str, float]],
-) -> int:  # fmt: skip
-    """Print the outcome; 0 when all is well."""
+) -> tuple[str, int]:  # fmt: skip
+    """The outcome, printed too, and the exit status: 0 when all is well."""
     beyond = [pause - loading for pause, loading in pauses] or [0.0]
     half = len(uses) // 2
     grown = {}
@@ -221,12 +255,13 @@ def report(
                 grown[name] = (before, after)
     longest = max((pause for pause, _ in pauses), default=0.0)
     figures = {
-        "weights": options.weights, "nodes": options.nodes, "tokens": options.tokens, "rounds": rounds, "wrong": wrong,
+        "model": Path(options.model).name, "weights": options.weights, "nodes": options.nodes,
+        "prompt_tokens": options.prompt_tokens, "tokens": options.tokens, "rounds": rounds, "wrong": wrong,
         "faults": len(pauses), "restarts": restarts, "longest_pause_s": round(longest, 2),
         "longest_beyond_loading_s": round(max(beyond), 2), "first": uses[:1], "last": uses[-1:], "grown": grown,
     }  # fmt: skip
     print(json.dumps(figures))
-    return int(wrong > 0 or bool(grown) or not rounds)
+    return json.dumps(figures), int(wrong > 0 or bool(grown) or not rounds)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ import psutil
 import pytest
 from cut_models import NEW_TOKENS, TinyModel, tiny_model
 from node_clusters import TestCluster, cluster, listening
+from pauses import MOST_S, Pause
 from test_processes import GREEDY, SAMPLED, at_step, cut_everywhere, demo, plan, remote_of, restarts, run
 
 import splitrun
 from splitrun.cluster import node, runtime
 from splitrun.cluster.home import Home
 from splitrun.cluster.nodes import Membership, Nodes
+from splitrun.cluster.versions import own_versions
 from splitrun.engine import succession
 from splitrun.engine.remote import Patience
 from splitrun.errors import ClusterError, StageError, StageLost
@@ -103,13 +105,14 @@ def test_no_token_is_lost_with_a_stage(
     nodes: TestCluster, engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
     number: int, name: str, step: int,
 ) -> None:  # fmt: skip
-    before = restarts(engine)
+    before, pause = restarts(engine), Pause(engine, monkeypatch)
     (lost,) = nodes.stages(name)
-    at_step(engine, monkeypatch, step, lambda: lost.send_signal(number))
+    at_step(engine, monkeypatch, step, pause.of(lambda: lost.send_signal(number)))
     kind, sampling = ("sampled", SAMPLED) if step == 5 else ("greedy", GREEDY)
     assert run(engine, sampling) == expected[kind]
     assert restarts(engine) > before
     assert not lost.is_running()
+    assert pause.beyond_loading_s < MOST_S
 
 
 @pytest.mark.long
@@ -239,17 +242,11 @@ def test_other_versions_are_named_on_both_sides(
 ) -> None:
     record = node.running(nodes.homes["one"])
     assert record is not None
-    monkeypatch.setattr(node, "own_versions", lambda: {**node_versions(), "torch": "1.0"})
+    monkeypatch.setattr(node, "own_versions", lambda: {**own_versions(), "torch": "1.0"})
     with pytest.raises(ClusterError, match=r"three and one do not match: torch 1\.0 here, \S+ there: install the same"):
         node.join(Home(tmp_path), record.head, nodes.homes["one"].token(), name="three")
     told = Membership(nodes.homes["one"]).refused()
     assert told["three"]["differences"][0].startswith("torch 1.0 here")
-
-
-def node_versions() -> dict[str, str]:
-    from splitrun.cluster.versions import own_versions
-
-    return own_versions()
 
 
 SCRIPT = """
@@ -291,8 +288,9 @@ def after_steps(engine: splitrun.Engine, count: int, deed: Callable[[], None]) -
     pipeline.submit = counted  # type: ignore[method-assign]
 
 
+@pytest.mark.parametrize("killed", [True, pytest.param(False, marks=pytest.mark.long)], ids=["killed", "stopped"])
 def test_a_whole_node_is_lost_and_comes_back(
-    nodes: TestCluster, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    nodes: TestCluster, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
     """The streams go on here, and move back under load when the node has joined again; no token is lost."""
     monkeypatch.setattr(succession, "RETURN_S", 0.3)
@@ -300,11 +298,11 @@ def test_a_whole_node_is_lost_and_comes_back(
     (left,) = runtime._temporary().glob(f"splitrun-ray-{nodes.processes('three')[0].pid}-*")
     placement = demo("cpu", "three/cpu")
     with splitrun.Engine(placement, chunk_tokens=16, patience=PATIENCE, rebalance=True) as engine:
-        after_steps(engine, 9, lambda: nodes.lose("three"))
+        after_steps(engine, 9, lambda: nodes.lose("three") if killed else node.stop(nodes.homes["three"]))
         assert run(engine, SAMPLED) == expected["sampled"]
         assert [stage.device for stage in engine.core.status().stages] == ["cpu"]
         assert engine.core.status().healthy
-        assert left.is_dir()
+        assert left.is_dir() == killed
         nodes.start("three")
         assert not left.exists()
         deadline = time.monotonic() + 60

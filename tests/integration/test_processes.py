@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from cut_models import NEW_TOKENS, TinyModel, tiny_model, write_checkpoint
+from pauses import MOST_S, Pause
 
 import splitrun
 from splitrun import api
@@ -136,12 +137,13 @@ def test_no_token_is_lost_with_a_process(
     engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, number: int, step: int,
     device: str,
 ) -> None:  # fmt: skip
-    before = restarts(engine)
+    before, pause = restarts(engine), Pause(engine, monkeypatch)
     lost = process_of(engine, device).process_id
-    at_step(engine, monkeypatch, step, lambda: os.kill(lost, number))
+    at_step(engine, monkeypatch, step, pause.of(lambda: os.kill(lost, number)))
     sampling = SAMPLED if step == 5 else GREEDY
     assert run(engine, sampling) == expected["sampled" if step == 5 else "greedy"]
     assert restarts(engine) > before
+    assert pause.beyond_loading_s < MOST_S
     assert not psutil.pid_exists(lost)
     assert engine.core.status().healthy
     assert all(use.used == 0 for use in engine.core.status().blocks.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -16,6 +17,7 @@ from splitrun.errors import StageError
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.schedule.step import RowTokens, Step, Tokens
 from splitrun.transport.frames import Frame
+from splitrun.transport.journal import Journal
 from splitrun.transport.local import Failed, FromHost, SameMemory, Task
 from splitrun.transport.mailbox import FakeNetwork, Mailbox
 from splitrun.transport.messages import step_frame
@@ -43,6 +45,7 @@ class AddOne:
 
     def __init__(self, head: bool = False) -> None:
         self.ran: list[int] = []
+        self.saw: list[float] = []
         self._head = head
 
     def any_thread(self, step: Step) -> bool:
@@ -53,6 +56,7 @@ class AddOne:
         if int(step.token_ids[0]) == 99:
             raise StageError("planted")
         activation = torch.zeros(1, HIDDEN) if incoming is None else incoming
+        self.saw.append(float(activation[0, 0]))
         if self._head:
             return Tokens(step.index, step.epoch, (RowTokens((int(activation[0, 0]) + 1,)),))
         return activation + 1
@@ -81,6 +85,7 @@ class Two:
                 Link(self.stages[2], worker, "third", None),
             ],
             self.outcome,
+            journals={1: Journal(2, 8)},
         )
         self.there.pipeline = Pipeline(
             [
@@ -101,9 +106,9 @@ class Two:
     def take_there(self, frame: Frame) -> None:
         self.verdicts.append(self.there.take_step(frame))
 
-    def submit(self, index: int, epoch: int = 0, token: int = 1) -> None:
+    def submit(self, index: int, epoch: int = 0, token: int = 1, refill: tuple[int, ...] = ()) -> None:
         assert self.here.pipeline is not None
-        self.here.pipeline.submit(make_step(index, epoch, token))
+        self.here.pipeline.submit(replace(make_step(index, epoch, token), refill=refill))
 
 
 def sender(exchange: Exchange, mailbox: Mailbox, stage: int) -> Callable[[Step, Tensor | None], None]:
@@ -122,6 +127,42 @@ def test_a_step_goes_out_and_comes_back() -> None:
         two.submit(index)
     assert two.outcomes == [Tokens(index, 0, (RowTokens((3,)),)) for index in range(3)]
     assert two.here.waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("refill", "ran"),
+    [((1,), [[0], [0, 1], [0]]), ((0,), [[0, 1], [0], [0]]), ((0, 1), [[0, 1], [0, 1], [0]])],
+)
+def test_the_others_pass_on_what_they_sent(refill: tuple[int, ...], ran: list[list[int]]) -> None:
+    two = Two()
+    two.submit(0)
+    two.submit(1, refill=refill)
+    assert [stage.ran for stage in two.stages] == ran
+    assert set(two.stages[1].saw) == {1.0}
+    assert two.outcomes[1] == Tokens(1, 0, (RowTokens(),))
+
+
+@pytest.mark.parametrize(("refill", "body"), [((1,), None), ((0,), torch.zeros(1, HIDDEN))])
+def test_who_computes_again_needs_the_activation_and_nobody_else(refill: tuple[int, ...], body: Tensor | None) -> None:
+    with pytest.raises(MalformedMessage, match="missing, or nobody wants one"):
+        Two().there.take_step(step_frame(SESSION, 1, 0, replace(make_step(0), refill=refill), body))
+
+
+def test_a_journal_finds_rows_by_slot_and_position() -> None:
+    journal = Journal(slots=3, context=8)
+
+    def step(contexts: list[int], counts: list[int], slots: list[int]) -> Step:
+        starts = numpy.concatenate([[0], numpy.cumsum(counts)]).astype(numpy.int32)
+        ids = numpy.zeros(starts[-1], numpy.int32)
+        return replace(
+            make_step(0), token_ids=ids, query_starts=starts, context_lengths=numpy.array(contexts, numpy.int32),
+            slots=numpy.array(slots, numpy.int32),
+        )  # fmt: skip
+
+    journal.keep(step([0, 2], [5, 3], [2, 0]), torch.arange(8.0).view(8, 1))
+    journal.keep(step([5, 5], [1, 1], [0, 2]), torch.tensor([[50.0], [52.0]]))
+    assert journal.read(step([3], [3], [0])).flatten().tolist() == [6, 7, 50]
+    assert journal.read(step([4, 2], [2, 1], [2, 0])).flatten().tolist() == [4, 52, 5]
 
 
 def test_duplicates_run_once() -> None:

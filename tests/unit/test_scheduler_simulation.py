@@ -130,17 +130,22 @@ class Simulation:
     queue: deque[Step] = field(default_factory=deque)
     results: deque[Tokens] = field(default_factory=deque)
     replays: int = 0
+    went_back: int = 0
+    refills: int = 0
 
     def check(self, step: Step) -> None:
         limits = self.scheduler.limits
         filling = 0
+        if step.refill:
+            assert step.sampling == (None,) * step.rows, "nothing new is to come of tokens that are computed again"
+            self.refills += 1
         for row in range(step.rows):
             context, count = int(step.context_lengths[row]), int(step.counts[row])
             if step.replay[row]:
                 assert 2 <= count <= 16
                 self.replays += 1
             elif count > 1:
-                scored = bool(step.prompt_logprobs) and step.prompt_logprobs[row] is not None
+                scored = self.submitted[step.requests[row]].sampling.prompt_logprobs is not None
                 chunk = min(limits.chunk_tokens, SCORED_CHUNK_TOKENS) if scored else limits.chunk_tokens
                 assert context % chunk == 0, "a prompt was cut elsewhere"
             filling += count if count > 1 else 0
@@ -177,6 +182,30 @@ class Simulation:
         if event is not None:
             self.record([event])
         self.scheduler.check_integrity()
+
+    def lose_one_stage(self) -> None:
+        """What came through is held by the others; the lost one gets some of it back, or nothing."""
+        self.scheduler.halt()
+        self.scheduler.check_integrity()
+        ends = {held.request_id: self.randomness.randint(0, held.tokens) for held in self.scheduler.held()}
+        if ends and self.randomness.random() < 0.3:
+            self.cancel(self.randomness.choice(list(ends)))
+        self.scheduler.go_back(ends, self.randomness.choice([(), (2,), (0, 2)]))
+        self.scheduler.check_integrity()
+        self.results.extend(Tokens(step.index, step.epoch, ()) for step in self.queue)
+        self.queue.clear()
+        state: dict[int, list[int]] = {}
+        blocks: dict[str, dict[tuple[int, int], int]] = {}
+        for held in self.scheduler.held():
+            assert held.tokens <= ends[held.request_id]
+            self.went_back += held.tokens > 0
+            state[held.slot] = self.stage.state[held.slot][: held.tokens]
+            for name, table in held.tables.items():
+                room = self.scheduler.limits.block_tokens
+                cells = [(table[at // room], at % room) for at in range(held.tokens)]
+                mine = {cell: self.stage.blocks[name][cell] for cell in cells if cell[0] >= 0}
+                blocks.setdefault(name, {}).update(mine)
+        self.stage.state, self.stage.blocks = state, blocks
 
     def lose_stages(self) -> None:
         """All KV is gone; steps in flight may still run and answer, under the old epoch."""
@@ -266,6 +295,8 @@ def test_every_request_gets_what_it_gets_alone(seed: int, depth: int) -> None:
             simulation.cancel(randomness.randint(0, request_id))
         if disturbed and randomness.random() < 0.1:
             simulation.lose_stages()
+        if disturbed and randomness.random() < 0.2:
+            simulation.lose_one_stage()
     simulation.finish()
     simulation.verify(windows)
 
@@ -286,3 +317,24 @@ def test_preemption_is_exact_and_happens(depth: int) -> None:
     simulation.verify([9])
     assert simulation.scheduler.statistics().preemptions > 0
     assert simulation.replays > 0
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_lost_stage_costs_only_what_it_does_not_get_back(depth: int) -> None:
+    """Again and again, in prompts and while decoding; windows that were left behind are computed from their start."""
+    randomness = random.Random(depth)
+    limits = Limits(context=80, sessions=4, vocabulary=VOCABULARY, chunk_tokens=8, block_tokens=4, depth=depth)
+    groups = (GroupSpec("full", None, 80), GroupSpec("sliding(9)", 9, 40))
+    simulation = Simulation(Scheduler(groups, limits), FakeStage(groups, limits, randomness), randomness)
+    for request_id in range(6):
+        params = SamplingParams(seed=request_id, ignore_eos=True, prompt_logprobs=1 if request_id % 2 else None)
+        prompt = tuple(randomness.randrange(VOCABULARY) for _ in range(3 + 4 * request_id))
+        simulation.submit(Request(request_id, prompt, params))
+        for _ in range(3):
+            for _ in range(60):
+                simulation.advance()
+            simulation.lose_one_stage()
+    simulation.finish()
+    simulation.verify([9])
+    assert simulation.went_back > 0
+    assert simulation.refills > 0

@@ -53,13 +53,15 @@ def make_step(**changes: Any) -> Step:
         prompt_logprobs=(2, None),
         prompt_targets={0: (6, 7, 8)},
         replay=(False, False),
+        requests=(70, -1),
+        refill=(0, 2),
     )
     return dataclasses.replace(step, **changes)
 
 
 def same(first: Step, second: Step) -> bool:
     arrays = ("token_ids", "query_starts", "context_lengths", "slots")
-    plain = ("index", "epoch", "sampling", "prompt_logprobs", "prompt_targets", "replay")
+    plain = ("index", "epoch", "sampling", "prompt_logprobs", "prompt_targets", "replay", "requests", "refill")
     return (
         all(numpy.array_equal(getattr(first, name), getattr(second, name)) for name in arrays)
         and all(getattr(first, name) == getattr(second, name) for name in plain)
@@ -102,6 +104,7 @@ WRONG_STEPS = {
     "block below -1": {"block_tables": {"full": numbers(4, -2).reshape(2, 1)}},
     "too few samplings": {"sampling": (None,)},
     "too many flags": {"replay": (True, True, True)},
+    "no such stage computes": {"refill": (-1,)},
     "targets of no row": {"prompt_targets": {7: (1,)}},
     "more targets than tokens": {"prompt_targets": {0: (1, 2, 3, 4)}},
 }

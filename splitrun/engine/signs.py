@@ -1,0 +1,72 @@
+"""What stage processes tell of themselves: that they live, whether they compute, their clocks, what they did when.
+
+Knows which device runs which stages; what is done about silence is another's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from splitrun.engine.pipeline import StageClock
+from splitrun.engine.record import Record, Span
+from splitrun.schedule.flat import MalformedMessage
+from splitrun.transport.frames import Frame
+
+
+class Signs:
+    """Of the processes of ``devices``. ``peers``: who runs each stage. ``silence_s`` counts what its owner adds."""
+
+    def __init__(self, peers: tuple[str, ...], devices: Iterable[str]) -> None:
+        self._peers = peers
+        self.silence_s = dict.fromkeys(devices, 0.0)
+        self._busy: dict[str, bool] = {}
+        self._offsets_s: dict[str, float] = {}
+
+    def forgive(self) -> None:
+        """Count silence from now on."""
+        self.silence_s = dict.fromkeys(self.silence_s, 0.0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether some process said last that it computes."""
+        return any(self._busy.values())
+
+    def stages_of(self, device: str) -> list[int]:
+        """The stages that a device runs."""
+        return [index for index, peer in enumerate(self._peers) if peer == device]
+
+    def known(self, device: str) -> str:
+        """The device, if it is one of these. Raises MalformedMessage."""
+        if device not in self.silence_s:
+            raise MalformedMessage("a sign of nobody")
+        return device
+
+    def beat(self, device: str, frame: Frame, clocks: tuple[StageClock, ...]) -> None:
+        """A heartbeat, with the figures of the device's stages. Modifies the clocks. Raises MalformedMessage."""
+        self.silence_s[self.known(device)] = 0.0
+        self._busy[device] = bool(frame.control.get("busy"))
+        told = frame.control.get("clocks")
+        if not clocks or not isinstance(told, dict):
+            return
+        for index in self.stages_of(device):
+            figures = told.get(str(index))
+            if isinstance(figures, list) and len(figures) == 5 and all(isinstance(one, int | float) for one in figures):
+                clock = clocks[index]
+                clock.last_s, clock.total_s, clock.steps = float(figures[0]), float(figures[1]), int(figures[2])
+                clock.queued, clock.sent_bytes = int(figures[3]), int(figures[4])
+
+    def spans(self, device: str, frame: Frame, record: Record) -> None:
+        """Keep spans of another process, on this one's clock: the quickest message so far sets the two alike.
+
+        Raises MalformedMessage.
+        """
+        try:
+            offset_s = time.monotonic() - float(frame.control["now"])
+            self._offsets_s[device] = min(offset_s, self._offsets_s.get(device, offset_s))
+            for values in frame.control["spans"]:
+                span = Span.from_list(values, self._offsets_s[device])
+                if span.stage in self.stages_of(device):
+                    record.keep(span)
+        except (KeyError, TypeError, ValueError) as error:
+            raise MalformedMessage(f"these are no spans: {error}") from error
