@@ -56,7 +56,7 @@ IN_FLIGHT = 3 * (16 + 4)
 """Tokens of steps that a loss may catch behind the stage here."""
 
 
-@pytest.mark.parametrize("device", [FIRST, LAST])
+@pytest.mark.parametrize("device", [pytest.param(FIRST, marks=pytest.mark.long), LAST])
 def test_the_others_compute_nothing_again(
     engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
@@ -76,25 +76,37 @@ def test_the_others_compute_nothing_again(
     assert remote_of(engine)._kept.nbytes == 0
 
 
-@pytest.mark.parametrize("journals", [True, False], ids=["from journals", "by all stages"])
-@pytest.mark.parametrize("weights", ["fp32", pytest.param("nf4", marks=pytest.mark.long)])
+@pytest.mark.parametrize("journals", [True, pytest.param(False, marks=pytest.mark.long)], ids=["kept", "by all"])
 def test_without_room_for_kv_it_is_computed_again(
-    weights: str, journals: bool, monkeypatch: pytest.MonkeyPatch
+    expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, journals: bool
 ) -> None:
-    with splitrun.Engine(demo("cpu", weights=weights), chunk_tokens=16) as engine:
+    without_room(expected["sampled"], "fp32", journals, [LAST], monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("journals", [True, False], ids=["kept", "by all"])
+def test_without_room_in_nf4(monkeypatch: pytest.MonkeyPatch, journals: bool) -> None:
+    """One stage after the other is lost."""
+    with splitrun.Engine(demo("cpu", weights="nf4"), chunk_tokens=16) as engine:
         expected = run(engine, SAMPLED)
+    without_room(expected, "nf4", journals, [LAST, FIRST, LAST], monkeypatch)
+
+
+def without_room(
+    expected: Any, weights: str, journals: bool, losses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lose stages whose KV is kept nowhere: they compute it again, from what was sent to them, or all stages do."""
     nothing = {0: 0, 2: 0}
     monkeypatch.setattr(lineup, "kept_room", lambda *_: nothing)
     monkeypatch.setattr(lineup, "journals_fit", lambda *_: journals)
     with engine_of(demo(FIRST, "cpu", LAST, weights=weights)) as engine:
         computed(engine)
-        at_step(engine, monkeypatch, 21, kill(engine, LAST))
-        assert run(engine, SAMPLED) == expected
-        again = computed(engine) - PROMPTS - OUTPUTS
-        assert (again <= IN_FLIGHT) == journals
-        at_step(engine, monkeypatch, 26, kill(engine, FIRST))
-        assert run(engine, SAMPLED) == expected
-        assert restarts(engine) == 2
+        for device in losses:
+            at_step(engine, monkeypatch, 21, kill(engine, device))
+            assert run(engine, SAMPLED) == expected
+            again = computed(engine) - PROMPTS - OUTPUTS
+            assert (again <= IN_FLIGHT) == journals
+        assert restarts(engine) == len(losses)
 
 
 AGAIN = [(number, first, second) for number in (signal.SIGKILL, signal.SIGSTOP) for first in (FIRST, LAST)
@@ -143,7 +155,9 @@ def forged(mailbox: SocketMailbox, peer: str, frame: Frame) -> None:
     mailbox.send(peer, replace(frame, kind=Kind.KV, control={"request": 1, "start": 0, "slot": 0, "tables": {"x": 9}}))
 
 
-@pytest.mark.parametrize("fault", ["reordered", "replayed", "truncated", "forged"])
+@pytest.mark.parametrize(
+    "fault", [pytest.param("reordered", marks=pytest.mark.long), "replayed", "truncated", "forged"]
+)
 def test_frames_that_do_not_arrive_as_they_were_sent(
     engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -175,6 +189,7 @@ def test_frames_that_do_not_arrive_as_they_were_sent(
     assert (restarts(engine) > before) == (fault == "reordered")
 
 
+@pytest.mark.long
 def test_kv_that_does_not_arrive_is_noticed(
     engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
