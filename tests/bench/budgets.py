@@ -29,7 +29,7 @@ from splitrun.__main__ import SPINS
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as every command does, before torch is imported
 
-from half_on_card import SHAPE
+from shapes import DEFAULT, SHAPES
 from turns import Turns
 
 from splitrun.api import gather_facts
@@ -40,7 +40,7 @@ from splitrun.planner.facts_file import Facts
 from splitrun.planner.placement import Placement
 from splitrun.planner.solve import solve
 
-SMALL = SHAPE | {
+SMALL = SHAPES[DEFAULT] | {
     "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16,
     "num_key_value_heads": 4, "vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -176,7 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = earlier_rows(args.output)
     with tempfile.TemporaryDirectory() as folder:
-        shape = SMALL if args.shape == "small" else SHAPE
+        shape = SMALL if args.shape == "small" else SHAPES[args.shape]
         Path(folder, "config.json").write_text(json.dumps(shape))
         memory: dict[str, str | int] = {"cpu": "auto", args.card or "cpu:1": "auto"}
         facts = gather_facts(

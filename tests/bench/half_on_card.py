@@ -1,8 +1,8 @@
-"""A 1.5B shape with half of its layers on a card held to a budget, the rest on the CPU, NF4 on both sides.
+"""A model with half of its layers on a card held to a budget, the rest on the CPU, NF4 on both sides.
 
-    python tests/bench/half_on_card.py [--budget 1GiB] [--card cuda:0] [--model DIR] [--vs accelerate] [--all-context]
+    python tests/bench/half_on_card.py [--budget 1GiB] [--card cuda:0] [--model NAME] [--vs accelerate] [--all-context]
 
-Without --model, weights are random in the shape of DeepSeek-R1-Distill-Qwen-1.5B (28 layers, hidden 1536). The bench
+Without --model, weights are random in the shape of DeepSeek-R1-Distill-Qwen-1.5B, which has 28 layers. The bench
 holds torch's allocator on the card to the budget less the measured context: that of the driver alone, before any kernel
 is loaded (with --all-context: with the kernels that torch and its libraries load, which the budgets of `splitrun plan`
 count too). Two placements run: the half, and what the planner makes of the same budget. Each ends with one JSON line of
@@ -18,21 +18,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+from shapes import DEFAULT, MODEL_HELP, model_of
+
 from splitrun.quantities import parse_bytes
 
-SHAPE = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16", "hidden_size": 1536,
-    "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-    "vocab_size": 151936, "max_position_embeddings": 131072, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False, "bos_token_id": 151643, "eos_token_id": 151643,
-}  # fmt: skip
 HALF = """version: 1
-model: {{source: {model}, layers: 28}}
+model: {{source: {model}, layers: {layers}}}
 workload: {{context: {context}, sessions: 1}}
 stages:
   - {{device: cpu, units: [embed], weights: nf4}}
-  - {{device: "{card}", layers: [0, 14], weights: nf4}}
-  - {{device: cpu, units: [head], layers: [14, 28], weights: nf4}}
+  - {{device: "{card}", layers: [0, {half}], weights: nf4}}
+  - {{device: cpu, units: [head], layers: [{half}, {layers}], weights: nf4}}
 devices: {{"{card}": {{memory: {budget}}}, cpu: {{memory: {host}}}}}
 """
 
@@ -44,7 +40,7 @@ def main() -> None:
     parser.add_argument("--half-only", action="store_true", help="without what the planner makes of the budget")
     parser.add_argument("--host", default="8GiB")
     parser.add_argument("--card", default="cuda:0")
-    parser.add_argument("--model")
+    parser.add_argument("--model", default=DEFAULT, help=MODEL_HELP)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=2)
@@ -55,15 +51,15 @@ def main() -> None:
         args.budget = str(parse_bytes(args.budget) + kernels)
         print(f"kernels that torch loads into the context, counted beside the budget: {kernels >> 20} MiB")
     with tempfile.TemporaryDirectory() as folder:
-        model = args.model or folder
-        if args.model is None:
-            Path(folder, "config.json").write_text(json.dumps(SHAPE))
+        model, load = model_of(args.model, folder)
         context = args.prompt_tokens + args.new_tokens
         half = Path(folder, "half.yaml")
-        half.write_text(HALF.format(model=model, card=args.card, budget=args.budget, host=args.host, context=context))
+        layers = json.loads(Path(model, "config.json").read_text())["num_hidden_layers"]
+        sizes = {"budget": args.budget, "host": args.host, "context": context, "layers": layers, "half": layers // 2}
+        half.write_text(HALF.format(model=model, card=args.card, **sizes))
         common = ["--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens), "--json"]
         common += ["--no-predict"]
-        common += ["--repeat", str(args.repeat), "--load", "weights" if args.model else "dummy"]
+        common += ["--repeat", str(args.repeat), "--load", load]
         versus = [word for name in args.vs for word in ("--vs", name)]
         memory = f"{args.card}={args.budget},cpu={args.host}"
         planned = [model, "--memory", memory, "--weights", "nf4", "--context", str(context)]

@@ -35,7 +35,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as every command does, before torch is imported
 
 from calm import Calm
-from half_on_card import SHAPE
+from shapes import model_of
 from turns import Turns
 
 from splitrun.bench import contest
@@ -254,9 +254,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if args.model == "deepseek-1.5b":
-            Path(folder, "config.json").write_text(json.dumps(SHAPE))
-        files = resolve(folder if args.model == "deepseek-1.5b" else args.model, weights=False)
+        files = resolve(model_of(args.model, folder)[0], weights=False)
         structure = inspect(files.config)
         contexts = tuple(int(text) for text in args.contexts.split(","))
         facts, calm = profile(files, structure), Calm(args.patience)

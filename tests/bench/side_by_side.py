@@ -1,6 +1,6 @@
 """Budgets on which accelerate's automatic device map fails or spills, beside splitrun's plan: one table.
 
-    python tests/bench/side_by_side.py [--model DIR] [--card cuda:0] [--budgets 2GiB,4GiB] [--host 8GiB] [-o FILE.md]
+    python tests/bench/side_by_side.py [--model NAME] [--card cuda:0] [--budgets 2GiB,4GiB] [--host 8GiB] [-o FILE.md]
 
 Without --model, weights are random in the shape of DeepSeek-R1-Distill-Qwen-1.5B. With a card, the budgets are its own
 and --host is main memory's; without one they are main memory's. Both run the same prompts under the same budgets, each
@@ -10,15 +10,15 @@ in a process of its own; accelerate in bf16, splitrun in the format its planner 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from half_on_card import SHAPE
+from shapes import DEFAULT, MODEL_HELP, model_of
 
 from splitrun.bench import contest
 from splitrun.bench.terms import Result
+from splitrun.engine.loading import Load
 from splitrun.errors import DoesNotFit
 from splitrun.quantities import format_bytes, format_rate, parse_bytes
 
@@ -53,7 +53,7 @@ def told(result: Result) -> str:
 def main() -> None:
     """Run every budget and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
+    parser.add_argument("--model", default=DEFAULT, help=MODEL_HELP)
     parser.add_argument("--card")
     parser.add_argument("--budgets", default="1200MiB,1800MiB,3GiB,5GiB")
     parser.add_argument("--host", default="8GiB")
@@ -67,20 +67,18 @@ def main() -> None:
     ]
     print("\n".join(lines))
     with tempfile.TemporaryDirectory() as folder:
-        if args.model is None:
-            Path(folder, "config.json").write_text(json.dumps(SHAPE))
+        model, load = model_of(args.model, folder)
         for budget in args.budgets.split(","):
-            pair = compare(args.model or folder, budget, args)
+            pair = compare(model, load, budget, args)
             lines.append(pair.row())
             print(lines[-1], flush=True)
     if args.output:
         args.output.write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def compare(model: str, budget: str, args: argparse.Namespace) -> Pair:
+def compare(model: str, load: Load, budget: str, args: argparse.Namespace) -> Pair:
     """Plan and run both under one budget."""
     memory = {args.card: budget, "cpu": args.host} if args.card else {"cpu": budget}
-    load = "weights" if args.model else "dummy"
     shown = ", ".join(f"{name} {size}" for name, size in memory.items())
     context = args.prompt_tokens + args.new_tokens
     file = Path(tempfile.mkdtemp(), "placement.yaml")

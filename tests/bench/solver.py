@@ -11,7 +11,6 @@ run kept; what a process takes for its imports alone is taken off.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from half_on_card import SHAPE
+from shapes import model_of
 
 from splitrun.measure.host import allowed_processors, read_file, read_processor
 from splitrun.planner.facts import FORMATS, Cluster, Device, KVGroup, ModelProfile, UnitProfile, Workload
@@ -106,8 +105,7 @@ def command(model: str) -> str:
     """``splitrun plan`` with an empty cache, and again."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"SPLITRUN_CACHE": folder, "XDG_CACHE_HOME": folder}
-        Path(folder, "config.json").write_text(json.dumps(SHAPE))
-        named, load = (folder, "dummy") if model == "deepseek-1.5b" else (model, "weights")
+        named, load = model_of(model, folder)
         words = [sys.executable, "-m", "splitrun", "plan", named, "--load", load]
 
         def run(*command: str) -> float:

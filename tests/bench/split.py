@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from half_on_card import SHAPE
+from shapes import DEFAULT, MODEL_HELP, SHAPES, model_of
 from torch import Tensor
 
 from splitrun import Engine, Placement, SamplingParams
+from splitrun.engine.loading import Load
 from splitrun.engine.pipeline import Link, Outcome, Pipeline
 from splitrun.measure.unit_steps import Point, make_step
 from splitrun.model.structure import inspect
@@ -58,7 +59,7 @@ COLUMNS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a directory with a config.json; default: the 1.5B shape")
+    parser.add_argument("--model", default=DEFAULT, help=MODEL_HELP)
     parser.add_argument("--card", default="cuda:0")
     parser.add_argument("--second", help="a second card: takes the layers behind the cut, and head and embedding too")
     parser.add_argument("--cuts", default="0,7,14,21,28")
@@ -71,12 +72,11 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if args.model is None:
-            Path(folder, "config.json").write_text(json.dumps(SHAPE))
+        model, load = model_of(args.model, folder)
         rows, texts = [], []
         for cut in map(int, args.cuts.split(",")):
             for stages in [_cards(args, cut), _one(args)] if args.second else [_split(args, cut)]:
-                found, ids = measure(args, args.model or folder, stages, cut)
+                found, ids = measure(args, model, load, stages, cut)
                 rows += found
                 texts.append(ids)
     table = to_table(rows)
@@ -115,12 +115,12 @@ def _one(args: argparse.Namespace) -> list[str]:
 
 
 def _layers(args: argparse.Namespace) -> int:
-    config: dict[str, Any] = SHAPE if args.model is None else json.loads(Path(args.model, "config.json").read_text())
+    config = SHAPES.get(args.model) or json.loads(Path(args.model, "config.json").read_text())
     return int(config["num_hidden_layers"])
 
 
 def measure(
-    args: argparse.Namespace, model: str, stages: list[str], cut: int
+    args: argparse.Namespace, model: str, load: Load, stages: list[str], cut: int
 ) -> tuple[list[dict[str, Any]], list[tuple[int, ...]]]:
     """One placement: a row for each number of streams, and the token ids of the first."""
     streams = list(map(int, args.streams.split(",")))
@@ -137,7 +137,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
         rows: list[dict[str, Any]] = []
         ids: list[tuple[int, ...]] = []
-        with Engine(Placement.load(file), load="dummy") as engine:
+        with Engine(Placement.load(file), load=load) as engine:
             for count in streams:
                 first_s, step_s, found = run(engine, args, count)
                 ids = ids or found
