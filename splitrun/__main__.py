@@ -6,6 +6,7 @@ Status 0 is success, 2 bad input, 1 a failure at run time, 130 an interrupt. A t
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -60,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # interpreter exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the output, or the folder for temporary files (TMPDIR)"
+        print(f"splitrun: there is no room for {where}: {error.strerror}", file=sys.stderr)
+        return 1
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     finally:

@@ -24,6 +24,8 @@ TEMPLATE_FAULTS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
 )  # fmt: skip
 """What a chat template raises on messages or options that it was not written for."""
+LOADING_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+"""What transformers raises on a tokenizer's files that are none."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -86,7 +88,9 @@ class Tokenizer:
 
         try:
             backend = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        except Exception as error:  # the library below, which is no Python, raises bare Exception
+            if type(error) is not Exception and not isinstance(error, LOADING_FAULTS):
+                raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             return cls(None, directory, f"the tokenizer in {directory} cannot be loaded ({reason}): send token ids")
         if getattr(backend, "backend_tokenizer", None) is not None:

@@ -1,5 +1,6 @@
 """The command line: statuses, one line per error, what each command parses, calls and prints. Nothing is loaded."""
 
+import errno
 import io
 import json
 import os
@@ -158,6 +159,20 @@ def test_an_interrupt_while_the_interpreter_ends_is_too_late() -> None:
     code = "import signal; from splitrun.__main__ import main; main(); print(signal.getsignal(signal.SIGINT).name)"
     done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "SIG_IGN"
+
+
+@pytest.mark.parametrize(("file", "told"), [(None, "the output, or the folder"), ("/tmp/x", "no room for /tmp/x: No")])
+def test_a_full_disk_is_one_line(
+    file: str | None, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
+
+    monkeypatch.setattr("splitrun.model.packed_folder.entries", full)
+    assert main(["cache", "list"]) == 1
+    printed = capsys.readouterr().err.strip()
+    assert told in printed
+    assert "\n" not in printed
 
 
 def test_standard_input_that_is_no_text_is_one_line(

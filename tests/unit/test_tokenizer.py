@@ -73,7 +73,7 @@ def test_a_directory_without_tokenizer_serves_token_ids_only(tmp_path: Path) -> 
             refused()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "BPE"}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": "9"}', '{"model": {"type": "BPE"}}'])
 def test_a_broken_tokenizer_is_refused_with_its_reason(tmp_path: Path, content: str) -> None:
     write_model_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
