@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING
+
+import typer
 
 from splitrun.cli.options import Planning, is_placement
 from splitrun.errors import InvalidPlacement
@@ -53,9 +55,23 @@ def plan_or_load(
             revision=planning.revision,
             load=planning.load,
             nodes=nodes,
+            report=_report(nodes),
         ),
         True,
     )
+
+
+def _report(nodes: bool) -> Callable[[str], None]:
+    """Tells on standard error what planning waits for: one line for this machine's own units, all that nodes say."""
+    said: list[str] = []
+
+    def report(text: str) -> None:
+        if nodes or not said:
+            told = text if nodes else "measuring this machine, up to a minute; later plans of this model need not"
+            typer.echo(told, err=True)
+        said.append(text)
+
+    return report
 
 
 def _prepare(model: str, formats: set[str], load: str) -> None:

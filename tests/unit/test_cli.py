@@ -150,6 +150,19 @@ def test_debug_after_a_bare_double_dash_is_a_prompt(engine: type[FakeEngine]) ->
     assert len(engine.made[0].asked[0][0]) == len("--debug")
 
 
+def test_a_first_plan_says_once_what_it_waits_for(
+    engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(model: str, **options: Any) -> Placement:
+        options["report"]("measuring embed in bf16 on cpu")
+        options["report"]("measuring head in bf16 on cpu")
+        return placement()
+
+    monkeypatch.setattr(api, "plan", measure)
+    assert main(["run", "demo", "hello"]) == 0
+    assert capsys.readouterr().err == "measuring this machine, up to a minute; later plans of this model need not\n"
+
+
 def test_an_interrupt_outside_of_any_command_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     _report_unexpected(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == ""
