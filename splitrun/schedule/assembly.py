@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from itertools import accumulate
 
 import numpy
 
@@ -16,8 +17,7 @@ Row = tuple[Sequence, Slice]
 
 def build_step(index: int, epoch: int, rows: Rows[Row], accounts: BlockAccounts, refill: tuple[int, ...] = ()) -> Step:
     """The step that runs ``rows`` in this order. Every sequence has its slot and the blocks its slice needs."""
-    starts = numpy.zeros(len(rows) + 1, dtype=numpy.int32)
-    numpy.cumsum([slice_.count for _, slice_ in rows], out=starts[1:])
+    starts = [0, *accumulate(slice_.count for _, slice_ in rows)]
     targets = [sequence.prompt_targets(slice_) for sequence, slice_ in rows]
     return Step(
         index=index,
@@ -25,7 +25,7 @@ def build_step(index: int, epoch: int, rows: Rows[Row], accounts: BlockAccounts,
         token_ids=numpy.array(
             [token for sequence, slice_ in rows for token in sequence.tokens(slice_)], dtype=numpy.int32
         ),
-        query_starts=starts,
+        query_starts=numpy.array(starts, dtype=numpy.int32),
         context_lengths=numpy.array([slice_.start for _, slice_ in rows], dtype=numpy.int32),
         slots=numpy.array([sequence.slot for sequence, _ in rows], dtype=numpy.int32),
         block_tables={group.name: _block_tables(group.name, rows, accounts) for group in accounts.groups},
@@ -44,7 +44,10 @@ def build_step(index: int, epoch: int, rows: Rows[Row], accounts: BlockAccounts,
 def _block_tables(group: str, rows: Rows[Row], accounts: BlockAccounts) -> IntArray:
     """The rows' tables of one group, padded to the widest. Shape: (rows, blocks)."""
     tables = [accounts.tables(sequence)[group].ids for sequence, _ in rows]
-    array = numpy.full((len(rows), max(len(ids) for ids in tables)), ABSENT, dtype=numpy.int32)
+    widest = max(map(len, tables))
+    if all(len(ids) == widest for ids in tables):
+        return numpy.array(tables, dtype=numpy.int32)
+    array = numpy.full((len(rows), widest), ABSENT, dtype=numpy.int32)
     for row, ids in enumerate(tables):
         array[row, : len(ids)] = ids
     return array
