@@ -128,18 +128,22 @@ class CutModel:
     ) -> tuple[Tensor, Tensor]:
         """As `forward` with a head that has a `chooser`: per row the largest logit behind its last token and its lowest
         id, without logits where the chooser can. Shape: (rows,), int64 (rows,). Updates the cache."""
-        assert self.chooser is not None
         self._incoming = incoming
         try:
             hidden = self.skeleton.base(**self._arguments(ids, positions, mask, past, cache)).last_hidden_state[:, -1]
-            found = self.chooser(hidden)
-            if found is not None:
-                return found
-            logits = self.skeleton.model.get_output_embeddings()(hidden)
-            values, ids = logits.max(dim=-1)
-            return values, ids
+            return self.largest(hidden)
         finally:
             self._incoming = self._captured = None
+
+    def largest(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The end of `choose`: from the normed activations of rows' last tokens. Shape: (rows, hidden) -> (rows,),
+        int64 (rows,)."""
+        assert self.chooser is not None
+        found = self.chooser(normed)
+        if found is not None:
+            return found
+        values, ids = self.skeleton.model.get_output_embeddings()(normed).max(dim=-1)
+        return values, ids
 
     def _arguments(self, ids: Tensor, positions: Tensor, mask: Tensor | None, past: int, cache: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True, self.skeleton.cache_argument: cache}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from splitrun.model.cut import CutModel
 from splitrun.model.weights import release_free_memory
 from splitrun.planner.placement import STREAM_FROM_TOKENS
 from splitrun.stage.blocks import BlockStore, BlockView
+from splitrun.stage.decoding import Decoding, takes_base
 from splitrun.stage.known import is_known, is_known_base, is_plain_head
 from splitrun.stage.parts import layer_parts
 
@@ -39,21 +41,27 @@ MOST_GROUPS = 4
 """KV groups whose latest histories are kept."""
 
 
+@dataclass(frozen=True)
+class Fused:
+    """What came of `fuse`. ``whole``: all layers run in one call, so that a token's bits are a matter of that token and
+    its history, for rows of up to 16 new tokens. ``decoding``: the short way for steps that only decode."""
+
+    whole: bool = False
+    decoding: Decoding | None = None
+
+
 def fuse(
     model: CutModel,
     stores: Mapping[int, BlockStore],
     card: StreamCard | None = None,
     least_tokens: int = STREAM_FROM_TOKENS,
-) -> bool:
+) -> Fused:
     """Give the range's layers, and its head, the kernels where they are of that kind. ``card``: prompts of
     ``least_tokens`` and more are computed there, where its kernels take all of the layers. Modifies the model.
-
-    Returns whether all layers run in one call: then a token's bits are a matter of that token and its history, for
-    rows of up to 16 new tokens.
     """
     fast, histories = kernel(), _Histories()
     if fast is None or model.device.type != "cpu":
-        return False
+        return Fused()
     blocks: dict[int, BlockKernel] = {}
     for index, store in stores.items():
         layer, kept = model.skeleton.layers[index], model.structure.caches[index]
@@ -77,7 +85,17 @@ def fuse(
         _take_dense(outputs, fast, model.skeleton.model.get_input_embeddings().weight)
         if isinstance(outputs.weight, TiledWeight | DenseWeight) and outputs.bias is None:
             model.chooser = outputs.weight.largest
-    return whole
+    return Fused(whole, _decoding(model, stores, chain) if whole else None)
+
+
+def _decoding(model: CutModel, stores: Mapping[int, BlockStore], chain: Sequence[BlockKernel]) -> Decoding | None:
+    """The short way through the layers of a whole range."""
+    if not takes_base(model.skeleton.base):
+        return None
+    kept = (model.structure.caches[index].group for index in range(model.cut.start, model.cut.stop))
+    groups = [group for group in kept if group is not None]
+    block_tokens = next((store.keys.shape[2] for store in stores.values()), 1)
+    return Decoding(model, LayerChain(chain) if chain else None, groups, block_tokens)
 
 
 def _streamed(chain: Sequence[BlockKernel], card: StreamCard, least_tokens: int) -> StreamedLayers | None:

@@ -20,6 +20,7 @@ from splitrun.schedule.step import IntArray, RowTokens, Step, Tokens
 from splitrun.stage.batch import Batch, BatchRules, split
 from splitrun.stage.blocks import BlockStore, StateStore
 from splitrun.stage.cache import BlockCache
+from splitrun.stage.decoding import Decoding
 from splitrun.stage.sampling import is_plain, prompt_logprobs, sample
 
 Tables = Mapping[str, IntArray | Sequence[int]]
@@ -169,13 +170,13 @@ class GenericStage(RangeStage):
         states: dict[int, StateStore],
         rules: BatchRules,
         weight_bytes: int,
-        looks_up: bool = False,
+        decoding: Decoding | None = None,
     ) -> None:
-        """``looks_up``: all that the range does is the model's `CutModel.embed`."""
+        """``decoding``: a shorter way for the steps that it takes."""
         super().__init__(model, stores, rules, weight_bytes)
         self._cache = cache
         self._states = states
-        self._looks_up = looks_up
+        self._decoding = decoding
         self.at_close: Callable[[], None] | None = None
 
     @property
@@ -196,9 +197,11 @@ class GenericStage(RangeStage):
     @torch.inference_mode()
     def _compute(self, step: Step, incoming: Tensor | None, may_choose: bool) -> Computed:
         computed = Computed()
-        if self._looks_up:
-            ids = torch.from_numpy(step.token_ids).to(self.model.device, torch.int64)
-            computed.activation = self.model.embed(ids.unsqueeze(0))[0]
+        if self._decoding is not None and self._decoding.takes(step, may_choose):
+            if self.model.cut.head:
+                computed.chosen = dict(enumerate(self._decoding.chosen(step, incoming)))
+            else:
+                computed.activation = self._decoding.hidden(step, incoming)
             return computed
         for batch in split(step, self.rules, self.model.device):
             hidden = None if incoming is None else _rows_of(incoming, batch).to(self.model.dtype)
@@ -221,7 +224,7 @@ class GenericStage(RangeStage):
         if self.at_close is not None:
             self.at_close()
         self._states.clear()
-        del self._cache
+        del self._cache, self._decoding
         super().close()
 
 

@@ -74,12 +74,11 @@ def load_stage(
         on_card = card_stage(model, stores, rules, weight_bytes)
         if on_card is not None:
             return on_card
-    whole = fuse(model, stores, prompt_card, prompt_tokens)
-    if whole:
+    fused = fuse(model, stores, prompt_card, prompt_tokens)
+    if fused.whole:
         rules = replace(rules, groups_again=True)
     cache = BlockCache(model.skeleton.model.config, structure.caches, stores, states)
-    looks_up = whole and cut.start == cut.stop and not cut.head
-    stage = GenericStage(model, cache, stores, states, rules, weight_bytes, looks_up)
+    stage = GenericStage(model, cache, stores, states, rules, weight_bytes, fused.decoding)
     if prompt_card is not None:
         stage.at_close = prompt_card.close
     return stage

@@ -21,7 +21,8 @@ from splitrun.model.structure import ModelStructure, inspect
 from splitrun.planner.placement import STREAM_FROM_TOKENS
 from splitrun.schedule.step import Step
 from splitrun.stage import fused, load
-from splitrun.stage.generic import RangeStage
+from splitrun.stage.decoding import Decoding
+from splitrun.stage.generic import GenericStage, RangeStage
 from splitrun.stage.known import VARIANTS
 from splitrun.stage.load import StageSize, load_stage
 
@@ -131,7 +132,7 @@ def make(
 
 def generic(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Run:
     with monkeypatch.context() as patch:
-        patch.setattr(load, "fuse", lambda *arguments: False)
+        patch.setattr(load, "fuse", lambda *arguments: fused.Fused())
         run, taken = make(*arguments)
     assert not any(taken)
     return run
@@ -201,6 +202,28 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(name: str, monkeypatch
         rows = {0: ids[start:stop], 1: other[start:stop]}
         together, alone = run.feed(rows), apart.feed(rows)
         assert all(torch.equal(together[row], alone[row]) for row in rows)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "dynamic"])
+def test_the_short_way_of_decoding_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a token a row, past a window and block borders; it is not taken where angles depend on the length."""
+    rope = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
+    kind, overrides = ("llama", rope) if name == "dynamic" else (name, MODELS[name])
+    taken = []
+    hidden = Decoding.hidden
+    monkeypatch.setattr(Decoding, "hidden", lambda *arguments: (taken.append(1), hidden(*arguments))[1])
+    short, _ = make(kind, overrides)
+    long, _ = make(kind, overrides)
+    assert isinstance(long.stage, GenericStage)
+    long.stage._decoding = None
+    for run in (short, long):
+        run.feed({0: tokens(9), 1: tokens(3, 5)})
+    assert not taken
+    for place in range(12):
+        rows = {0: tokens(1, place), 1: tokens(1, 50 + place)}
+        found, wanted = short.feed(rows), long.feed(rows)
+        assert all(torch.equal(found[row], wanted[row]) for row in rows)
+    assert len(taken) == (0 if name == "dynamic" else 12)
 
 
 def test_a_history_of_several_segments() -> None:

@@ -1,0 +1,112 @@
+"""Steps that only decode, through a range that the kernels take as a whole: from a step's arrays straight to them.
+
+What comes out has the bits that the model's own code gives around the same kernels; that code alone takes longer than
+a small layer. Knows steps and kernels; what a model is made of, its caller has found out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitrun.errors import StageError
+from splitrun.kernels.cpu.block import LayerChain, RowHistories
+from splitrun.kernels.cpu.library import MOST_ROWS
+from splitrun.model.cut import CutModel
+from splitrun.planner.facts import KVGroup
+from splitrun.schedule.step import Step
+from splitrun.stage.sampling import is_plain
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding whose angles depend on the position alone, and not on how long a sequence has become."""
+KEPT_POSITIONS = 8192
+"""Positions whose angles are kept; those behind are computed at each step."""
+FIRST_POSITIONS = 256
+
+
+class Decoding:
+    """``groups``: the KV group of each layer of the range. ``chain``: the layers, None where there are none."""
+
+    def __init__(self, model: CutModel, chain: LayerChain | None, groups: Sequence[KVGroup], block_tokens: int) -> None:
+        self._model = model
+        self._chain = chain
+        self._groups = tuple(groups)
+        self._block_tokens = block_tokens
+        self._base: Any = model.skeleton.base
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    def takes(self, step: Step, may_choose: bool) -> bool:
+        """Whether the step is one: a token a row, no row scored, and with a head nothing wanted but the most likely
+        tokens. A mere embedding takes every step."""
+        if self._chain is None and not self._model.cut.head:
+            return True
+        rows = step.rows
+        if (
+            len(step.token_ids) != rows
+            or rows > MOST_ROWS
+            or any(wanted is not None for wanted in step.prompt_logprobs)
+        ):
+            return False
+        if not self._model.cut.head:
+            return True
+        wanted = step.sampling
+        return (
+            may_choose and self._model.chooser is not None and all(one is not None and is_plain(one) for one in wanted)
+        )
+
+    def hidden(self, step: Step, incoming: Tensor | None) -> Tensor:
+        """The activation behind the last layer. Shape: (tokens, hidden), as ``incoming``, None with an embedding.
+        Updates the KV blocks."""
+        if incoming is None:
+            hidden = self._model.embed(torch.from_numpy(step.token_ids).long().unsqueeze(0))[0]
+        else:
+            hidden = incoming.to(self._model.dtype)
+            if hidden.shape[0] != len(step.token_ids):
+                raise StageError(f"an activation of {hidden.shape[0]} tokens does not match its step")
+        if self._chain is None:
+            return hidden
+        histories = {group.name: self._histories(step, group) for group in self._groups}
+        cosines, sines = self._rotation(step, hidden)
+        return self._chain.run(hidden.contiguous(), cosines, sines, [histories[group.name] for group in self._groups])
+
+    def chosen(self, step: Step, incoming: Tensor | None) -> list[int]:
+        """With a head: the most likely token of each row, -1 where its logits are not finite."""
+        normed = self._base.norm(self.hidden(step, incoming))
+        values, ids = self._model.largest(normed)
+        return [int(token) for token in torch.where(values.isfinite(), ids, -1).tolist()]
+
+    def _histories(self, step: Step, group: KVGroup) -> RowHistories:
+        tables, skips, lengths = [], [], []
+        table, room = step.block_tables[group.name], self._block_tokens
+        for row, history in enumerate(step.context_lengths.tolist()):
+            length = history if group.window is None else min(history, group.window - 1)
+            first = history - length
+            tables.append(table[row, first // room : history // room + 1].tolist())
+            skips.append(first % room)
+            lengths.append(length)
+            assert min(tables[-1]) >= 0, "a needed block was dropped"
+        return RowHistories(tables, skips, lengths, 1)
+
+    def _rotation(self, step: Step, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the new tokens. Shape: (rows, rotated width)."""
+        positions = torch.from_numpy(step.context_lengths).long()
+        longest = int(step.context_lengths.max())
+        if longest >= KEPT_POSITIONS:
+            return self._computed(hidden, positions)
+        if self._angles is None or longest >= len(self._angles[0]):
+            count = max(FIRST_POSITIONS, 1 << longest.bit_length())
+            self._angles = self._computed(hidden, torch.arange(count))
+        cosines, sines = self._angles
+        return cosines[positions], sines[positions]
+
+    def _computed(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cosines, sines = self._base.rotary_emb(hidden, positions.unsqueeze(0))
+        return cosines[0].to(hidden.dtype), sines[0].to(hidden.dtype)
+
+
+def takes_base(base: Any) -> bool:
+    """Whether a known base's angles are those of positions alone."""
+    return getattr(base.rotary_emb, "rope_type", None) in STATIC_ROPE
