@@ -7,7 +7,6 @@ requests.
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from splitrun.errors import SplitrunError
 from splitrun.kernels.cpu.regions import drop_ahead
 from splitrun.kernels.gpu.library import usable
 from splitrun.measure.accelerators import half_type
-from splitrun.measure.host import read_processor
+from splitrun.measure.host import worker_threads as share_of_processor
 from splitrun.measure.probe import probe
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
@@ -154,12 +153,8 @@ def cpu_workers(placement: Placement, device: str) -> int:
 
 
 def host_threads(device: str, sharing: int) -> int | None:
-    """Threads on this machine for one of ``sharing`` workers: OMP_NUM_THREADS or the cores, shared; None on cards."""
-    if torch_device(device) != "cpu":
-        return None
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    cores = read_processor().cores
-    return max(1, (min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores) // max(1, sharing))
+    """Threads on this machine for one of ``sharing`` workers, as measuring has them; None on cards."""
+    return share_of_processor(max(1, sharing)) if torch_device(device) == "cpu" else None
 
 
 def _hold_budgets(placement: Placement, workers: Mapping[str, Worker]) -> None:

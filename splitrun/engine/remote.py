@@ -340,4 +340,4 @@ class RemoteStages:
             return
         kind = getattr(errors, str(frame.control.get("kind")), StageError)
         known = kind if isinstance(kind, type) and issubclass(kind, StageError) else StageError
-        self.outcome(Failure(frame.step, frame.epoch, known(message)))
+        self.outcome(Failure(frame.step, frame.epoch, known(f"{device}: {message}")))  # which calls itself cpu alone
