@@ -6,6 +6,7 @@
 
 #define HEAD_STRIP 6
 #define DENSE_ROWS 4
+#define SCALES_AHEAD 2048 /* as LOOK_AHEAD, for scales: they are a ninth of nf4's bytes */
 #define OWN_WIDEN
 #define widen(from) ((word_lanes)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from))))
 #define widen_bytes(from) \
@@ -38,19 +39,33 @@ ALWAYS_INLINE __m512i four_columns(const int8_t *codes) {
     return _mm512_set1_epi32(word_at(codes));
 }
 
-ALWAYS_INLINE void add_group(__m512i dots, __m512 scale, float *sums) {
-    __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale);
-    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), product));
+ALWAYS_INLINE __m512 add_group(__m512 sum, __m512i dots, __m512 scale) {
+    return _mm512_add_ps(sum, _mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale));
+}
+
+/* Entries of the code book by the low four bits of each byte. A look-up in 64 bytes ignores two bits beyond, and the book
+ * four times over makes it ignore all four. */
+ALWAYS_INLINE __m512i look_up(__m512i book, __m512i bytes) {
+#ifdef __AVX512VBMI__
+    return _mm512_permutexvar_epi8(bytes, book);
+#else
+    return _mm512_shuffle_epi8(book, _mm512_and_si512(bytes, _mm512_set1_epi8(15)));
+#endif
 }
 
 ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, const float *scales, int64_t columns,
                             const struct activations *x, float *sums) {
-    const __m512i low_half = _mm512_set1_epi8(15), shift = _mm512_set1_epi8((char)128);
+    const __m512i shift = _mm512_set1_epi8((char)128);
     const __m512i signed_book = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)nf4_codes));
     const __m512i book = _mm512_xor_si512(signed_book, shift);
+    __m512 totals[8];
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) totals[row] = _mm512_loadu_ps(sums + row * TILE);
     for (int64_t group = 0; group < columns / GROUP; group++, lines += 8 * LINE, scales += TILE) {
         const int8_t *codes = x->codes + group * GROUP;
         __m512i even[8], odd[8];
+        _mm_prefetch((const char *)scales + SCALES_AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
             even[row] = _mm512_set1_epi32(x->offsets[row * x->group_stride + group]);
             odd[row] = _mm512_setzero_si512();
@@ -59,8 +74,7 @@ ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, const float *s
         for (int line = 0; line < 8; line++) {
             _mm_prefetch((const char *)lines + line * LINE + LOOK_AHEAD, _MM_HINT_T0);
             __m512i both = _mm512_loadu_si512(lines + line * LINE);
-            __m512i low = _mm512_shuffle_epi8(book, _mm512_and_si512(both, low_half));
-            __m512i high = _mm512_shuffle_epi8(book, _mm512_and_si512(_mm512_srli_epi16(both, 4), low_half));
+            __m512i low = look_up(book, both), high = look_up(book, _mm512_srli_epi16(both, 4));
 #pragma GCC unroll 8
             for (int row = 0; row < rows; row++) {
                 const int8_t *eight = codes + row * x->code_stride + line * 8;
@@ -69,21 +83,28 @@ ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, const float *s
                 *second = _mm512_dpbusd_epi32(*second, high, four_columns(eight + 4));
             }
         }
+#pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
             __m512 scale = _mm512_set1_ps(x->scales[row * x->group_stride + group]);
             __m512i dots = rows > 4 ? even[row] : _mm512_add_epi32(even[row], odd[row]);
-            add_group(dots, _mm512_mul_ps(_mm512_loadu_ps(scales), scale), sums + row * TILE);
+            totals[row] = add_group(totals[row], dots, _mm512_mul_ps(_mm512_loadu_ps(scales), scale));
         }
     }
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) _mm512_storeu_ps(sums + row * TILE, totals[row]);
 }
 
 ALWAYS_INLINE void int8_rows(const int rows, const uint8_t *lines, int64_t columns, const struct activations *x,
                              float *sums) {
     const __m512i shift = _mm512_set1_epi8((char)128);
+    __m512 totals[8];
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) totals[row] = _mm512_loadu_ps(sums + row * TILE);
     for (int64_t start = 0; start < columns; start += GROUP) {
         const int8_t *codes = x->codes + start;
         int count = columns - start < GROUP ? (int)(columns - start) / 4 : GROUP / 4;
         __m512i dots[8];
+#pragma GCC unroll 8
         for (int row = 0; row < rows; row++)
             dots[row] = _mm512_set1_epi32(x->offsets[row * x->group_stride + start / GROUP]);
         for (int line = 0; line < count; line++, lines += LINE) { /* one stream: prefetching would slow it down */
@@ -92,9 +113,13 @@ ALWAYS_INLINE void int8_rows(const int rows, const uint8_t *lines, int64_t colum
             for (int row = 0; row < rows; row++)
                 dots[row] = _mm512_dpbusd_epi32(dots[row], four, four_columns(codes + row * x->code_stride + line * 4));
         }
+#pragma GCC unroll 8
         for (int row = 0; row < rows; row++)
-            add_group(dots[row], _mm512_set1_ps(x->scales[row * x->group_stride + start / GROUP]), sums + row * TILE);
+            totals[row] =
+                add_group(totals[row], dots[row], _mm512_set1_ps(x->scales[row * x->group_stride + start / GROUP]));
     }
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) _mm512_storeu_ps(sums + row * TILE, totals[row]);
 }
 
 #define MOST_AT_ONCE 8

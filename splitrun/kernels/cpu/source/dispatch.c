@@ -27,7 +27,8 @@ EXPORT const struct level *splitrun_level(int32_t index) {
                  __builtin_cpu_supports("avx512vnni");
     (void)avx512;
 #ifdef HAVE_AVX512DOTS
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found[count++] = &level_avx512dots;
+    if (avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16"))
+        found[count++] = &level_avx512dots;
 #endif
 #ifdef HAVE_AVX512VNNI
     if (avx512) found[count++] = &level_avx512vnni;
