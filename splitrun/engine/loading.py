@@ -21,10 +21,12 @@ from splitrun.engine.exchange import COORDINATOR
 from splitrun.engine.filling import Filling
 from splitrun.engine.filling import Load as Load
 from splitrun.engine.pipeline import Link, RemoteLink, translated
+from splitrun.engine.thread_count import settle_threads
 from splitrun.errors import SplitrunError
 from splitrun.kernels.cpu.regions import drop_ahead
 from splitrun.kernels.gpu.library import usable
 from splitrun.measure.accelerators import half_type
+from splitrun.measure.cache import Cache, cache_folder
 from splitrun.measure.host import worker_threads as share_of_processor
 from splitrun.measure.probe import probe
 from splitrun.model.cut import CutRange
@@ -191,11 +193,17 @@ class LoadedStages:
 
 
 def load_stages(
-    loading: StageLoading, placement: Placement, threads: Mapping[str, int | None], skip: Collection[int] = ()
+    loading: StageLoading,
+    placement: Placement,
+    threads: Mapping[str, int | None],
+    skip: Collection[int] = (),
+    sharing: int | None = None,
 ) -> LoadedStages:
     """Load the stages whose devices are in ``threads`` (device -> CPU threads of its worker), less those to ``skip``.
 
-    Nothing stays behind when one of them fails. Raises ModelError or DeviceOutOfMemory.
+    A worker that has the processor to itself may settle on another number of threads than that, where its stages leave
+    it open; ``sharing``: how many workers share it, counted from the placement where it is not known otherwise. Nothing
+    stays behind when one of them fails. Raises ModelError or DeviceOutOfMemory.
     """
     gc.collect()  # planning may have timed units: what it left goes before the weights come
     release_free_memory()
@@ -210,6 +218,14 @@ def load_stages(
             for index, spec in enumerate(placement.stages)
             if spec.device in workers and index not in skip
         }
+        for name, worker in workers.items():
+            given, own = threads[name], [index for index in stages if placement.stages[index].device == name]
+            alone = (sharing or cpu_workers(placement, name)) == 1
+            if given is not None and alone and all(placement.stages[index].threads == "auto" for index in own):
+                settle = [stages[index] for index in own]
+                worker.call(
+                    partial(settle_threads, settle, placement.workload.block_tokens, given, Cache(cache_folder()))
+                )
         undo.pop_all()
     drop_ahead()
     return LoadedStages(stages, workers)

@@ -78,7 +78,7 @@ class StageHost:
         device = self._device.rpartition("/")[2]
         foreign = {index for index in range(len(placement.stages)) if index not in self._own}
         threads = job["threads"] or host_threads(device, int(job["sharing"]))
-        loaded = load_stages(loading, placement, {device: threads}, skip=foreign)
+        loaded = load_stages(loading, placement, {device: threads}, foreign, int(job["sharing"]))
         ring = Ring.of(placement, structure.hidden, int(job["depth"]), int(job["chunk_tokens"]))
         self._start(placement, loaded, ring)
         return {index: loaded.memory_bytes(index) for index in self._own}

@@ -77,6 +77,12 @@ def read_processor(read: ReadFile = read_file, allowed: frozenset[int] | None = 
     return Processor(name.strip() or platform.processor() or platform.machine(), max(1, cores), sets)
 
 
+def logical_processors(read: ReadFile = read_file, allowed: frozenset[int] | None = None) -> int:
+    """Threads that can run at once: the logical processors that may be used, within the quota."""
+    count, quota = len(allowed_processors() if allowed is None else allowed), cpu_quota(read)
+    return count if quota is None else min(count, max(1, int(quota)))
+
+
 def read_host_memory(read: ReadFile = read_file) -> HostMemory:
     """Main memory: the machine's, or less where a control group limits this process."""
     fields = _fields(read("/proc/meminfo") or "")

@@ -2,7 +2,14 @@
 
 import pytest
 
-from splitrun.measure.host import ReadFile, cpu_quota, memory_limits, read_host_memory, read_processor
+from splitrun.measure.host import (
+    ReadFile,
+    cpu_quota,
+    logical_processors,
+    memory_limits,
+    read_host_memory,
+    read_processor,
+)
 
 GIB = 1 << 30
 
@@ -40,8 +47,15 @@ def test_cores_are_physical_allowed_and_within_the_quota(allowed: list[int], quo
     files = {"/proc/cpuinfo": CPUINFO, "/proc/self/cgroup": "0::/job\n", "/sys/fs/cgroup/job/cpu.max": quota}
     found = read_processor(reader(files), frozenset(allowed))
     assert found.cores == cores
+    assert cores <= logical_processors(reader(files), frozenset(allowed)) <= len(allowed)
     assert found.name == "Some CPU @ 2.00GHz"
     assert found.instruction_sets == ("avx", "avx2", "fma", "avx512f", "avx512_vnni")
+
+
+def test_threads_that_run_at_once_are_allowed_and_within_the_quota() -> None:
+    files = {"/proc/self/cgroup": "0::/job\n", "/sys/fs/cgroup/job/cpu.max": "350000 100000"}
+    assert logical_processors(reader(files), frozenset(range(8))) == 3
+    assert logical_processors(reader({}), frozenset(range(8))) == 8
 
 
 def test_arm_has_no_core_ids_so_every_allowed_processor_is_a_core() -> None:
