@@ -97,16 +97,26 @@ class Worker:
 
     def _loop(self) -> None:
         _CURRENT.worker = self
+        fault: Exception | None = None
+        try:
+            self._set_up()
+        except Exception as error:  # the worker boundary: who posts something is told, and does not wait for ever
+            fault = error
+        self._count_finished()
+        while (entry := self._tasks.get()) is not None:
+            if fault is not None:
+                entry[1](fault)
+            else:
+                self._do(*entry)
+            del entry
+
+    def _set_up(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         if self.device.startswith("cuda"):
             torch.cuda.set_device(torch.device(self.device))
             self._stream = torch.cuda.Stream(torch.device(self.device))
             torch.cuda.set_stream(self._stream)
-        self._count_finished()
-        while (entry := self._tasks.get()) is not None:
-            self._do(*entry)
-            del entry
 
     def _do(self, task: Task, failed: Failed) -> None:
         try:

@@ -106,6 +106,18 @@ def test_a_fault_on_a_lent_thread_is_told_and_ends_nothing(workers: tuple[Worker
     assert lend(processor, card)[0]
 
 
+def test_a_device_that_cannot_be_set_up_is_told_to_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: torch.device) -> None:
+        raise Fault
+
+    monkeypatch.setattr(torch.cuda, "set_device", fail)
+    worker = Worker("cuda:0")
+    for _ in range(2):
+        with pytest.raises(Fault):
+            worker.call(lambda: None, PATIENCE_S)
+    worker.close()
+
+
 class ThreadStage:
     """Notes the thread that runs it; waits at ``gate`` when there is one."""
 
