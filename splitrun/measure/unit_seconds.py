@@ -43,6 +43,8 @@ SHARE_OF_MEMORY = 4
 Report = Callable[[str], None]
 OpenBench = Callable[[Any, ModelStructure, CutRange, Setting, Sequence[Point]], UnitBench]
 LOAD = "load bytes"
+SOURCES = (".py", ".c", ".cpp", ".h", ".so")
+"""Code, and what was compiled of it: a stale library is not the code beside it."""
 COMPUTING = ("splitrun.kernels", "splitrun.stage", "splitrun.model")
 
 
@@ -244,7 +246,7 @@ def code_digest(*packages: str) -> str:
     """A digest of the code of those packages: measurements of other code are not this code's."""
     total = hashlib.sha256()
     for package in packages:
-        files = [item for item in _files(resources.files(package)) if item.name.endswith((".py", ".c", ".cpp", ".h"))]
+        files = [item for item in _files(resources.files(package)) if item.name.endswith(SOURCES)]
         for item in sorted(files, key=lambda found: found.name):
             total.update(item.name.encode() + item.read_bytes())
     return total.hexdigest()[:16]
