@@ -7,6 +7,7 @@ a small layer. Knows steps and kernels; what a model is made of, its caller has 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ class Decoding:
     def chosen(self, step: Step, incoming: Tensor | None) -> list[int]:
         """With a head: the most likely token of each row, -1 where its logits are not finite."""
         normed = self._base.norm(self.hidden(step, incoming))
-        values, ids = self._model.largest(normed)
-        return [int(token) for token in torch.where(values.isfinite(), ids, -1).tolist()]
+        values, ids = (found.tolist() for found in self._model.largest(normed))
+        return [token if isfinite(value) else -1 for value, token in zip(values, ids, strict=True)]
 
     def _histories(self, step: Step, group: KVGroup) -> RowHistories:
         tables, skips, lengths = [], [], []

@@ -168,8 +168,8 @@ def test_json_holds_what_the_file_holds(tmp_path: Path) -> None:
         ("  step_s: ", "  step_s: .nan #"),
         ("  step_s: ", "  step_s: 1e999 #"),
         ("  step_s: ", "  speed: "),
-        ("  notes: []", "  notes: [1]"),
-        ("  notes: []", "  notes: {}"),
+        ("  notes:\n  - ", "  notes:\n  - 1\n  - "),
+        ("  notes:\n  - ", "  notes:\n    one: "),
         ("estimate:\n", "estimate: 5\nmodel:\n"),
     ],
 )
