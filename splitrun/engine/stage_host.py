@@ -134,11 +134,16 @@ class StageHost:
         self._send(Frame(Kind.FAILURE, self._exchange.route.session, self._own[0], epoch, 0, step, control))
 
     def _restore(self, frame: Frame) -> None:
-        """Put KV in its place, and say so. What cannot be done is told as a loss. Raises MalformedMessage."""
+        """Put KV in its place, and say so. What cannot be done is told as a loss. Raises MalformedMessage for what is
+        not the stage's KV."""
         pipeline, shipping, kv = self._pipeline, self._shipping, kv_of(frame)
         if pipeline is None or shipping is None or frame.stage not in self._stages:
             raise MalformedMessage(f"stage {frame.stage} is not here")
         stage = self._stages[frame.stage]
+        try:
+            stage.check_restorable(kv.tables, kv.start, kv.rows)
+        except ValueError as error:
+            raise MalformedMessage(str(error)) from error
 
         def place() -> None:
             stage.restore(kv.tables, kv.start, kv.rows)

@@ -91,25 +91,31 @@ class RangeStage(ABC):
 
         Raises ValueError for rows of another stage, and for tokens without blocks.
         """
-        if rows.shape[1] != self.kv_width:
-            raise ValueError(f"a row has {rows.shape[1]} values, the stage keeps {self.kv_width}")
+        self.check_restorable(tables, start, rows)
         places = self._places(tables, start, start + rows.shape[0])
         first = 0
         for index, store in self._stores.items():
             blocks, offsets, wanted = places[self._group_of(index)]
-            if len(blocks) and int(blocks.max()) >= store.keys.shape[0]:
-                raise ValueError("a block is not there")
             part = rows[wanted, first : first + store.width].to(self.model.device)
             store.write(blocks[wanted], offsets[wanted], part)
             first += store.width
+
+    def check_restorable(self, tables: Tables, start: int, rows: Tensor) -> None:
+        """Raise what ``restore`` would raise. Any thread."""
+        if rows.ndim != 2 or rows.shape[1] != self.kv_width:
+            raise ValueError(f"a row has {rows.shape[-1]} values, the stage keeps {self.kv_width}")
+        for index, store in self._stores.items():
+            table = tables.get(self._group_of(index), ())
+            if len(table) * self.rules.block_tokens < start + rows.shape[0]:
+                raise ValueError("the tokens have no blocks")
+            if len(table) and int(max(table)) >= store.keys.shape[0]:
+                raise ValueError("a block is not there")
 
     def _places(self, tables: Tables, start: int, stop: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Group -> block and offset of each token, and whether its block is there. Shape: three times (tokens,)."""
         positions = torch.arange(start, stop)
         found = {}
         for name, table in tables.items():
-            if len(table) * self.rules.block_tokens < stop:
-                raise ValueError("the tokens have no blocks")
             blocks = torch.as_tensor(table, dtype=torch.int64)[positions // self.rules.block_tokens]
             there = (blocks >= 0).to(self.model.device)
             offsets = (positions % self.rules.block_tokens).to(self.model.device)
