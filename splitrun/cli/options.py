@@ -119,7 +119,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         grouped = {name: make(**{each: given.pop(each) for each in names}) for name, (make, names) in groups.items()}
         command(**given, **grouped)
 
-    with_options.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    vars(with_options)["__signature__"] = inspect.Signature(options)
     return with_options
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -96,13 +97,12 @@ class UnitBench:
         def load() -> None:
             self._stages.append(load_stage(config, structure, cut, size, lambda model: _fill(model, setting)))
 
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.close)
             for _ in range(setting.copies):
                 peak = self._worker.call(partial(peak_beyond, load, setting.kind, setting.device))
                 self.load_bytes = max(self.load_bytes, peak)
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
         self._held = self._worker.call(partial(held_bytes, setting.kind, setting.device))
 
     def time(self, points: Sequence[Point], spend_s: float | None = None, peaks: bool = True) -> dict[Point, Sample]:

@@ -22,8 +22,6 @@ from torch import Tensor
 from splitrun.errors import StageTimeout
 
 Result = TypeVar("Result")
-
-
 Task = Callable[[], Callable[[], None] | None]
 """Work on a device. What it returns is called behind it, when the device is free for others."""
 Failed = Callable[[Exception], None]
@@ -105,6 +103,7 @@ class Worker:
         self._count_finished()
         while (entry := self._tasks.get()) is not None:
             if fault is not None:
+                self._count_finished()
                 entry[1](fault)
             else:
                 self._do(*entry)

@@ -64,11 +64,15 @@ def run(engine: splitrun.Engine, sampling: splitrun.SamplingParams = GREEDY) -> 
     return [completion.token_ids for completion in engine.generate(PROMPTS, sampling)]
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[str, list[tuple[int, ...]]]:
+def undisturbed() -> dict[str, list[tuple[int, ...]]]:
     """What one process answers when nothing disturbs it."""
     with splitrun.Engine(demo("cpu"), chunk_tokens=16) as engine:
         return {"greedy": run(engine), "sampled": run(engine, SAMPLED)}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[tuple[int, ...]]]:
+    return undisturbed()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pauses import MOST_S, Pause
-from test_processes import GREEDY, PATIENCE, SAMPLED, at_step, demo, process_of, remote_of, restarts, run
+from test_processes import GREEDY, PATIENCE, SAMPLED, at_step, demo, process_of, remote_of, restarts, run, undisturbed
 
 import splitrun
 from splitrun.cluster.process import StageProcess
@@ -34,8 +34,7 @@ def engine_of(placement: Placement) -> splitrun.Engine:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[tuple[int, ...]]]:
-    with splitrun.Engine(demo("cpu"), chunk_tokens=16) as engine:
-        return {"greedy": run(engine), "sampled": run(engine, SAMPLED)}
+    return undisturbed()
 
 
 @pytest.fixture(scope="module")
