@@ -87,12 +87,17 @@ def _accelerate(terms: Terms, meter: MemoryMeter) -> tuple[Any, Mapping[str, str
 
 
 def _random_model(terms: Terms) -> Any:
-    """The model with random bf16 weights in main memory, scaled so that activations stay finite."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The model with random bf16 weights in main memory, those that splitrun's own contestant has."""
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(terms.model, trust_remote_code=False)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    from splitrun.model.dummy import DummySource
+    from splitrun.model.skeleton import build_skeleton
+    from splitrun.model.weights import Loader
+
+    model = build_skeleton(AutoConfig.from_pretrained(terms.model, trust_remote_code=False), "bf16").model
+    source = DummySource.of(model)
+    Loader(model, source, torch.bfloat16).load(source.names(), "bf16", "cpu")
+    return model
 
 
 def _values(terms: Terms) -> int:

@@ -1,7 +1,7 @@
 """How much memory this process came to hold: main memory above its start, and a card's with its context.
 
 Main memory is the kernel's high-water mark of resident pages, anonymous and file pages alike. A card's is what torch
-reserved at most, and the context; where the driver reports more, that. Also holds a card to its budget.
+reserved at most, and what the driver reports beside that, at least the context. Also holds a card to its budget.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class MemoryMeter:
         """Device -> the most that was held so far."""
         peaks = {"cpu": max(0, high_water_bytes() - self.start_bytes)}
         for name, context in self._contexts.items():
-            peak = int(self._machine.torch.cuda.max_memory_reserved(_index(name))) + context
-            before, now = self._free_before[name], self._driver_free(name)
-            peaks[name] = peak if before is None or now is None else max(peak, before - now)
+            before, now, cuda = self._free_before[name], self._driver_free(name), self._machine.torch.cuda
+            reserved, most = int(cuda.memory_reserved(_index(name))), int(cuda.max_memory_reserved(_index(name)))
+            beside = 0 if before is None or now is None else before - now - reserved
+            peaks[name] = most + max(context, beside)
         return peaks
 
     def _hold(self, name: str, budget: int) -> None:

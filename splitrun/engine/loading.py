@@ -27,8 +27,9 @@ from splitrun.kernels.cpu.regions import drop_ahead
 from splitrun.kernels.gpu.library import usable
 from splitrun.measure.accelerators import half_type
 from splitrun.measure.cache import Cache, cache_folder
+from splitrun.measure.engine_cost import known_cost, with_engine
 from splitrun.measure.host import worker_threads as share_of_processor
-from splitrun.measure.probe import probe
+from splitrun.measure.probe import probe, this_machine
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
 from splitrun.model.skeleton import DTYPES
@@ -169,8 +170,15 @@ def _hold_budgets(placement: Placement, workers: Mapping[str, Worker]) -> None:
 def _limit_allocator(name: str, budget: int | None) -> None:
     """Set the limit of torch's allocator; without a budget, lift what an earlier engine may have left."""
     total = torch.cuda.mem_get_info(torch.device(name))[1]
-    allowed = total if budget is None else max(0, budget - probe().device(name).context_bytes)
+    allowed = total if budget is None else max(0, budget - _context_bytes(name))
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), torch.device(name))
+
+
+def _context_bytes(name: str) -> int:
+    """What the driver takes of a card: with all kernels loaded, where a plan of this machine has measured that."""
+    cluster, kept = probe(), this_machine().cache
+    known = next(filter(None, (known_cost(kept, card) for card in cluster.local_cards())), None)
+    return (with_engine(cluster, known) if known else cluster).device(name).context_bytes
 
 
 @dataclass(frozen=True)

@@ -13,24 +13,20 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-import transformers
 from torch import Tensor
 
-import splitrun
 from splitrun.engine.core import EngineCore
 from splitrun.engine.interface import StageStatus
 from splitrun.engine.lineup import Line
 from splitrun.engine.pipeline import Link, Outcome, Pipeline
 from splitrun.engine.process_bytes import process_bytes
 from splitrun.measure.cache import Cache
-from splitrun.measure.gather import EngineCost
-from splitrun.measure.unit_seconds import code_digest
+from splitrun.measure.engine_cost import FIGURES, EngineCost, cost_key, cost_of
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
 from splitrun.schedule.step import RowTokens, Step, Tokens
 from splitrun.transport.local import SameMemory, Worker
 
-RUNNING = ("splitrun.engine", "splitrun.schedule", "splitrun.transport")
 TOKENS, ROUNDS = 40, 3
 READ_BYTES = 48 << 20
 """More than the last cache of most processors."""
@@ -63,14 +59,13 @@ def engine_cost(kept: Cache, card: str | None = None) -> EngineCost:
 
     def measure() -> dict[str, float]:
         alone, two = (median(_beside_stages(stages) for _ in range(ROUNDS)) for stages in (1, 2))
-        return {"step_s": alone, "hop_s": max(0.0, two - alone), "process_bytes": process_bytes(card)}
+        own = process_bytes(None)
+        both = process_bytes(card) if card else own
+        return dict(
+            zip(FIGURES, (alone, max(0.0, two - alone), own.host, both.host - own.host, both.context), strict=True)
+        )
 
-    versions = f"splitrun {splitrun.__version__} torch {torch.__version__} transformers {transformers.__version__}"
-    versions += f" code {code_digest(*RUNNING)}"
-    found = kept.get_or_measure(
-        f"engine with {card or 'no card'} {versions}", ("step_s", "hop_s", "process_bytes"), measure
-    )
-    return EngineCost(found["step_s"], found["hop_s"], int(found["process_bytes"]))
+    return cost_of(kept.get_or_measure(cost_key(card), FIGURES, measure))
 
 
 def _beside_stages(count: int) -> float:

@@ -42,6 +42,7 @@ def card_memory(torch: Any, index: int, driver_free: DriverFree, known_context_b
     product = product @ product
     cuda.synchronize(index)
     del product
+    _free_cublas_workspace(torch)
     cuda.empty_cache()
     now = int(cuda.mem_get_info(index)[0]) + int(cuda.memory_reserved(index))
     if before is not None and PLAUSIBLE_BYTES[0] <= before - now <= PLAUSIBLE_BYTES[1]:
@@ -50,11 +51,34 @@ def card_memory(torch: Any, index: int, driver_free: DriverFree, known_context_b
     return CardMemory(now + context, context, measured=False)
 
 
+def card_uses(torch: Any, index: int, driver_free: DriverFree) -> Callable[[], int]:
+    """Ask before the process has a context on card ``index``. What comes back says, later, how many bytes it holds
+    there beside what torch's allocator does: the context with all kernels loaded until then; 0 where nobody tells."""
+    uuid = str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
+    before = None if _has_context(torch, index) else driver_free(uuid)
+
+    def beside_allocator() -> int:
+        now = driver_free(uuid)
+        if before is None or now is None:
+            return 0
+        found = before - now - int(torch.cuda.memory_reserved(index))
+        return found if PLAUSIBLE_BYTES[0] <= found <= PLAUSIBLE_BYTES[1] else 0
+
+    return beside_allocator
+
+
 def _has_context(torch: Any, index: int) -> bool:
     if not torch.cuda.is_initialized():
         return False
     ask = getattr(torch._C, "_cuda_hasPrimaryContext", None)
     return True if ask is None else bool(ask(index))
+
+
+def _free_cublas_workspace(torch: Any) -> None:
+    """Nobody multiplies on this thread's stream again, and the workspace would stay for the life of the process."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
 
 
 def nvml_free(uuid: str) -> int | None:

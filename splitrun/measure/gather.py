@@ -6,34 +6,21 @@ Joins what the other modules of this package measure; knows nothing of plans.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import permutations
 from typing import Literal
 
 from splitrun import __version__
 from splitrun.measure.cache import Cache
 from splitrun.measure.calibration import calibrated, forget
+from splitrun.measure.engine_cost import EngineCost, with_engine
 from splitrun.measure.probe import probe, this_machine
 from splitrun.measure.profile import profile
 from splitrun.measure.unit_seconds import Report, Wanted, measure
 from splitrun.model.files import resolve
 from splitrun.model.structure import inspect
-from splitrun.planner.facts import FORMATS, Cluster, Link, ModelProfile
+from splitrun.planner.facts import FORMATS, Cluster, ModelProfile
 from splitrun.planner.facts_file import Facts
 
-MEMORY_BYTES_PER_S = 1e15
-"""Where nothing is copied."""
 Formats = Callable[[ModelProfile, Cluster], Mapping[str, Sequence[str]]]
-
-
-@dataclass(frozen=True)
-class EngineCost:
-    """What the engine itself takes: seconds per step beside stages and hops, seconds of handing a step from one worker
-    to the next, and bytes of main memory of its process before any model."""
-
-    step_s: float
-    hop_s: float
-    process_bytes: int
 
 
 MeasureEngine = Callable[[Cache, str | None], EngineCost]
@@ -72,18 +59,3 @@ def gather(
     if engine is not None:
         cluster = with_engine(cluster, engine(machine.cache, card))
     return Facts(timed, cluster, __version__)
-
-
-def with_engine(cluster: Cluster, cost: EngineCost) -> Cluster:
-    """The cluster with what the engine takes: per step, on top of every link that two workers hand over on, and of
-    the processor's memory (further workers on it are threads of the same process)."""
-    links = {pair: replace(link, latency_s=link.latency_s + cost.hop_s) for pair, link in cluster.links.items()}
-    devices = [
-        replace(device, context_bytes=cost.process_bytes) if device.name == "cpu" else device
-        for device in cluster.devices
-    ]
-    # Workers of one process share main memory: nothing moves, the step is handed over.
-    own = Link(latency_s=cost.hop_s, bandwidth_bytes_per_s=MEMORY_BYTES_PER_S)
-    workers = [device.name for device in devices if device.kind == "cpu" and "/" not in device.name]
-    links |= dict.fromkeys(permutations(workers, 2), own)
-    return replace(cluster, devices=tuple(devices), links=links, step_s=cost.step_s)

@@ -7,8 +7,8 @@ per unit, so the solver has no special cases. Sizes are in bytes (``_bytes``), d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from splitrun.planner.peaks import UnitPeak
@@ -66,12 +66,33 @@ class Cluster:
     """The devices at hand and the links between them. Pairs that are not listed use ``default_link``.
 
     ``step_s`` is what the engine itself takes per step: scheduling, hand-overs between threads, handing out tokens.
+    ``card_process_bytes`` is the main memory that the process takes more once it uses a CUDA card of this machine:
+    driver, libraries, the compiler of kernels.
     """
 
     devices: tuple[Device, ...]
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
     default_link: Link = Link(latency_s=20e-6, bandwidth_bytes_per_s=5e9)
     step_s: float = 0.0
+    card_process_bytes: int = 0
+
+    def local_cards(self) -> tuple[str, ...]:
+        """Names of the CUDA cards of this machine."""
+        return tuple(device.name for device in self.devices if device.kind == "cuda" and "/" not in device.name)
+
+    def with_card_in_use(self) -> Cluster:
+        """The same, the processor paying already for a card in use."""
+        paid = tuple(
+            replace(device, context_bytes=device.context_bytes + self.card_process_bytes)
+            if device.name == "cpu"
+            else device
+            for device in self.devices
+        )
+        return replace(self, devices=paid, card_process_bytes=0)
+
+    def without(self, names: Collection[str]) -> Cluster:
+        """The same without those devices."""
+        return replace(self, devices=tuple(device for device in self.devices if device.name not in names))
 
     def device(self, name: str) -> Device:
         """The device of that name; KeyError when there is none."""

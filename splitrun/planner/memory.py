@@ -147,8 +147,11 @@ def placement_memory(profile: ModelProfile, cluster: Cluster, placement: Placeme
     """One bill per device of the placement, in the order of its first stage."""
     bills = []
     streaming = any(stage.stream_buffer_bytes and "/" not in stage.device for stage in placement.stages)
+    cards = set(cluster.local_cards()) & set(placement.device_names)
     for name in placement.device_names:
         device = cluster.device(name)
+        if cards and name == "cpu":
+            device = replace(device, context_bytes=device.context_bytes + cluster.card_process_bytes)
         units: list[UnitMemory] = []
         embed_formats, head_formats = set(), set()
         for stage in (stage for stage in placement.stages if stage.device == name):

@@ -25,7 +25,7 @@ from splitrun.planner.search import fastest
 from splitrun.planner.stream import prompt_notes, with_stream_buffer
 from splitrun.planner.tables import build_tables
 from splitrun.planner.within import fastest_within
-from splitrun.quantities import format_seconds
+from splitrun.quantities import format_bytes, format_seconds
 
 QUANTIZED = ("int8", "nf4")
 
@@ -46,6 +46,34 @@ def solve(
     plan says how far from the best it may be. Raises DoesNotFit with the shortfall per device and what would fit;
     InvalidPlacement when the request contradicts the model.
     """
+    cards = cluster.local_cards()
+    if not (cards and cluster.card_process_bytes and any(device.name == "cpu" for device in cluster.devices)):
+        return _solve(profile, cluster, workload, weights, quality, stream)[1]
+    more = format_bytes(cluster.card_process_bytes)
+    refusal: DoesNotFit | None = None
+    try:
+        value, plan = _solve(profile, cluster.with_card_in_use(), workload, weights, quality, stream)
+    except DoesNotFit as error:
+        refusal = error
+    try:
+        value_without, without = _solve(profile, cluster.without(cards), workload, weights, quality, stream)
+    except DoesNotFit as error:
+        if refusal is None:
+            return plan
+        raise min(refusal, error, key=lambda each: sum(each.shortfall_bytes.values())) from None
+    if refusal is None and set(cards) & set(plan.device_names) and value <= value_without:
+        return plan
+    notes: Sequence[str] = (f"{' and '.join(cards)} left out: a card in use takes {more} more of main memory",)
+    if refusal is None and not set(cards) & set(plan.device_names) and plan.estimate is not None:
+        notes = [note for note in plan.estimate.notes if note.partition(" ")[0] in cards]
+    assert without.estimate is not None
+    return replace(without, estimate=replace(without.estimate, notes=(*notes, *without.estimate.notes)))
+
+
+def _solve(
+    profile: ModelProfile, cluster: Cluster, workload: Workload, weights: str, quality: str, stream: bool
+) -> tuple[float, Placement]:
+    """As ``solve``, with what the plan takes by its objective; what the process takes is the same whatever it uses."""
     _check(profile, cluster, workload)
     tried = allowed_formats(profile, weights)
     most = loss_limit(profile, quality)
@@ -82,7 +110,7 @@ def solve(
     if stream:
         plan = with_stream_buffer(profile, cluster, plan)
         notes += prompt_notes(profile, cluster, plan)
-    return replace(plan, estimate=estimate(profile, cluster, plan, binding, notes))
+    return outcome.value, replace(plan, estimate=estimate(profile, cluster, plan, binding, notes))
 
 
 def _of_many(
@@ -92,8 +120,8 @@ def _of_many(
     devices: Sequence[Device],
     formats: Mapping[str, tuple[str, ...]],
     quality: str | None,
-) -> Placement:
-    """As ``solve`` for more devices than the exact search takes: with how far from the best the plan may be.
+) -> tuple[float, Placement]:
+    """As ``_solve`` for more devices than the exact search takes: with how far from the best the plan may be.
 
     A plan that loses more than ``quality`` is searched again without the least precise format, for all devices alike.
     """
@@ -118,7 +146,7 @@ def _of_many(
                 f"{more:.1%} from the best"
             ]
             speed = f"speed of {slowest(tables, outcome.split, able)}"
-            return replace(plan, estimate=estimate(profile, cluster, plan, speed, notes))
+            return outcome.value, replace(plan, estimate=estimate(profile, cluster, plan, speed, notes))
         first = first or plan
     if first is None or quality is None:
         raise does_not_fit(profile, cluster, workload, tried)

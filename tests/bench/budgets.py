@@ -83,6 +83,8 @@ def cases(facts: Facts, count: int, seed: int, card: str | None) -> list[Case]:
         names = ["cpu"] if card is None and draw.random() < 0.6 else ["cpu", card or "cpu:1"]
         shares = [draw.uniform(0.1, 1.5) for _ in names]
         fixed = {device.name: device.context_bytes for device in facts.cluster.devices}
+        if card is not None and len(names) > 1:
+            fixed["cpu"] += facts.cluster.card_process_bytes
         budgets = {
             name: fixed[name] + int(size * share) + draw.randrange(16 << 20, 96 << 20)
             for name, share in zip(names, shares, strict=True)

@@ -41,7 +41,7 @@ from turns import Turns
 from splitrun.bench import contest
 from splitrun.engine.own_seconds import engine_cost
 from splitrun.measure.cache import Cache
-from splitrun.measure.gather import with_engine
+from splitrun.measure.engine_cost import with_engine
 from splitrun.measure.probe import probe, this_machine
 from splitrun.measure.profile import profile
 from splitrun.measure.timing import Sample, Setting, UnitBench
@@ -177,7 +177,8 @@ def compare(subject: Subject, cut: int, weights: str, other: str, benches: Bench
         runner = Turns(contest.make_terms(placement, file, 1, subject.new_tokens, 1, "dummy"))
         try:
             ours = (runner.process,)
-            runner.round(min(subject.contexts) - subject.new_tokens, 2)
+            for context in sorted(subject.contexts, reverse=True):  # a longer one would have graphs captured anew
+                runner.round(context - subject.new_tokens, 2)
             foretell()  # loads the benches
             for _ in range(subject.turns):
                 for context in subject.contexts:

@@ -10,34 +10,46 @@ from planner_models import device
 
 from splitrun.engine import own_seconds, process_bytes
 from splitrun.engine.own_seconds import engine_cost
+from splitrun.engine.process_bytes import ProcessBytes
 from splitrun.measure.cache import Cache
-from splitrun.measure.gather import EngineCost, with_engine
+from splitrun.measure.engine_cost import EngineCost, known_cost, with_engine
 from splitrun.planner.facts import Cluster, Link
 
 
 def test_it_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_seconds, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(own_seconds, "process_bytes", lambda card: 400 << 20)
-    found = engine_cost(Cache(tmp_path))
+    taken = {None: ProcessBytes(400 << 20, 0), "cuda:0": ProcessBytes(900 << 20, 700 << 20)}
+    monkeypatch.setattr(own_seconds, "process_bytes", taken.__getitem__)
+    assert known_cost(Cache(tmp_path), "cuda:0") is None
+    found = engine_cost(Cache(tmp_path), "cuda:0")
     assert 0 <= found.step_s < 0.5
     assert 0 <= found.hop_s < 0.5
-    assert found.process_bytes == 400 << 20
+    assert (found.process_bytes, found.card_process_bytes, found.card_context_bytes) == (
+        400 << 20,
+        500 << 20,
+        700 << 20,
+    )
     monkeypatch.setattr(own_seconds, "process_bytes", lambda card: pytest.fail("measured twice"))
-    assert engine_cost(Cache(tmp_path)) == found
+    assert engine_cost(Cache(tmp_path), "cuda:0") == found == known_cost(Cache(tmp_path), "cuda:0")
 
 
 def test_where_it_goes() -> None:
     links = {("cpu", "cuda:0"): Link(1e-3, 1e9)}
     cluster = with_engine(
-        Cluster((device(), device("cpu:1"), device("cuda:0")), links), EngineCost(2e-4, 1e-4, 500 << 20)
+        Cluster((device(), device("cpu:1"), device("cuda:0"), device("cuda:1", context_bytes=100 << 20)), links),
+        EngineCost(2e-4, 1e-4, 500 << 20, 400 << 20, 300 << 20),
     )
     assert cluster.step_s == 2e-4
     assert cluster.link("cpu", "cuda:0").latency_s == pytest.approx(1.1e-3)
     assert cluster.link("cpu", "cpu:1").latency_s == 1e-4
-    assert [each.context_bytes for each in cluster.devices][:2] == [500 << 20, 0]
+    # The first card was measured with its kernels loaded: so much more is taken of every card.
+    assert [each.context_bytes >> 20 for each in cluster.devices] == [500, 0, 300, 144]
+    assert cluster.card_process_bytes == 400 << 20
 
 
 def test_a_process_of_its_own_says_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 100 << 20 < process_bytes.process_bytes(None) < 4 << 30
+    found = process_bytes.process_bytes(None)
+    assert (100 << 20 < found.host < 4 << 30, found.context) == (True, 0)
     monkeypatch.setattr(process_bytes, "child_command", lambda module: [os.devnull])
-    assert process_bytes.process_bytes(None) == process_bytes.ASSUMED_BYTES
+    assert process_bytes.process_bytes(None).host == process_bytes.ASSUMED_BYTES
+    assert process_bytes.process_bytes("cuda:0").host == 2 * process_bytes.ASSUMED_BYTES

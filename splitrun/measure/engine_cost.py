@@ -1,0 +1,81 @@
+"""What the engine itself takes, of time and of memory: as it is kept between runs, and where a cluster pays for it.
+
+Knows no engine: that measures it (``engine/own_seconds.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import permutations
+
+import torch
+import transformers
+
+import splitrun
+from splitrun.measure.cache import Cache, Figures
+from splitrun.measure.unit_seconds import code_digest
+from splitrun.planner.facts import Cluster, Device, Link
+
+FIGURES = ("step_s", "hop_s", "process_bytes", "card_process_bytes", "card_context_bytes")
+RUNNING = ("splitrun.engine", "splitrun.schedule", "splitrun.transport")
+MEMORY_BYTES_PER_S = 1e15
+"""Where nothing is copied."""
+
+
+@dataclass(frozen=True)
+class EngineCost:
+    """What the engine itself takes.
+
+    step_s              seconds per step beside stages and hops
+    hop_s               seconds of handing a step from one worker to the next
+    process_bytes       main memory of its process before any model
+    card_process_bytes  what it takes more once a card is in use
+    card_context_bytes  of that card, the context with the kernels that are loaded there; 0 where nobody can tell
+    """
+
+    step_s: float
+    hop_s: float
+    process_bytes: int
+    card_process_bytes: int = 0
+    card_context_bytes: int = 0
+
+
+def known_cost(kept: Cache, card: str) -> EngineCost | None:
+    """What was measured with the card in use, None when nothing was."""
+    found = kept.get(cost_key(card))
+    return cost_of(found) if found is not None and all(name in found for name in FIGURES) else None
+
+
+def cost_key(card: str | None) -> str:
+    """Under which the cache has the figures: they are those of this code."""
+    versions = f"splitrun {splitrun.__version__} torch {torch.__version__} transformers {transformers.__version__}"
+    return f"engine with {card or 'no card'} {versions} code {code_digest(*RUNNING)}"
+
+
+def cost_of(found: Figures) -> EngineCost:
+    """The figures as the cache has them."""
+    step_s, hop_s, *sizes = (found[name] for name in FIGURES)
+    own, more, context = (max(0, int(size)) for size in sizes)
+    return EngineCost(step_s, hop_s, own, more, context)
+
+
+def with_engine(cluster: Cluster, cost: EngineCost) -> Cluster:
+    """The cluster with what the engine takes: per step, on top of every link that two workers hand over on, of the
+    processor's memory (further workers on it are threads of the same process), and of every card's for kernels."""
+    first = next((device for device in cluster.devices if device.kind == "cuda"), None)
+    kernels = max(0, cost.card_context_bytes - first.context_bytes) if first is not None else 0
+
+    def paid(device: Device) -> Device:
+        if device.kind == "cuda":
+            return replace(device, context_bytes=device.context_bytes + kernels)
+        return replace(device, context_bytes=cost.process_bytes) if device.name == "cpu" else device
+
+    links = {pair: replace(link, latency_s=link.latency_s + cost.hop_s) for pair, link in cluster.links.items()}
+    devices = tuple(map(paid, cluster.devices))
+    # Workers of one process share main memory: nothing moves, the step is handed over.
+    own = Link(latency_s=cost.hop_s, bandwidth_bytes_per_s=MEMORY_BYTES_PER_S)
+    workers = [device.name for device in devices if device.kind == "cpu" and "/" not in device.name]
+    links |= dict.fromkeys(permutations(workers, 2), own)
+    return replace(
+        cluster, devices=devices, links=links, step_s=cost.step_s, card_process_bytes=cost.card_process_bytes
+    )
