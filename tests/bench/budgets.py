@@ -3,6 +3,8 @@
     python tests/bench/budgets.py [--count 200] [--start 0] [--card cuda:0] [--seed 0] [--jobs 1]
         [--shape small|deepseek-1.5b] [-o FILE.json]
 
+With --card, plans take turns on all cards that are there, which must be alike.
+
 For every budget the planner either makes a plan or refuses. A plan is run with its longest prompt and all its sessions,
 a card's allocator held to the budget; no device's peak may exceed its budget, and what the plan expects must be within
 5 % of it. A refusal must name the true shortfall: with that much more the planner finds a plan, with 2 % less than that
@@ -22,6 +24,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from splitrun.__main__ import SPINS
@@ -29,6 +32,7 @@ from splitrun.__main__ import SPINS
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as every command does, before torch is imported
 
+import torch
 from shapes import DEFAULT, SHAPES
 from turns import Turns
 
@@ -45,6 +49,8 @@ SMALL = SHAPES[DEFAULT] | {
     "num_key_value_heads": 4, "vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 WITHIN = 0.05
+CARDS: SimpleQueue[int] = SimpleQueue()
+"""Cards that no plan runs on: what the driver tells of a card is true of one process at a time."""
 SCARCER = 0.02
 """A refusal that names the true shortfall still refuses with this share of it less."""
 
@@ -147,13 +153,16 @@ def judge_run(facts: Facts, case: Case, placement: Placement) -> Outcome:
         file = Path(folder, "placement.yaml")
         placement.save(file)
         terms = contest.make_terms(placement, file, 1, 2, 1, "dummy")
-        runner = Turns(terms)
+        card = CARDS.get() if any(device.startswith("cuda") for device in placement.device_names) else None
+        runner = Turns(terms, card)
         try:
             runner.rounds(case.context - 8, 8, case.sessions)
             runner.round(case.context - 8, 8)
             peak = {name: size for name, size in runner.peak_bytes().items() if name in expected}
         finally:
             runner.close()
+            if card is not None:
+                CARDS.put(card)
     if "cpu" in peak:
         peak["cpu"] += int(runner.loaded["start_bytes"])
     over = [name for name, size in peak.items() if size > budgets[name]]
@@ -177,6 +186,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     rows = earlier_rows(args.output)
+    for card in range(torch.cuda.device_count()):
+        CARDS.put(card)
     with tempfile.TemporaryDirectory() as folder:
         shape = SMALL if args.shape == "small" else SHAPES[args.shape]
         Path(folder, "config.json").write_text(json.dumps(shape))

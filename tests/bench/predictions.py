@@ -10,7 +10,7 @@ own (``nf4=28/20``) is run at those.
 
 A machine's memory is shared: what it reads in a second changes by half from one minute to the next. So the units are
 timed again after every round of a placement, each while nothing else wants the processor, and medians are compared.
-The folder gets ``NAME.md`` and ``NAME.json``; lines for placements that are in the JSON already replace those, and the
+The folder gets ``NAME.md`` and ``NAME.json``, written after every placement; lines for placements that are in the JSON already replace those, and the
 commands of all runs are named.
 """
 
@@ -22,7 +22,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -261,16 +261,16 @@ def main() -> None:
         facts, calm = profile(files, structure), Calm(args.patience)
         subject = Subject(files, structure, facts, contexts, args.new_tokens, args.turns, calm)
         cuts = [int(cut) for cut in args.cuts.split(",") if cut] or [*range(0, structure.layers, 4), structure.layers]
-        lines = run_all(subject, cuts, args.formats.split(","), args.every, args.card, args.spend)
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        write(args.output, args.name, args.card, lines, args.remark)
+        for lines in run_all(subject, cuts, args.formats.split(","), args.every, args.card, args.spend):
+            if args.output:
+                args.output.mkdir(parents=True, exist_ok=True)
+                write(args.output, args.name, args.card, lines, args.remark)
 
 
 def run_all(
     subject: Subject, cuts: Sequence[int], formats: Sequence[str], every: bool, other: str, spend_s: float
-) -> list[Line]:
-    """Format by format, so that benches are loaded once for each."""
+) -> Iterator[list[Line]]:
+    """All lines so far, after each placement; format by format, so that benches are loaded once for each."""
     lines: list[Line] = []
     for number, format_ in enumerate(formats):
         weights, _, own = format_.partition("=")
@@ -280,8 +280,8 @@ def run_all(
                 new = compare(subject, cut, weights, other, benches)
                 print("\n".join(map(row, new)), flush=True)
                 lines += new
+                yield lines
         benches.close()
-    return lines
 
 
 def write(folder: Path, name: str, card: str, lines: Sequence[Line], remark: str) -> None:
@@ -292,14 +292,14 @@ def write(folder: Path, name: str, card: str, lines: Sequence[Line], remark: str
     order = sorted(merged.values(), key=lambda line: (line.weights, line.cut, line.prompt))
     devices = probe(dict.fromkeys(("cpu", card), "auto")).devices
     machine = ", ".join(f"{device.name}: {device.description}" for device in devices)
-    commands = [*before.get("commands", ()), f"python tests/bench/predictions.py {shlex.join(sys.argv[1:])}"]
+    command = f"python tests/bench/predictions.py {shlex.join(sys.argv[1:])}"
+    commands = [*(other for other in before.get("commands", ()) if other != command), command]
     remark = remark or before.get("remark", "")
     made = "\n".join(f"    {command}" for command in commands)
     title = f"# Predicted against measured\n\nMade on {machine} by\n\n{made}" + f"\n\n{remark}" * bool(remark)
     content = {"commands": commands, "remark": remark, "machine": machine, "lines": [asdict(line) for line in order]}
     file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     (folder / f"{name}.md").write_text(table(title, order), "utf-8")
-    print(table(title, order))
 
 
 if __name__ == "__main__":

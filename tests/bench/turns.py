@@ -28,11 +28,13 @@ from splitrun.planner.placement import Placement
 class Turns:
     """The process of a placement, as its parent sees it."""
 
-    def __init__(self, terms: Terms) -> None:
-        """Start it and wait until it has loaded. Raises SystemExit when it does not."""
+    def __init__(self, terms: Terms, card: int | None = None) -> None:
+        """Start it and wait until it has loaded; ``card`` is the only one that it sees, as its first. Raises SystemExit
+        when it does not load."""
         command = [sys.executable, "-P", str(Path(__file__).resolve())]
+        seen = {} if card is None else {"CUDA_VISIBLE_DEVICES": str(card)}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_environment()
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_environment(seen)
         )
         self._rounds = 0
         self.loaded = self._ask(terms.to_json())

@@ -1,17 +1,23 @@
 """CUDA kernels compiled on the machine that runs them: torch's own NVRTC, and the driver, by ctypes.
 
-A launch costs some ten microseconds of the processor's time, which a captured graph pays once. Knows no kernels.
+What was compiled is kept in the cache folder: the compiler takes seconds, and main memory that never comes back. A
+launch costs some ten microseconds of the processor's time, which a captured graph pays once. Knows no kernels.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from splitrun.folders import cache_folder
 
 
 class CudaUnavailable(Exception):
@@ -25,7 +31,7 @@ class CudaKernels:
         """Compile and load. Raises CudaUnavailable."""
         text = "".join(f"#define {name} {value}\n" for name, value in defines.items()) + source
         major, minor = torch.cuda.get_device_capability(device)
-        self._binary = _compiled(text, f"sm_{major}{minor}")
+        self._binary = machine_code(text, f"sm_{major}{minor}", cache_folder() / "kernels")
         self._driver = _driver()
         self._module = ctypes.c_void_p()
         torch.zeros(1, device=device)  # makes the device's context the thread's own
@@ -60,6 +66,26 @@ class CudaKernels:
         return self._functions[name]
 
 
+def machine_code(text: str, architecture: str, folder: Path) -> bytes:
+    """What a source compiles to: from ``folder`` where it was compiled before, else kept there if that can be.
+
+    Raises CudaUnavailable.
+    """
+    conditions = f"{torch.version.cuda} {architecture}\n{text}"
+    file = folder / f"{hashlib.sha256(conditions.encode()).hexdigest()[:32]}.cubin"
+    with suppress(OSError):
+        checksum, _, binary = file.read_bytes().partition(b"\n")
+        if hashlib.sha256(binary).hexdigest().encode() == checksum:
+            return binary
+    binary = _compiled(text, architecture)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_bytes(hashlib.sha256(binary).hexdigest().encode() + b"\n" + binary)
+        part.replace(file)
+    return binary
+
+
 @cache
 def _driver() -> ctypes.CDLL:
     try:
@@ -83,7 +109,6 @@ def _compiler() -> ctypes.CDLL:
     raise CudaUnavailable(f"{name} is not there")
 
 
-@cache
 def _compiled(text: str, architecture: str) -> bytes:
     """The machine code of a source. Raises CudaUnavailable with the compiler's first complaint."""
     compiler, program = _compiler(), ctypes.c_void_p()
