@@ -21,7 +21,6 @@ from splitrun.engine.exchange import COORDINATOR
 from splitrun.engine.filling import Filling
 from splitrun.engine.filling import Load as Load
 from splitrun.engine.pipeline import Link, RemoteLink, translated
-from splitrun.engine.thread_count import settle_threads
 from splitrun.errors import SplitrunError
 from splitrun.kernels.cpu.regions import drop_ahead
 from splitrun.kernels.gpu.library import usable
@@ -30,6 +29,7 @@ from splitrun.measure.cache import Cache, cache_folder
 from splitrun.measure.engine_cost import known_cost, with_engine
 from splitrun.measure.host import worker_threads as share_of_processor
 from splitrun.measure.probe import probe, this_machine
+from splitrun.measure.thread_count import settle_threads
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
 from splitrun.model.skeleton import DTYPES

@@ -2,8 +2,8 @@
 card the context with the kernels that are loaded there.
 
 A process of its own runs the demo, gives it back, and says what it still holds. With a card named, embedding, some
-layers and the head run there, with kernels compiled anew, so that the driver's, the libraries' and the compiler's share
-are in the figures. Knows nothing of plans.
+layers and the head run there, so that the driver's and the libraries' share is in the figures; what compiling kernels
+takes is not, since measuring a model's units has compiled them before it is run. Knows nothing of plans.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 
 from splitrun.child import child_command, child_environment
@@ -31,17 +30,17 @@ class ProcessBytes:
 
 def process_bytes(card: str | None) -> ProcessBytes:
     """What a process takes with ``card`` in use beside the processor."""
+    if card is not None:
+        _run(card)  # compiles the kernels
+    return _run(card)
+
+
+def _run(card: str | None) -> ProcessBytes:
     command = [*child_command("splitrun.engine.process_bytes"), *([card] if card else [])]
     try:
-        with tempfile.TemporaryDirectory() as kernels:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=TIMEOUT_S,
-                env=child_environment({"TRITON_CACHE_DIR": kernels}),
-            )
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S, env=child_environment()
+        )
         return ProcessBytes(**json.loads(done.stdout.splitlines()[-1]))
     except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError):
         return ProcessBytes(ASSUMED_BYTES * (2 if card else 1), 0)

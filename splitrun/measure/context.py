@@ -42,7 +42,8 @@ def card_memory(torch: Any, index: int, driver_free: DriverFree, known_context_b
     product = product @ product
     cuda.synchronize(index)
     del product
-    _free_cublas_workspace(torch)
+    if fresh:  # later, captured graphs may have the workspaces
+        _free_cublas_workspaces(torch)
     cuda.empty_cache()
     now = int(cuda.mem_get_info(index)[0]) + int(cuda.memory_reserved(index))
     if before is not None and PLAUSIBLE_BYTES[0] <= before - now <= PLAUSIBLE_BYTES[1]:
@@ -74,8 +75,8 @@ def _has_context(torch: Any, index: int) -> bool:
     return True if ask is None else bool(ask(index))
 
 
-def _free_cublas_workspace(torch: Any) -> None:
-    """Nobody multiplies on this thread's stream again, and the workspace would stay for the life of the process."""
+def _free_cublas_workspaces(torch: Any) -> None:
+    """Nobody multiplies on this thread's stream again, and its workspace would stay for the life of the process."""
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
     if clear is not None:
         clear()

@@ -13,7 +13,7 @@ import transformers
 
 import splitrun
 from splitrun.measure.cache import Cache, Figures
-from splitrun.measure.unit_seconds import code_digest
+from splitrun.measure.code import code_digest
 from splitrun.planner.facts import Cluster, Device, Link
 
 FIGURES = ("step_s", "hop_s", "process_bytes", "card_process_bytes", "card_context_bytes")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from splitrun.measure.peaks import held_bytes, peak_beyond, peak_of
 from splitrun.measure.speed import release, synchronizer
+from splitrun.measure.thread_count import settle_threads
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.dummy import DummySource
@@ -56,7 +57,9 @@ class Sample:
 class Setting:
     """Where and how units are timed. ``kind`` is the device's ("cpu", "cuda", …), ``device`` torch's name of it.
 
-    ``threads`` are the CPU threads of the worker, None on an accelerator. ``copies`` is how many stages take turns.
+    ``threads`` are the CPU threads of the worker, None on an accelerator; where it ``settles``, it takes the fastest
+    number up to that, as an engine's worker does that has the processor to itself. ``copies`` is how many stages take
+    turns.
     """
 
     kind: str
@@ -66,6 +69,7 @@ class Setting:
     block_tokens: int
     threads: int | None = None
     copies: int = 1
+    settles: bool = False
 
 
 class UnitBench:
@@ -102,6 +106,8 @@ class UnitBench:
             for _ in range(setting.copies):
                 peak = self._worker.call(partial(peak_beyond, load, setting.kind, setting.device))
                 self.load_bytes = max(self.load_bytes, peak)
+            if setting.settles and setting.threads is not None:
+                self._worker.call(partial(settle_threads, self._stages, setting.block_tokens, setting.threads))
             undo.pop_all()
         self._held = self._worker.call(partial(held_bytes, setting.kind, setting.device))
 

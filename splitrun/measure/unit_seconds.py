@@ -10,8 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib import resources
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ import torch
 import splitrun
 from splitrun.errors import SplitrunError
 from splitrun.measure.cache import Cache
+from splitrun.measure.code import code_digest
 from splitrun.measure.host import worker_threads
 from splitrun.measure.lines import Found, Samples, at_most, less, slope, unit_peak, unit_seconds
 from splitrun.measure.resident import only_new_objects
@@ -43,8 +42,6 @@ SHARE_OF_MEMORY = 4
 Report = Callable[[str], None]
 OpenBench = Callable[[Any, ModelStructure, CutRange, Setting, Sequence[Point]], UnitBench]
 LOAD = "load bytes"
-SOURCES = (".py", ".c", ".cpp", ".h", ".so")
-"""Code, and what was compiled of it: a stale library is not the code beside it."""
 COMPUTING = ("splitrun.kernels", "splitrun.stage", "splitrun.model")
 
 
@@ -78,7 +75,9 @@ def measure(
         for device in cluster.devices:
             threads = worker_threads(hosts) if device.kind == "cpu" else None
             for weights in (name for name in wanted.formats.get(device.name, ()) if name in device.formats):
-                task = _Task(files, structure, profile, device, weights, threads, wanted, kept, report, open_bench)
+                task = _Task(
+                    files, structure, profile, device, weights, threads, hosts == 1, wanted, kept, report, open_bench
+                )
                 found = task.measured()
                 if found is not None:
                     seconds[device.name, weights], peaks[device.name, weights] = found
@@ -96,6 +95,7 @@ class _Task:
     device: Device
     weights: str
     threads: int | None
+    alone: bool
     wanted: Wanted
     kept: Cache
     report: Report
@@ -196,7 +196,8 @@ class _Task:
         # Looking up a few rows takes the same in every format, and a dense table is made at once.
         weights = dtype if cut.embed and dtype in self.profile.units[0].weight_bytes else self.weights
         kind, name, blocks = self.device.kind, torch_device(self.device.name), self.wanted.block_tokens
-        setting = Setting(kind, name, dtype, weights, blocks, self.threads, 1 if cut.embed else self._copies(size))
+        copies = 1 if cut.embed else self._copies(size)
+        setting = Setting(kind, name, dtype, weights, blocks, self.threads, copies, self.alone)
         try:
             bench = self.open_bench(self.files.config, self.structure, cut, setting, points)
             try:
@@ -239,24 +240,6 @@ def layer_shape(structure: ModelStructure, index: int) -> str:
     own = [info for info in structure.parameters if info.unit == index + 1]
     names = [(info.name.replace(f".{index}.", ".", 1), info.shape, info.covered) for info in own]
     return repr((sorted(names), structure.caches[index], structure.returns[index]))
-
-
-@cache
-def code_digest(*packages: str) -> str:
-    """A digest of the code of those packages: measurements of other code are not this code's."""
-    total = hashlib.sha256()
-    for package in packages:
-        files = [item for item in _files(resources.files(package)) if item.name.endswith(SOURCES)]
-        for item in sorted(files, key=lambda found: found.name):
-            total.update(item.name.encode() + item.read_bytes())
-    return total.hexdigest()[:16]
-
-
-def _files(folder: Any) -> list[Any]:
-    found = []
-    for item in folder.iterdir():
-        found += _files(item) if item.is_dir() else [item]
-    return found
 
 
 def _config_text(config: Any) -> str:

@@ -10,8 +10,8 @@ own (``nf4=28/20``) is run at those.
 
 A machine's memory is shared: what it reads in a second changes by half from one minute to the next. So the units are
 timed again after every round of a placement, each while nothing else wants the processor, and medians are compared.
-The folder gets ``NAME.md`` and ``NAME.json``, written after every placement; lines for placements that are in the JSON already replace those, and the
-commands of all runs are named.
+The folder gets ``NAME.md`` and ``NAME.json`` after every placement; lines for placements that are in the JSON already
+replace those, and the commands of all runs are named.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from splitrun.engine import thread_count
-from splitrun.engine.thread_count import LEAST_BYTES, fastest, settle_threads, thread_counts
+from splitrun.measure import thread_count
 from splitrun.measure.cache import Cache
+from splitrun.measure.thread_count import LEAST_BYTES, fastest, settle_threads, thread_counts
 from splitrun.planner.facts import KVGroup
 
 BLOCK_TOKENS = 4

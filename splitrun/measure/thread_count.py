@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from splitrun.measure.cache import Cache
+from splitrun.measure.code import code_digest
 from splitrun.measure.host import logical_processors, read_processor
-from splitrun.measure.unit_seconds import code_digest
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.measure.versions import versions
 from splitrun.stage.generic import RangeStage
@@ -56,7 +56,7 @@ def fastest(timed: Callable[[int], tuple[float, float]], counts: Sequence[int]) 
     return best if shortest[best][0] < CLEARLY * shortest[counts[0]][0] else counts[0]
 
 
-def settle_threads(stages: Sequence[RangeStage], block_tokens: int, given: int, kept: Cache) -> int:
+def settle_threads(stages: Sequence[RangeStage], block_tokens: int, given: int, kept: Cache | None = None) -> int:
     """Let the calling thread compute these stages with the count that is fastest, and return it.
 
     ``given``: the cores it may use. They stay where there is nothing to choose, and where operators of torch compute,
@@ -68,9 +68,9 @@ def settle_threads(stages: Sequence[RangeStage], block_tokens: int, given: int, 
     if len(counts) == 1 or not large or not kernels:
         return given
     key = _key(stages, counts)
-    known = None if kept.refresh else kept.get(key)
+    known = None if kept is None or kept.refresh else kept.get(key)
     found = int(known["threads"]) if known else fastest(_timer(stages, block_tokens), counts)
-    if found is not None and not known:
+    if found is not None and not known and kept is not None:
         kept.put(key, {"threads": found})
     torch.set_num_threads(found or given)
     return found or given
