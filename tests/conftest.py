@@ -37,9 +37,17 @@ def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_finish() -> None:
-    """Every engine looks for garbage when it loads; a million objects of libraries need not be looked at each time."""
+    """What would cost every test its time, once.
+
+    Every engine looks for garbage when it loads: a million objects of libraries need not be looked at each time. And
+    no test asks how exact a measurement is: the fewest runs do.
+    """
     if "transformers" in sys.modules:
         import transformers.modeling_utils  # noqa: F401  what it brings is among them
+
+        from splitrun.measure import timing
+
+        timing.POINT_SECONDS = 0.0
     gc.collect()
     gc.freeze()
 

@@ -92,7 +92,7 @@ def test_a_broken_checkpoint_is_one_clear_line(
 
 def test_a_changed_model_makes_the_placement_stale(tmp_path: Path) -> None:
     folder = copy_demo(tmp_path)
-    plan = splitrun.plan(str(folder), context=256)
+    plan = splitrun.plan(str(folder), context=256, weights="bf16")
     change_width(folder)
     with pytest.raises(InvalidPlacement, match=r"changed since it was planned: plan again with splitrun plan"):
         splitrun.Engine(plan)

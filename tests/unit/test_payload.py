@@ -66,7 +66,6 @@ def test_a_file_that_cannot_be_read(model: Path, tmp_path: Path) -> None:
 def test_from_plan_to_check(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("SPLITRUN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("splitrun.measure.gather.measure", lambda files, structure, facts, *others: facts)
     copy, file = Path(shutil.copytree(model, tmp_path / "copy")), tmp_path / "plan.yaml"
     options = ["--memory", "cpu=4GiB", "--context", "32", "--weights", "bf16", "-o", str(file)]
