@@ -22,6 +22,45 @@ TILE = 64
 
 
 @triton.jit
+def _history(
+    query_first, query_second, keys, values, table, head_tokens, each_tokens, begin, end, first_token, length,
+    block_tokens, width, scaling, GROUP_ROWS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Attend to the tokens from ``first_token`` to ``length``, exclusive, that lie in the tiles ``begin`` to ``end``.
+
+    ``table`` has the row's blocks; a block has ``each_tokens`` tokens of all KV heads, and those of this one from
+    ``head_tokens`` on. Returns maximum and sum of the weights, and the weighted values. Shape: (GROUP_ROWS,) twice,
+    (GROUP_ROWS, WIDTH).
+    """
+    type: tl.constexpr = query_first.dtype
+    half = width // 2
+    lane, wide = tl.arange(0, HALF), tl.arange(0, WIDTH)
+    maximum = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP_ROWS,), tl.float32)
+    weighted = tl.zeros((GROUP_ROWS, WIDTH), tl.float32)
+    for tile in range(begin, end):
+        token = tile * TILE + tl.arange(0, TILE)
+        seen = (token >= first_token) & (token < length)
+        block = tl.load(table + token // block_tokens, mask=seen, other=0).to(tl.int64)
+        at = (block * each_tokens + head_tokens + token % block_tokens) * width
+        here = seen[:, None] & (lane < half)[None, :]
+        key_first = tl.load(keys + at[:, None] + lane[None, :], mask=here, other=0.0).to(type)
+        key_second = tl.load(keys + at[:, None] + half + lane[None, :], mask=here, other=0.0).to(type)
+        scores = tl.dot(query_first, tl.trans(key_first))
+        scores = tl.dot(query_second, tl.trans(key_second), scores) * scaling
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        value = tl.load(values + at[:, None] + wide[None, :], mask=seen[:, None] & (wide < width)[None, :], other=0.0)
+        highest = tl.maximum(maximum, tl.max(scores, axis=1))
+        safe = tl.where(highest == float("-inf"), 0.0, highest)
+        shrink = tl.exp(maximum - safe)
+        weights = tl.exp(scores - safe[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
+        weighted = tl.dot(weights.to(type), value.to(type), weighted * shrink[:, None])
+        maximum = highest
+    return maximum, total, weighted
+
+
+@triton.jit
 def _decode(
     projected,
     cosines,
@@ -83,50 +122,31 @@ def _decode(
     first, second = head_halves(source, query_norm, places, inside, half, width, epsilon, NORMED, 1)
     query_first, query_second = turned(first, second, cosine[None, :], sine[None, :], type)
 
-    maximum = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((GROUP_ROWS,), tl.float32)
-    weighted = tl.zeros((GROUP_ROWS, WIDTH), tl.float32)
-    for tile in range(begin, end):
-        token = tile * TILE + tl.arange(0, TILE)
-        seen = (token >= first_token) & (token < length)
-        block = tl.load(tables + row * blocks + token // block_tokens, mask=seen, other=0).to(tl.int64)
-        at = ((block * kv_heads + kv_head) * block_tokens + token % block_tokens) * width
-        here = seen[:, None] & (lane < half)[None, :]
-        key_first = tl.load(keys + at[:, None] + lane[None, :], mask=here, other=0.0).to(type)
-        key_second = tl.load(keys + at[:, None] + half + lane[None, :], mask=here, other=0.0).to(type)
-        scores = tl.dot(query_first, tl.trans(key_first))
-        scores = tl.dot(query_second, tl.trans(key_second), scores) * scaling
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        value = tl.load(values + at[:, None] + wide[None, :], mask=seen[:, None] & (wide < width)[None, :], other=0.0)
-        highest = tl.maximum(maximum, tl.max(scores, axis=1))
-        safe = tl.where(highest == float("-inf"), 0.0, highest)
-        shrink = tl.exp(maximum - safe)
-        weights = tl.exp(scores - safe[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        weighted = tl.dot(weights.to(type), value.to(type), weighted * shrink[:, None])
-        maximum = highest
+    maximum, total, weighted = _history(
+        query_first, query_second, keys, values, tables + row * blocks, kv_head * block_tokens, kv_heads * block_tokens,
+        begin, end, first_token, length, block_tokens, width, scaling, GROUP_ROWS, HALF, WIDTH, TILE
+    )  # fmt: skip
     if end == first_tile + tiles:
         own = source + (heads + kv_head) * width
-        new_first, new_second = head_halves(
+        key_first, key_second = head_halves(
             own, key_norm, lane[None, :], (lane < half)[None, :], half, width, epsilon, NORMED, 1
         )
-        new_first, new_second = turned(new_first, new_second, cosine[None, :], sine[None, :], type)
-        own_first, own_second = new_first.to(kv_type), new_second.to(kv_type)
-        own_value = tl.load(source + (heads + kv_heads + kv_head) * width + wide, mask=wide < width, other=0.0)
-        own_value = own_value.to(kv_type)
-        own_block = tl.load(tables + row * blocks + length // block_tokens).to(tl.int64)
-        place = ((own_block * kv_heads + kv_head) * block_tokens + length % block_tokens) * width
-        tl.store(keys + place + lane[None, :], own_first, mask=(lane < half)[None, :])
-        tl.store(keys + place + half + lane[None, :], own_second, mask=(lane < half)[None, :])
-        tl.store(values + place + wide, own_value, mask=wide < width)
-        products = query_first.to(tl.float32) * own_first.to(tl.float32)
-        products += query_second.to(tl.float32) * own_second.to(tl.float32)
+        key_first, key_second = turned(key_first, key_second, cosine[None, :], sine[None, :], type)
+        key_first, key_second = key_first.to(kv_type), key_second.to(kv_type)
+        value = tl.load(source + (heads + kv_heads + kv_head) * width + wide, mask=wide < width, other=0.0).to(kv_type)
+        block = tl.load(tables + row * blocks + length // block_tokens).to(tl.int64)
+        place = ((block * kv_heads + kv_head) * block_tokens + length % block_tokens) * width
+        tl.store(keys + place + lane[None, :], key_first, mask=(lane < half)[None, :])
+        tl.store(keys + place + half + lane[None, :], key_second, mask=(lane < half)[None, :])
+        tl.store(values + place + wide, value, mask=wide < width)
+        products = query_first.to(tl.float32) * key_first.to(tl.float32)
+        products += query_second.to(tl.float32) * key_second.to(tl.float32)
         score = tl.sum(products, axis=1) * scaling
-        largest = tl.maximum(maximum, score)
-        fade, weight = tl.exp(maximum - largest), tl.exp(score - largest)
-        total = total * fade + weight
-        weighted = weighted * fade[:, None] + weight[:, None] * own_value.to(tl.float32)[None, :]
-        maximum = largest
+        highest = tl.maximum(maximum, score)
+        shrink, weight = tl.exp(maximum - highest), tl.exp(score - highest)
+        total = total * shrink + weight
+        weighted = weighted * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+        maximum = highest
     tl.store(marked, maximum)
     tl.store(marked + GROUP_ROWS, total)
     tl.store(sums + cell * (GROUP_ROWS * WIDTH) + member[:, None] * WIDTH + wide[None, :], weighted)

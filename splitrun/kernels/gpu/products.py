@@ -110,6 +110,27 @@ def _sums(
 
 
 @triton.jit
+def _gated(gate, up, type: tl.constexpr):
+    """silu(gate) * up, each step rounded to ``type`` as torch's operators do."""
+    gate, up = gate.to(type).to(tl.float32), up.to(type).to(tl.float32)
+    active = (gate / (1.0 + tl.exp(-gate))).to(type).to(tl.float32)
+    return (active * up).to(type)
+
+
+@triton.jit
+def _finished(
+    sums, bias_at, residual_at, exists, inside, type: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr
+):  # fmt: skip
+    """Sums with their bias, then with the residual, in ``type``."""
+    if BIASED:
+        sums += tl.load(bias_at, mask=exists, other=0.0).to(tl.float32)[None, :]
+    if ADDED:
+        before = tl.load(residual_at, mask=inside, other=0.0).to(tl.float32)
+        sums = before + sums.to(type).to(tl.float32)
+    return sums.to(type)
+
+
+@triton.jit
 def _product(
     x,
     codes,
@@ -180,22 +201,16 @@ def _product(
         for part in range(SPANS):
             sums += tl.load(base + part * (ROWS * WEIGHT_ROWS) + cell, mask=here, other=0.0, cache_modifier=".cg")
         tl.store(arrivals + place, 0)
-    type: tl.constexpr = x.dtype.element_ty
     output = tile * OUTPUTS + tl.arange(0, OUTPUTS)
     inside = (row < rows)[:, None] & (output < outputs)[None, :]
     target = row[:, None] * stride + output[None, :]
     if GATED:
         gate, up = tl.split(tl.reshape(sums, (ROWS, OUTPUTS, 2)))
-        gate, up = gate.to(type).to(tl.float32), up.to(type).to(tl.float32)
-        active = (gate / (1.0 + tl.exp(-gate))).to(type).to(tl.float32)
-        tl.store(out + target, (active * up).to(type), mask=inside)
+        tl.store(out + target, _gated(gate, up, x.dtype.element_ty), mask=inside)
     else:
-        if BIASED:
-            sums += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
-        if ADDED:
-            before = tl.load(residual + target, mask=inside, other=0.0).to(tl.float32)
-            sums = before + sums.to(type).to(tl.float32)
-        tl.store(out + target, sums.to(type), mask=inside)
+        result = _finished(sums, bias + output, residual + target, output < outputs, inside, x.dtype.element_ty, BIASED,
+                           ADDED)  # fmt: skip
+        tl.store(out + target, result, mask=inside)
 
 
 class Products:
