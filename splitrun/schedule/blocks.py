@@ -137,6 +137,8 @@ class BlockTable:
 
     def drop(self, context: int) -> None:
         """Free the blocks that no token from position ``context`` on attends to."""
+        if self._window is None:
+            return
         for _ in range(self.droppable(context)):
             self._pool.free(self.ids[self._first])
             self.ids[self._first] = ABSENT

@@ -18,7 +18,7 @@ from splitrun.kernels.cpu.block import LayerChain, RowHistories
 from splitrun.kernels.cpu.library import MOST_ROWS
 from splitrun.model.cut import CutModel
 from splitrun.planner.facts import KVGroup
-from splitrun.schedule.step import Step
+from splitrun.schedule.step import IntArray, Step
 from splitrun.stage.sampling import is_plain
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -34,7 +34,8 @@ class Decoding:
     def __init__(self, model: CutModel, chain: LayerChain | None, groups: Sequence[KVGroup], block_tokens: int) -> None:
         self._model = model
         self._chain = chain
-        self._groups = tuple(groups)
+        self._groups = {group.name: group for group in groups}
+        self._names = tuple(group.name for group in groups)
         self._block_tokens = block_tokens
         self._base: Any = model.skeleton.base
         self._angles: tuple[Tensor, Tensor] | None = None
@@ -69,9 +70,11 @@ class Decoding:
                 raise StageError(f"an activation of {hidden.shape[0]} tokens does not match its step")
         if self._chain is None:
             return hidden
-        histories = {group.name: self._histories(step, group) for group in self._groups}
+        histories = {
+            name: self._histories(step.block_tables[name], step, group) for name, group in self._groups.items()
+        }
         cosines, sines = self._rotation(step, hidden)
-        return self._chain.run(hidden.contiguous(), cosines, sines, [histories[group.name] for group in self._groups])
+        return self._chain.run(hidden.contiguous(), cosines, sines, [histories[name] for name in self._names])
 
     def chosen(self, step: Step, incoming: Tensor | None) -> list[int]:
         """With a head: the most likely token of each row, -1 where its logits are not finite."""
@@ -79,9 +82,9 @@ class Decoding:
         values, ids = (found.tolist() for found in self._model.largest(normed))
         return [token if isfinite(value) else -1 for value, token in zip(values, ids, strict=True)]
 
-    def _histories(self, step: Step, group: KVGroup) -> RowHistories:
+    def _histories(self, table: IntArray, step: Step, group: KVGroup) -> RowHistories:
         tables, skips, lengths = [], [], []
-        table, room = step.block_tables[group.name], self._block_tokens
+        room = self._block_tokens
         for row, history in enumerate(step.context_lengths.tolist()):
             length = history if group.window is None else min(history, group.window - 1)
             first = history - length
@@ -93,14 +96,16 @@ class Decoding:
 
     def _rotation(self, step: Step, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the new tokens. Shape: (rows, rotated width)."""
-        positions = torch.from_numpy(step.context_lengths).long()
-        longest = int(step.context_lengths.max())
+        longest = max(step.context_lengths.tolist())
         if longest >= KEPT_POSITIONS:
-            return self._computed(hidden, positions)
+            return self._computed(hidden, torch.from_numpy(step.context_lengths).long())
         if self._angles is None or longest >= len(self._angles[0]):
             count = max(FIRST_POSITIONS, 1 << longest.bit_length())
             self._angles = self._computed(hidden, torch.arange(count))
         cosines, sines = self._angles
+        if step.rows == 1:
+            return cosines[longest : longest + 1], sines[longest : longest + 1]
+        positions = torch.from_numpy(step.context_lengths).long()
         return cosines[positions], sines[positions]
 
     def _computed(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,6 +140,9 @@ class RangeStage(ABC):
             assert computed.activation is not None
             return computed.activation
         empty = RowTokens()
+        if not computed.logits and not computed.prompt_logprobs:
+            ids = (computed.chosen.get(row, -1) for row in range(step.rows))
+            return Tokens(step.index, step.epoch, tuple(RowTokens((token,)) if token >= 0 else empty for token in ids))
         chosen = {row: RowTokens((token,)) if token >= 0 else empty for row, token in computed.chosen.items()}
         chosen |= choose(step, computed.logits)
         return Tokens(

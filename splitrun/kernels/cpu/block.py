@@ -9,6 +9,7 @@ own, whose bits are the same for the same chunk. Knows shapes and storage, neith
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -123,8 +124,8 @@ class RowHistories:
         for table in tables:
             starts.append(starts[-1] + len(table))
         flat = [identifier for table in tables for identifier in table]
-        self._memory = torch.tensor([*flat, *starts[:-1], *skips, *lengths], dtype=torch.int64)
-        address, rows = self._memory.data_ptr(), len(tables)
+        self._memory = array("q", (*flat, *starts[:-1], *skips, *lengths))
+        address, rows = self._memory.buffer_info()[0], len(tables)
         places = [address + 8 * (len(flat) + rows * index) for index in range(3)]
         self.structure = _Rows(address, *places, rows, count)
         self.tokens = rows * count
