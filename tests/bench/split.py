@@ -4,10 +4,11 @@
     python tests/bench/split.py --second cuda:1 --cuts 14      two cards against one, token for token
 
 Random weights in the shape of DeepSeek-R1-Distill-Qwen-1.5B, or of --model; embedding and head lie on the processor (on
-the cards with --second). "isolated" is the sum of the stages' own times for one token, each run alone on its worker;
-"seams" is what a token takes beyond that: hops, scheduling and handing out. "hop" is what one takes by itself: a row of
-activations passed along the same workers and hops with nothing computed. "beyond" is what is left of a token beside
-isolated stages and hops, as a share of the isolated stages. Ends with one JSON line.
+the cards with --second). "isolated" is the sum of the stages' own times for one token, each run alone on its worker
+again and again; "cold" is that with caches as cold as another stage leaves them, which has read its weights: 256 MiB
+are read before every run. "seams" is what a token takes beyond the isolated stages: hops, scheduling and handing out.
+"hop" is what one takes by itself: a row of activations passed along the same workers and hops with nothing computed.
+"beyond" is what is left of a token beside cold stages and hops, as a share of the cold stages. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ stages:
 devices: {{{devices}}}
 """
 ROUNDS = 30
+COLD_BYTES = 256 << 20
 PASSES = 300
 COLUMNS = (
     "cut",
@@ -50,6 +52,7 @@ COLUMNS = (
     "decode_tokens_per_s",
     "token_ms",
     "isolated_ms",
+    "cold_ms",
     "seams_us",
     "hop_us",
     "beyond_percent",
@@ -152,11 +155,12 @@ def measure(
                     "peak_mib": torch.cuda.max_memory_reserved() >> 20,
                 }
                 if count == 1:
-                    isolated_s, hops_s = sum(isolated(engine, behind)), passing(engine, behind)
-                    row["isolated_ms"] = round(isolated_s * 1e3, 3)
+                    isolated_s, cold_s = (sum(isolated(engine, behind, cold)) for cold in (False, True))
+                    hops_s = passing(engine, behind)
+                    row["isolated_ms"], row["cold_ms"] = round(isolated_s * 1e3, 3), round(cold_s * 1e3, 3)
                     row["seams_us"] = round((step_s - isolated_s) * 1e6)
                     row["hop_us"] = round(hops_s / max(1, len(stages) - 1) * 1e6)
-                    row["beyond_percent"] = round((step_s - isolated_s - hops_s) / isolated_s * 100, 1)
+                    row["beyond_percent"] = round((step_s - cold_s - hops_s) / cold_s * 100, 1)
                 rows.append(row)
     return rows, ids
 
@@ -180,11 +184,12 @@ def run(engine: Engine, args: argparse.Namespace, count: int) -> tuple[float, fl
     return min(firsts), min(steps), ids
 
 
-def isolated(engine: Engine, behind: int) -> list[float]:
+def isolated(engine: Engine, behind: int, cold: bool = False) -> list[float]:
     """Median seconds of each stage for one token ``behind`` others, alone on its worker with an activation that lies
-    there already."""
+    there already; ``cold``: each time after other memory was read."""
     structure, found = inspect(engine.files.config), []
     step = _step(engine, behind)
+    memory = torch.ones(COLD_BYTES // 4)
     for link in engine.core.pipeline.links:
         assert isinstance(link, Link)
         assert isinstance(link.stage, RangeStage)
@@ -195,6 +200,8 @@ def isolated(engine: Engine, behind: int) -> list[float]:
         def timed(stage: Any = link.stage, incoming: Any = incoming, device: Any = device) -> float:
             times = []
             for _ in range(ROUNDS):
+                if cold:
+                    memory.sum()
                 start = time.perf_counter()
                 stage.run(step, incoming)
                 if device.type == "cuda":
