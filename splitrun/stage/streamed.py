@@ -264,7 +264,9 @@ def _in_slab(weight: TiledWeight | DenseWeight, slab: Tensor, starts: Iterator[i
         start = next(starts)
         values = slab[start : start + weight.nbytes].view(weight.dtype).view(rows, columns)
         return Part(values, values)
-    start, after = next(starts), next(starts)
+    start = next(starts)
     codes = slab[start : start + weight.codes.nbytes].view(rows, -1)
-    scales = slab[after : after + weight.scales.nbytes].view(torch.float32)
-    return Part(codes if weight.format == "nf4" else codes.view(torch.int8), scales)
+    if weight.format == "nf4":
+        return Part(codes, codes.view(torch.float32))
+    after = next(starts)
+    return Part(codes.view(torch.int8), slab[after : after + weight.scales.nbytes].view(torch.float32))

@@ -19,11 +19,11 @@ from collections.abc import Callable
 
 import numpy
 import torch
+from noise import noisy
 from transformers import AutoConfig
 
 from splitrun.kernels.cpu.arena import ARENA
 from splitrun.kernels.cpu.library import kernel
-from splitrun.kernels.cpu.tiled import TiledWeight
 from splitrun.kernels.formats import QUANTIZED
 from splitrun.kernels.weight import Weight, install
 from splitrun.model.cut import CutModel, CutRange
@@ -42,18 +42,15 @@ READ_BYTES = 1 << 30
 
 
 def fill(model: CutModel, weights: str) -> int:
-    """Random values of a size that keeps activations finite. Matrices of quantized formats get random codes."""
-    generator = torch.Generator().manual_seed(0)
+    """Random values of a size that keeps activations finite."""
+    generator, level = torch.Generator().manual_seed(0), kernel()
+    assert level is not None
     total = 0
     for name in model.own_names:
         shape = model.skeleton.model.get_parameter(name).shape
         value: Weight | torch.Tensor
         if len(shape) == 2 and weights in QUANTIZED:
-            value = QUANTIZED[weights].empty(shape, model.dtype, "cpu")
-            assert isinstance(value, TiledWeight), "no kernel runs here: install a C compiler and splitrun again"
-            value.codes.random_(0, 256, generator=generator)
-            value.scales.uniform_(0.5, 1.5, generator=generator).mul_(shape[1] ** -0.5)
-            value.scales.div_(1 if weights == "nf4" else 127)
+            value = noisy(weights, *shape, level)
         else:
             value = torch.empty(shape, dtype=model.dtype).uniform_(-1, 1, generator=generator)
             value = value.mul_(1.7 * shape[1] ** -0.5) if len(shape) == 2 else value.abs_().add_(0.5)

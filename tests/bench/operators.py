@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from noise import noisy
 from torch import Tensor
 
 from splitrun.kernels.cpu.arena import ARENA
@@ -72,10 +73,7 @@ def matrix(format: str, rows: int, columns: int, level: Kernel) -> TiledWeight |
     if format == "bf16":
         values = ARENA.empty(rows * columns, torch.bfloat16).view(rows, columns)
         return DenseWeight(values.uniform_(-1, 1).mul_(columns**-0.5), level)
-    weight = TiledWeight.empty(format, (rows, columns), torch.bfloat16, level)
-    weight.codes.random_(0, 256)
-    weight.scales.uniform_(0.5, 1.5).mul_(columns**-0.5).div_(1 if format == "nf4" else 127)
-    return weight
+    return noisy(format, rows, columns, level)
 
 
 def products(format: str, level: Kernel) -> Iterator[Operator]:

@@ -131,9 +131,10 @@ static void check(const struct level *level, const struct level *portable, int f
                   int dtype) {
     int64_t code_bytes = rows * (format == NF4 ? columns / 2 : columns);
     int64_t scale_count = rows * (format == NF4 ? columns / GROUP : 1), width = dtype == FP32 ? 4 : 2;
-    uint8_t *storage = array(code_bytes + 1), *codes = array(code_bytes), *again = array(code_bytes);
+    int64_t nbytes = format == NF4 ? rows * columns / GROUP * GROUP_LINES * 4 : code_bytes;
+    uint8_t *storage = array(nbytes + 1), *codes = array(code_bytes), *again = array(code_bytes);
     float *scales = array(scale_count * 4), *plain_scales = array(scale_count * 4), *scales_again = array(scale_count * 4);
-    struct weight weight = {storage + 1, scales, rows, columns, format}; /* codes at an odd address */
+    struct weight weight = {storage + 1, format == NF4 ? 0 : scales, rows, columns, format}; /* codes at an odd address */
     void *values = array(rows * columns * width), *x = array(MOST_ROWS * columns * width), *bias = array(rows * width);
     void *found = array(rows * columns * width), *expected = array(rows * columns * width);
     int64_t ids[2] = {rows - 1, 0}, beyond = rows;
@@ -143,7 +144,7 @@ static void check(const struct level *level, const struct level *portable, int f
     splitrun_quantize(&weight, rows / 2, rows - rows / 2, (uint8_t *)values + rows / 2 * columns * width, dtype, 1);
     splitrun_quantize(&weight, 0, rows / 2, values, dtype, 1);
     splitrun_unpack(&weight, 0, rows, codes, plain_scales);
-    memset(storage, 0, (size_t)code_bytes + 1);
+    memset(storage, 0, (size_t)nbytes + 1);
     splitrun_pack(&weight, 0, rows, codes, plain_scales);
     splitrun_unpack(&weight, 0, rows, again, scales_again);
     same(again, codes, code_bytes, level->name, "what comes out of the layout");

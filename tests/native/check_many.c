@@ -112,10 +112,8 @@ static void close_to_double(uint16_t *found, const struct sample *sample, const 
 }
 
 static void check(int format, int64_t rows, int64_t columns, int64_t count) {
-    int64_t code_bytes = rows * (format == NF4 ? columns / 2 : columns);
-    int64_t scale_count = rows * (format == NF4 ? columns / GROUP : 1);
-    uint8_t *storage = array(code_bytes + 1);
-    float *scales = array(scale_count * 4);
+    uint8_t *storage = array(rows * (format == NF4 ? columns / GROUP * GROUP_LINES * 4 : columns) + 1);
+    float *scales = format == NF4 ? 0 : array(rows * 4);
     struct sample sample = {{storage + 1, scales, rows, columns, format}, count, array(count * columns * 2),
                             array(rows * 2)};
     uint16_t *values = array(rows * columns * 2);
@@ -137,11 +135,12 @@ static void check(int format, int64_t rows, int64_t columns, int64_t count) {
 enum { HIDDEN = 128, WIDTH = 48, HEADS = 4, KV_HEADS = 2, INNER = 192, TOKENS = 21, SLOTS = 4, BLOCKS = 8, HISTORY = 5 };
 
 static struct weight random_weight(int64_t rows, int64_t columns) {
-    struct weight weight = {array(rows * columns / 2), array(rows * columns / GROUP * 4), rows, columns, NF4};
+    struct weight weight = {array(rows * columns / GROUP * GROUP_LINES * 4), 0, rows, columns, NF4};
     uint16_t *values = array(rows * columns * 2);
     fill(values, rows * columns);
     splitrun_quantize(&weight, 0, rows, values, BF16, 1);
-    for (int64_t i = 0; i < rows * columns / GROUP; i++) weight.scales[i] *= 0.1f;
+    for (int64_t group = 0; group < rows / TILE * columns / GROUP; group++)
+        for (int lane = 0; lane < TILE; lane++) ((float *)(weight.codes + (group * GROUP_LINES + 8) * LINE))[lane] *= 0.1f;
     free(values);
     return weight;
 }
@@ -194,7 +193,7 @@ static void check_chunk(const struct many *many, const struct many *bf16, int64_
         printf("%s: a chunk is off, %g of %g\n", many->name, error, norm);
         exit(1);
     }
-    for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) free(weights[i].codes), free(weights[i].scales);
+    for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) free(weights[i].codes);
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) free(vectors[i]);
     void *all[] = {in, cosines, sines, out, one, keys[0], keys[1], values[0], values[1]};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);

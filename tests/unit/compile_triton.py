@@ -60,7 +60,7 @@ def main() -> None:
             run.feed({0: tokens(26, 1), 1: tokens(5, 2)})
             run.feed({0: tokens(1, 3)})
         memory, scales = torch.zeros(64 * 64, dtype=torch.bfloat16), torch.zeros(64)
-        for kind, width, values in ((matrix.TILED_INT8, 64, torch.int8), (matrix.TILED_NF4, 32, torch.uint8)):
+        for kind, width, values in ((matrix.TILED_INT8, 64, torch.int8), (matrix.TILED_NF4, 36, torch.uint8)):
             part = matrix.Part(torch.zeros((64, width), dtype=values), scales)
             tiled = matrix.GpuMatrix(kind, (part,), 64, matrix.nf4_table(torch.device("cpu")))
             unpack.unpacked(tiled, part, 0, 64, memory)

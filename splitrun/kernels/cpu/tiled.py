@@ -26,6 +26,8 @@ from splitrun.kernels.weight import Weight
 TILE = 16
 LINE_COLUMNS = 4
 """Columns of an int8 line: a row's length is a multiple of it."""
+NF4_BLOCK_BYTES = BLOCK // 2 + 4
+"""Of a row: codes and a scale."""
 SCRATCH_VALUES = 1 << 21
 """Values that a product of many rows has in memory at a time."""
 
@@ -48,8 +50,8 @@ _scratch = _Scratch()
 class TiledWeight(Weight):
     """A matrix, or a stack of matrices whose rows are whole tiles.
 
-    codes   uint8 (bytes,)
-    scales  fp32 (scales,)
+    codes   uint8 (bytes,); those of nf4 with the scales among them
+    scales  fp32 (rows,) of int8; none of nf4
     """
 
     def __init__(
@@ -79,9 +81,9 @@ class TiledWeight(Weight):
     def empty(cls, format: str, shape: Iterable[int], dtype: torch.dtype, kernel: Kernel) -> TiledWeight:
         """Storage without values, to be filled by `store`."""
         size = torch.Size(shape)
-        rows = size[:-1].numel()
-        codes = ARENA.empty(rows * size[-1] // (2 if format == "nf4" else 1), torch.uint8)
-        scales = ARENA.empty(rows * (size[-1] // BLOCK if format == "nf4" else 1), torch.float32)
+        rows, nf4 = size[:-1].numel(), format == "nf4"
+        codes = ARENA.empty(rows * (size[-1] // BLOCK * NF4_BLOCK_BYTES if nf4 else size[-1]), torch.uint8)
+        scales = ARENA.empty(0 if nf4 else rows, torch.float32)
         return cls(format, codes, scales, size, dtype, kernel)
 
     @classmethod
@@ -131,8 +133,8 @@ class TiledWeight(Weight):
 
     @property
     def storage(self) -> tuple[Tensor, ...]:
-        """Codes and scales."""
-        return self.codes, self.scales
+        """Codes and scales, or codes that have the scales among them."""
+        return (self.codes, self.scales) if self.scales.numel() else (self.codes,)
 
     def dequantize(self) -> Tensor:
         """All values in the compute dtype. Shape: ``shape``."""

@@ -31,7 +31,7 @@ class Part:
 
     codes   nf4: uint8 (rows, columns / 2); int8: int8 (rows, columns); dense: the values
     scales  nf4: fp32 (rows, columns / 64); int8: fp32 (rows,); dense: the values again, not read
-    tiled: as many bytes and scales for each row, in the order of `splitrun/kernels/cpu/source/kernels.h`
+    tiled: in the order of `splitrun/kernels/cpu/source/kernels.h`; nf4: uint8 (rows, bytes) and the same memory as fp32
     """
 
     codes: Tensor

@@ -41,10 +41,12 @@ def _unpack_tiled(
     inside = (tile * 16 + lane < rows)[:, None] & (column < columns)[None, :]
     before = (tile * 16).to(tl.int64)
     if FORMAT == 4:
-        at = before * (columns // 2) + column[None, :] // 8 * 4 * height + lane[:, None] * 4 + column[None, :] % 4
+        group, groups = column[None, :] // 64, columns // 64  # of nine lines, the last with the scales
+        line = group * 9 + column[None, :] % 64 // 8
+        at = before * (groups * 36) + line * 4 * height + lane[:, None] * 4 + column[None, :] % 4
         packed = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
         code = tl.where(((column % 8) < 4)[None, :], packed & 15, packed >> 4)
-        scale_at = before * (columns // 64) + column[None, :] // 64 * height + lane[:, None]
+        scale_at = before * (groups * 9) + (group * 9 + 8) * height + lane[:, None]
         values = tl.load(table + code) * tl.load(scales + scale_at, mask=inside, other=0.0)
     else:
         at = before * columns + column[None, :] // 4 * 4 * height + lane[:, None] * 4 + column[None, :] % 4

@@ -51,12 +51,12 @@ ALWAYS_INLINE void add_group(__m256i dots, __m256 scale, float *sums) {
     _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), product));
 }
 
-ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, const float *scales, int64_t columns,
-                            const struct activations *x, float *sums) {
+ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, int64_t columns, const struct activations *x,
+                            float *sums) {
     const __m256i low_half = _mm256_set1_epi8(15), shift = _mm256_set1_epi8((char)(BIAS ? 128 : 0));
     const __m256i signed_book = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)nf4_codes));
     const __m256i book = _mm256_xor_si256(signed_book, shift);
-    for (int64_t group = 0; group < columns / GROUP; group++, lines += 8 * LINE, scales += TILE) {
+    for (int64_t group = 0; group < columns / GROUP; group++, lines += GROUP_LINES * LINE) {
         const int8_t *codes = x->codes + group * GROUP;
         __m256i dots[4][2];
         for (int row = 0; row < rows; row++) dots[row][0] = dots[row][1] = first_sum(x, row, group);
@@ -76,6 +76,7 @@ ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, const float *s
             }
         }
         for (int row = 0; row < rows; row++) {
+            const float *scales = (const float *)(lines + 8 * LINE);
             __m256 scale = _mm256_set1_ps(x->scales[row * x->group_stride + group]);
             add_group(dots[row][0], _mm256_mul_ps(_mm256_loadu_ps(scales), scale), sums + row * TILE);
             add_group(dots[row][1], _mm256_mul_ps(_mm256_loadu_ps(scales + 8), scale), sums + row * TILE + 8);

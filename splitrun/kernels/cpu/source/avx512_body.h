@@ -6,7 +6,6 @@
 
 #define HEAD_STRIP 6
 #define DENSE_ROWS 4
-#define SCALES_AHEAD 2048 /* as LOOK_AHEAD, for scales: they are a ninth of nf4's bytes */
 #define OWN_WIDEN
 #define widen(from) ((word_lanes)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from))))
 #define widen_bytes(from) \
@@ -53,26 +52,24 @@ ALWAYS_INLINE __m512i look_up(__m512i book, __m512i bytes) {
 #endif
 }
 
-ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, const float *scales, int64_t columns,
-                            const struct activations *x, float *sums) {
+ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, int64_t columns, const struct activations *x,
+                            float *sums) {
     const __m512i shift = _mm512_set1_epi8((char)128);
     const __m512i signed_book = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)nf4_codes));
     const __m512i book = _mm512_xor_si512(signed_book, shift);
     __m512 totals[8];
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++) totals[row] = _mm512_loadu_ps(sums + row * TILE);
-    for (int64_t group = 0; group < columns / GROUP; group++, lines += 8 * LINE, scales += TILE) {
+    for (int64_t group = 0; group < columns / GROUP; group++, lines += GROUP_LINES * LINE) {
         const int8_t *codes = x->codes + group * GROUP;
         __m512i even[8], odd[8];
-        _mm_prefetch((const char *)scales + SCALES_AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
             even[row] = _mm512_set1_epi32(x->offsets[row * x->group_stride + group]);
             odd[row] = _mm512_setzero_si512();
         }
 #pragma GCC unroll 8
-        for (int line = 0; line < 8; line++) {
-            _mm_prefetch((const char *)lines + line * LINE + LOOK_AHEAD, _MM_HINT_T0);
+        for (int line = 0; line < 8; line++) { /* one stream: prefetching would slow it down */
             __m512i both = _mm512_loadu_si512(lines + line * LINE);
             __m512i low = look_up(book, both), high = look_up(book, _mm512_srli_epi16(both, 4));
 #pragma GCC unroll 8
@@ -83,11 +80,12 @@ ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, const float *s
                 *second = _mm512_dpbusd_epi32(*second, high, four_columns(eight + 4));
             }
         }
+        __m512 scales = _mm512_loadu_ps(lines + 8 * LINE);
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
             __m512 scale = _mm512_set1_ps(x->scales[row * x->group_stride + group]);
             __m512i dots = rows > 4 ? even[row] : _mm512_add_epi32(even[row], odd[row]);
-            totals[row] = add_group(totals[row], dots, _mm512_mul_ps(_mm512_loadu_ps(scales), scale));
+            totals[row] = add_group(totals[row], dots, _mm512_mul_ps(scales, scale));
         }
     }
 #pragma GCC unroll 8
@@ -107,7 +105,7 @@ ALWAYS_INLINE void int8_rows(const int rows, const uint8_t *lines, int64_t colum
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++)
             dots[row] = _mm512_set1_epi32(x->offsets[row * x->group_stride + start / GROUP]);
-        for (int line = 0; line < count; line++, lines += LINE) { /* one stream: prefetching would slow it down */
+        for (int line = 0; line < count; line++, lines += LINE) { /* one stream here too */
             __m512i four = _mm512_xor_si512(_mm512_loadu_si512(lines), shift);
 #pragma GCC unroll 8
             for (int row = 0; row < rows; row++)

@@ -6,6 +6,7 @@
 #include "exponential.h"
 
 #define MERGED 256       /* columns that a task merges; a multiple of GROUP */
+#define FETCHED 4096     /* bytes of one matrix that come while another is read */
 #define SEGMENT_KEYS 512 /* keys of a task: a long history is divided among threads, at places that never move */
 
 static struct activations narrow(const struct run *run, int64_t columns) {
@@ -217,6 +218,13 @@ static void merge(const struct run *run, const struct block *block, const struct
     set_activations(run->level, block->output.format, &x, token, start, context + start, FP32, stop - start);
 }
 
+/* Let the beginning come of a task's weights, a fourth with each tile of what is read before. */
+static void fetch_ahead(const struct weight *weight, int64_t task, int64_t fourth) {
+    if (task * TILES >= tiles_of(weight)) return;
+    const uint8_t *weights = weight->codes + task * TILES * TILE * row_bytes(weight) + fourth * (FETCHED / TILES);
+    for (int byte = 0; byte < FETCHED / TILES; byte += LINE) __builtin_prefetch(weights + byte, 0, 2);
+}
+
 /* A group of the MLP's columns: gates and ups of as many rows, and what comes of them as activations. */
 static void gate(const struct run *run, const struct block *block, int64_t task) {
     struct activations x = narrow(run, block->gate.columns);
@@ -225,6 +233,7 @@ static void gate(const struct run *run, const struct block *block, int64_t task)
     float values[2][MOST_ROWS][GROUP], sums[MOST_ROWS * TILE];
     for (int i = 0; i < 2; i++)
         for (int64_t tile = task * TILES; tile < (task + 1) * TILES && tile < tiles_of(weights[i]); tile++) {
+            fetch_ahead(weights[1 - i], task + i, tile - task * TILES);
             multiply_tile(run->level, weights[i], &x, run->tokens, tile, sums);
             for (int token = 0; token < run->tokens; token++)
                 memcpy(values[i][token] + tile * TILE - first, sums + token * TILE,

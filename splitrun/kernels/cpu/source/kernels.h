@@ -1,8 +1,9 @@
 /* The contract between the files of this library: storage layout, quantized activations, and what a level provides.
  *
  * Layout of a matrix (rows, columns): tiles of 16 rows; in a tile, "lines" of 64 bytes, four bytes for each of its rows.
- *   nf4   a line holds 8 columns: byte i of a row has column i in its low half, column 4 + i in its high half.
- *         Scales: fp32, per tile and group of 64 columns one for each row.
+ *   nf4   a line holds 8 columns: byte i of a row has column i in its low half, column 4 + i in its high half. Behind
+ *         the eight lines of a group of 64 columns a ninth has its scales, fp32, one for each row: memory is read as one
+ *         stream, which processors foresee by themselves.
  *   int8  a line holds 4 columns. Scales: fp32, one for each row.
  * A last tile of fewer rows has shorter lines (4 bytes for each row that exists): no byte is padding.
  *   bf16, fp16  no lines: the plain matrix, row by row, without scales.
@@ -22,6 +23,7 @@
 #define TILE 16          /* rows of a tile */
 #define GROUP 64         /* columns that share an activation scale, and an nf4 scale */
 #define LINE 64          /* bytes of a line of a full tile */
+#define GROUP_LINES 9    /* of a group in nf4: the last has the scales */
 #define MOST_ROWS 16     /* activation rows of one product */
 #define LOOK_AHEAD 8192  /* bytes between what is read and what is prefetched */
 #define MOST_HEADS 64    /* query heads that share a KV head */
@@ -40,7 +42,7 @@ enum dtype { FP32 = 0, BF16 = 1, FP16 = 2, INT8_KV = 3 }; /* the last for keys a
 
 struct weight {
     uint8_t *codes;
-    float *scales;
+    float *scales; /* of int8 alone */
     int64_t rows, columns;
     int32_t format;
 };
@@ -57,14 +59,12 @@ struct activations {
 };
 
 /* Add to sums[row * TILE + lane] the product of a full tile's columns with each activation row. */
-typedef void tile_product(const uint8_t *lines, const float *scales, int64_t columns, const struct activations *x,
-                          int rows, float *sums);
+typedef void tile_product(const uint8_t *lines, int64_t columns, const struct activations *x, int rows, float *sums);
 /* As tile_product for up to 16 rows of a plain matrix: sets sums. x: as activations have it; stride: in floats. */
 typedef void dense_product(const void *weights, int dtype, int64_t columns, int matrix_rows, const float *x,
                            int64_t stride, int rows, float *sums);
-/* Values of one matrix row: codes and scales of its first column, and the strides to the next. */
-typedef void row_values(const uint8_t *codes, int64_t code_stride, const float *scales, int64_t scale_stride,
-                        int64_t columns, int dtype, void *out);
+/* Values of one matrix row: its codes in the first line, the stride to the next, and the scale of int8. */
+typedef void row_values(const uint8_t *codes, int64_t stride, float scale, int64_t columns, int dtype, void *out);
 
 /* One KV head's history of one token, seen from its query heads: keys first to last, in blocks that a table names. */
 struct view {

@@ -4,22 +4,32 @@
 #include "kernels.h"
 #include "layout.h"
 
+/* Whether a line of a row has a scale. */
+ALWAYS_INLINE int has_scale(const struct weight *weight, int64_t line) {
+    return weight->format == NF4 && line % GROUP_LINES == GROUP_LINES - 1;
+}
+
 /* Set rows from first on. Shape of plain codes: (count, row bytes); of plain scales: (count, scales of a row). */
 EXPORT void splitrun_pack(const struct weight *weight, int64_t first, int64_t count, const uint8_t *codes,
                           const float *scales) {
     for (int64_t row = first; row < first + count; row++) {
         struct place place = place_of(weight, row);
-        for (int64_t line = 0; line < row_bytes(weight) / 4; line++, codes += 4, place.codes += place.code_stride) {
-            if (weight->format == INT8) {
-                memcpy(place.codes, codes, 4);
+        for (int64_t line = 0; line < row_bytes(weight) / 4; line++, place.codes += place.stride) {
+            if (has_scale(weight, line)) {
+                memcpy(place.codes, scales++, 4);
                 continue;
             }
-            place.codes[0] = (uint8_t)(codes[0] >> 4 | (codes[2] & 0xf0));
-            place.codes[1] = (uint8_t)((codes[0] & 15) | codes[2] << 4);
-            place.codes[2] = (uint8_t)(codes[1] >> 4 | (codes[3] & 0xf0));
-            place.codes[3] = (uint8_t)((codes[1] & 15) | codes[3] << 4);
+            if (weight->format == INT8) {
+                memcpy(place.codes, codes, 4);
+            } else {
+                place.codes[0] = (uint8_t)(codes[0] >> 4 | (codes[2] & 0xf0));
+                place.codes[1] = (uint8_t)((codes[0] & 15) | codes[2] << 4);
+                place.codes[2] = (uint8_t)(codes[1] >> 4 | (codes[3] & 0xf0));
+                place.codes[3] = (uint8_t)((codes[1] & 15) | codes[3] << 4);
+            }
+            codes += 4;
         }
-        for (int64_t i = 0; i < row_scales(weight); i++) place.scales[i * place.scale_stride] = *scales++;
+        if (weight->format == INT8) weight->scales[row] = *scales++;
     }
 }
 
@@ -27,17 +37,22 @@ EXPORT void splitrun_pack(const struct weight *weight, int64_t first, int64_t co
 EXPORT void splitrun_unpack(const struct weight *weight, int64_t first, int64_t count, uint8_t *codes, float *scales) {
     for (int64_t row = first; row < first + count; row++) {
         struct place place = place_of(weight, row);
-        for (int64_t line = 0; line < row_bytes(weight) / 4; line++, codes += 4, place.codes += place.code_stride) {
+        for (int64_t line = 0; line < row_bytes(weight) / 4; line++, place.codes += place.stride) {
             const uint8_t *from = place.codes;
-            if (weight->format == INT8) {
-                memcpy(codes, from, 4);
+            if (has_scale(weight, line)) {
+                memcpy(scales++, from, 4);
                 continue;
             }
-            codes[0] = (uint8_t)(from[0] << 4 | (from[1] & 15));
-            codes[1] = (uint8_t)(from[2] << 4 | (from[3] & 15));
-            codes[2] = (uint8_t)((from[0] & 0xf0) | from[1] >> 4);
-            codes[3] = (uint8_t)((from[2] & 0xf0) | from[3] >> 4);
+            if (weight->format == INT8) {
+                memcpy(codes, from, 4);
+            } else {
+                codes[0] = (uint8_t)(from[0] << 4 | (from[1] & 15));
+                codes[1] = (uint8_t)(from[2] << 4 | (from[3] & 15));
+                codes[2] = (uint8_t)((from[0] & 0xf0) | from[1] >> 4);
+                codes[3] = (uint8_t)((from[2] & 0xf0) | from[3] >> 4);
+            }
+            codes += 4;
         }
-        for (int64_t i = 0; i < row_scales(weight); i++) *scales++ = place.scales[i * place.scale_stride];
+        if (weight->format == INT8) *scales++ = weight->scales[row];
     }
 }

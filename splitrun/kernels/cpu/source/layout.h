@@ -8,8 +8,7 @@
 
 struct place {
     uint8_t *codes; /* of the row's first line */
-    float *scales;
-    int64_t code_stride, scale_stride; /* to the row's next line, and to its next scale */
+    int64_t stride; /* to its next */
 };
 
 ALWAYS_INLINE int64_t lanes_of(const struct weight *weight, int64_t tile) {
@@ -18,17 +17,13 @@ ALWAYS_INLINE int64_t lanes_of(const struct weight *weight, int64_t tile) {
 }
 
 ALWAYS_INLINE int64_t row_bytes(const struct weight *weight) {
-    return weight->format == NF4 ? weight->columns / 2 : weight->columns * (weight->format == INT8 ? 1 : 2);
-}
-
-ALWAYS_INLINE int64_t row_scales(const struct weight *weight) {
-    return weight->format == NF4 ? weight->columns / GROUP : 1;
+    if (weight->format == NF4) return weight->columns / GROUP * GROUP_LINES * 4;
+    return weight->columns * (weight->format == INT8 ? 1 : 2);
 }
 
 ALWAYS_INLINE struct place place_of(const struct weight *weight, int64_t row) {
     int64_t tile = row / TILE, lane = row % TILE, lanes = lanes_of(weight, tile);
-    struct place place = {weight->codes + tile * TILE * row_bytes(weight) + lane * 4,
-                          weight->scales + tile * TILE * row_scales(weight) + lane, lanes * 4, lanes};
+    struct place place = {weight->codes + tile * TILE * row_bytes(weight) + lane * 4, lanes * 4};
     return place;
 }
 

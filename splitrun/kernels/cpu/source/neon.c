@@ -17,11 +17,11 @@ ALWAYS_INLINE void add_group(int32x4_t dots, float32x4_t scale, float *sums) {
     vst1q_f32(sums, vaddq_f32(vld1q_f32(sums), vmulq_f32(vcvtq_f32_s32(dots), scale)));
 }
 
-ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, const float *scales, int64_t columns,
-                            const struct activations *x, float *sums) {
+ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, int64_t columns, const struct activations *x,
+                            float *sums) {
     const int8x16_t book = vld1q_s8(nf4_codes);
     const uint8x16_t low_half = vdupq_n_u8(15);
-    for (int64_t group = 0; group < columns / GROUP; group++, lines += 8 * LINE, scales += TILE) {
+    for (int64_t group = 0; group < columns / GROUP; group++, lines += GROUP_LINES * LINE) {
         const int8_t *codes = x->codes + group * GROUP;
         int32x4_t dots[4][4];
         for (int row = 0; row < rows; row++)
@@ -44,7 +44,7 @@ ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, const float *s
         for (int row = 0; row < rows; row++)
             for (int quarter = 0; quarter < 4; quarter++) {
                 float32x4_t scale = vdupq_n_f32(x->scales[row * x->group_stride + group]);
-                scale = vmulq_f32(vld1q_f32(scales + quarter * 4), scale);
+                scale = vmulq_f32(vreinterpretq_f32_u8(vld1q_u8(lines + 8 * LINE + quarter * 16)), scale);
                 add_group(dots[row][quarter], scale, sums + row * TILE + quarter * 4);
             }
     }

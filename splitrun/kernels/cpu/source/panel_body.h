@@ -81,28 +81,29 @@ __attribute__((unused)) static void pack_int8(const struct many *many, const voi
 /* Where columns of a tile lie: in the weight, or, for a last tile of fewer rows, in a copy with zeros for the others. */
 struct lines {
     const uint8_t *codes;
-    const float *scales; /* nf4: per group 16; int8: 16 */
+    const float *scales; /* of int8: 16 */
     uint8_t copied[SLAB * TILE];
-    float copied_scales[MOST_SPAN * TILE];
+    float copied_scales[TILE];
 };
+
+ALWAYS_INLINE int64_t lines_of(const struct weight *weight, int64_t columns) {
+    return weight->format == NF4 ? columns / GROUP * GROUP_LINES : columns / 4;
+}
 
 ALWAYS_INLINE void find_lines(const struct weight *weight, int64_t tile, int64_t first, int64_t count,
                               struct lines *lines) {
     struct place place = place_of(weight, tile * TILE);
-    int64_t lanes = lanes_of(weight, tile), line_columns = weight->format == NF4 ? 8 : 4;
-    int64_t scales = weight->format == NF4 ? count / GROUP : 1;
-    place.codes += first / line_columns * place.code_stride;
-    if (weight->format == NF4) place.scales += first / GROUP * lanes;
-    lines->codes = place.codes;
-    lines->scales = place.scales;
+    int64_t lanes = lanes_of(weight, tile);
+    lines->codes = place.codes + lines_of(weight, first) * place.stride;
+    lines->scales = weight->format == INT8 ? weight->scales + tile * TILE : 0;
     if (lanes == TILE) return;
-    memset(lines->copied, 0, (size_t)(count / line_columns * LINE));
-    memset(lines->copied_scales, 0, sizeof lines->copied_scales);
-    for (int64_t line = 0; line < count / line_columns; line++)
-        memcpy(lines->copied + line * LINE, place.codes + line * place.code_stride, (size_t)lanes * 4);
-    for (int64_t i = 0; i < scales; i++)
-        memcpy(lines->copied_scales + i * TILE, place.scales + i * lanes, (size_t)lanes * sizeof(float));
+    memset(lines->copied, 0, (size_t)(lines_of(weight, count) * LINE));
+    for (int64_t line = 0; line < lines_of(weight, count); line++)
+        memcpy(lines->copied + line * LINE, lines->codes + line * place.stride, (size_t)lanes * 4);
     lines->codes = lines->copied;
+    if (weight->format == NF4) return;
+    memset(lines->copied_scales, 0, sizeof lines->copied_scales);
+    memcpy(lines->copied_scales, lines->scales, (size_t)lanes * sizeof(float));
     lines->scales = lines->copied_scales;
 }
 
@@ -119,17 +120,19 @@ ALWAYS_INLINE __m512i pairs(__m512 even, __m512 odd) {
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-ALWAYS_INLINE void nf4_to_bf16(const uint8_t *codes, const float *scales, int64_t count, uint8_t *out) {
+ALWAYS_INLINE void nf4_to_bf16(const uint8_t *codes, int64_t count, uint8_t *out) {
     const __m512 table = _mm512_loadu_ps(nf4_table);
-    for (int64_t line = 0; line < count / 8; line++, codes += LINE, out += 4 * ROW) {
-        __m512i all = _mm512_loadu_si512(codes);
-        __m512 scale = _mm512_loadu_ps(scales + line / 8 * TILE);
+    for (int64_t group = 0; group < count / GROUP; group++, codes += GROUP_LINES * LINE) {
+        __m512 scale = _mm512_loadu_ps(codes + 8 * LINE);
+        for (int line = 0; line < 8; line++, out += 4 * ROW) {
+            __m512i all = _mm512_loadu_si512(codes + line * LINE);
 #define COLUMN(shift) _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(all, shift), table), scale)
-        _mm512_storeu_si512(out, pairs(COLUMN(0), COLUMN(8)));
-        _mm512_storeu_si512(out + ROW, pairs(COLUMN(16), COLUMN(24)));
-        _mm512_storeu_si512(out + 2 * ROW, pairs(COLUMN(4), COLUMN(12)));
-        _mm512_storeu_si512(out + 3 * ROW, pairs(COLUMN(20), COLUMN(28)));
+            _mm512_storeu_si512(out, pairs(COLUMN(0), COLUMN(8)));
+            _mm512_storeu_si512(out + ROW, pairs(COLUMN(16), COLUMN(24)));
+            _mm512_storeu_si512(out + 2 * ROW, pairs(COLUMN(4), COLUMN(12)));
+            _mm512_storeu_si512(out + 3 * ROW, pairs(COLUMN(20), COLUMN(28)));
 #undef COLUMN
+        }
     }
 }
 
@@ -153,7 +156,7 @@ static void expand_bf16(const struct many *many, const struct weight *weight, in
         uint8_t *out = slab->lines + t * LINE;
         int64_t tile = panel * PANEL_TILES + t, used = tile * TILE < weight->rows ? count : 0;
         if (used) find_lines(weight, tile, first, count, &lines);
-        if (used && weight->format == NF4) nf4_to_bf16(lines.codes, lines.scales, count, out);
+        if (used && weight->format == NF4) nf4_to_bf16(lines.codes, count, out);
         if (used && weight->format == INT8) int8_to_bf16(lines.codes, lines.scales, count, out);
         clear_lines(out, used / 2, slab->steps * 16);
     }
@@ -169,16 +172,17 @@ ALWAYS_INLINE __m512i rescaled(__m512i codes, __m512i ratios) {
 }
 
 /* A span of a tile: eight lines a group. scale: of the span, 16. */
-ALWAYS_INLINE void nf4_to_int8(const uint8_t *codes, const float *scales, int64_t groups, __m512i shift, uint8_t *out,
-                               float *scale) {
+ALWAYS_INLINE void nf4_to_int8(const uint8_t *codes, int64_t groups, __m512i shift, uint8_t *out, float *scale) {
     const __m512i low_half = _mm512_set1_epi8(15);
     const __m512i book = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)nf4_codes));
+    const uint8_t *scales = codes + 8 * LINE;
     __m512 most = _mm512_loadu_ps(scales);
-    for (int64_t group = 1; group < groups; group++) most = _mm512_max_ps(most, _mm512_loadu_ps(scales + group * TILE));
+    for (int64_t group = 1; group < groups; group++)
+        most = _mm512_max_ps(most, _mm512_loadu_ps(scales + group * GROUP_LINES * LINE));
     _mm512_storeu_ps(scale, most);
     __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ);
-    for (int64_t group = 0; group < groups; group++, scales += TILE) {
-        __m512 part = _mm512_maskz_div_ps(some, _mm512_loadu_ps(scales), most);
+    for (int64_t group = 0; group < groups; group++, codes += LINE) {
+        __m512 part = _mm512_maskz_div_ps(some, _mm512_loadu_ps(codes + 8 * LINE), most);
         __m512i ratios = _mm512_cvtps_epi32(_mm512_mul_ps(part, _mm512_set1_ps(FULL_RATIO)));
         ratios = _mm512_or_si512(ratios, _mm512_slli_epi32(ratios, 16));
         for (int line = 0; line < 8; line++, codes += LINE, out += 2 * ROW) {
@@ -207,8 +211,7 @@ ALWAYS_INLINE void expand_int8_panel(const struct many *many, const struct weigh
             int64_t start = span * many->span, end = start + many->span < groups ? start + many->span : groups;
             for (int lane = 0; lane < TILE; lane++) scale[lane] = 1.0f;
             if (used && weight->format == NF4)
-                nf4_to_int8(lines.codes + start * 8 * LINE, lines.scales + start * TILE, end - start, shift,
-                            out + start * 16 * ROW, scale);
+                nf4_to_int8(lines.codes + start * GROUP_LINES * LINE, end - start, shift, out + start * 16 * ROW, scale);
         }
         for (int64_t line = 0; used && weight->format == INT8 && line < count / 4; line++)
             _mm512_storeu_si512(out + line * ROW, _mm512_xor_si512(_mm512_loadu_si512(lines.codes + line * LINE), shift));

@@ -19,19 +19,17 @@ static void short_tile(const struct level *level, const struct weight *weight, c
                        int64_t tile, float *sums) {
     struct place place = place_of(weight, tile * TILE);
     int nf4 = weight->format == NF4;
-    int64_t lanes = lanes_of(weight, tile), line_columns = nf4 ? 8 : 4;
+    int64_t lanes = lanes_of(weight, tile);
     for (int64_t start = 0; start < weight->columns; start += GROUP) {
         int64_t columns = weight->columns - start < GROUP ? weight->columns - start : GROUP;
         uint8_t lines[GROUP / 4 * LINE] = {0};
-        float scales[TILE] = {0};
-        for (int64_t line = 0; line < columns / line_columns; line++, place.codes += place.code_stride)
+        for (int64_t line = 0; line < (nf4 ? GROUP_LINES : columns / 4); line++, place.codes += place.stride)
             memcpy(lines + line * LINE, place.codes, (size_t)lanes * 4);
-        if (nf4) memcpy(scales, place.scales + start / GROUP * lanes, (size_t)lanes * 4);
         struct activations x = *all;
         x.codes += start;
         x.scales += start / GROUP;
         x.offsets += start / GROUP;
-        (nf4 ? level->nf4_tile : level->int8_tile)(lines, scales, columns, &x, rows, sums);
+        (nf4 ? level->nf4_tile : level->int8_tile)(lines, columns, &x, rows, sums);
     }
 }
 
@@ -49,9 +47,9 @@ void multiply_tile(const struct level *level, const struct weight *weight, const
     if (lanes < TILE)
         short_tile(level, weight, x, rows, tile, sums);
     else if (weight->format == NF4)
-        level->nf4_tile(place.codes, place.scales, weight->columns, x, rows, sums);
+        level->nf4_tile(place.codes, weight->columns, x, rows, sums);
     else
-        level->int8_tile(place.codes, 0, weight->columns, x, rows, sums);
+        level->int8_tile(place.codes, weight->columns, x, rows, sums);
     for (int row = 0; weight->format == INT8 && row < rows; row++)
         for (int64_t lane = 0; lane < lanes; lane++) sums[row * TILE + lane] *= weight->scales[tile * TILE + lane];
 }
@@ -188,9 +186,10 @@ static void look_up(void *argument) {
     for (int64_t task; (task = take(&lookup->shares, member)) >= 0;) {
         int64_t last = (task + 1) * TILE < lookup->count ? (task + 1) * TILE : lookup->count;
         for (int64_t index = task * TILE; index < last; index++) {
-            struct place place = place_of(weight, lookup->ids ? lookup->ids[index] : lookup->first + index);
-            values(place.codes, place.code_stride, place.scales, place.scale_stride, weight->columns, lookup->dtype,
-                   lookup->out + index * weight->columns * width);
+            int64_t row = lookup->ids ? lookup->ids[index] : lookup->first + index;
+            struct place place = place_of(weight, row);
+            values(place.codes, place.stride, weight->format == INT8 ? weight->scales[row] : 0.0f, weight->columns,
+                   lookup->dtype, lookup->out + index * weight->columns * width);
         }
     }
 }

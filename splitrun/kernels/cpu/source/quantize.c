@@ -32,10 +32,10 @@ static void nf4_block(const float *values, struct place *place) {
     for (int i = 0; i < 15; i++) borders[i] = (nf4_table[i] + nf4_table[i + 1]) / 2;
     for (int border = 0; border < 15; border++)
         for (int i = 0; i < GROUP; i++) codes[i] += values[i] * inverse > borders[border];
-    for (int line = 0; line < 8; line++, place->codes += place->code_stride)
+    for (int line = 0; line < 8; line++, place->codes += place->stride)
         for (int i = 0; i < 4; i++) place->codes[i] = (uint8_t)(codes[line * 8 + i] | codes[line * 8 + 4 + i] << 4);
-    *place->scales = largest;
-    place->scales += place->scale_stride;
+    memcpy(place->codes, &largest, 4);
+    place->codes += place->stride;
 }
 
 static void nf4_values(const void *values, int dtype, int64_t columns, struct place place) {
@@ -46,7 +46,7 @@ static void nf4_values(const void *values, int dtype, int64_t columns, struct pl
     }
 }
 
-static void int8_values(const void *values, int dtype, int64_t columns, struct place place) {
+static void int8_values(const void *values, int dtype, int64_t columns, struct place place, float *scale) {
     float part[GROUP], largest = 0.0f;
     for (int64_t start = 0; start < columns; start += GROUP) {
         int count = columns - start < GROUP ? (int)(columns - start) : GROUP;
@@ -54,8 +54,8 @@ static void int8_values(const void *values, int dtype, int64_t columns, struct p
         float magnitude = largest_magnitude(part, count);
         largest = magnitude > largest ? magnitude : largest;
     }
-    *place.scales = largest * (float)(1.0 / 127.0);
-    float divisor = *place.scales > 0.0f ? *place.scales : 1.0f;
+    *scale = largest * (float)(1.0 / 127.0);
+    float divisor = *scale > 0.0f ? *scale : 1.0f;
     for (int64_t start = 0; start < columns; start += GROUP) {
         int count = columns - start < GROUP ? (int)(columns - start) : GROUP;
         int8_t codes[GROUP];
@@ -64,7 +64,7 @@ static void int8_values(const void *values, int dtype, int64_t columns, struct p
             float code = (part[i] / divisor + ROUNDING) - ROUNDING;
             codes[i] = (int8_t)(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code);
         }
-        for (int i = 0; i < count; i += 4, place.codes += place.code_stride) memcpy(place.codes, codes + i, 4);
+        for (int i = 0; i < count; i += 4, place.codes += place.stride) memcpy(place.codes, codes + i, 4);
     }
 }
 
@@ -77,8 +77,11 @@ static void quantize_rows(void *argument) {
         int64_t last = (task + 1) * TILE < work->count ? (task + 1) * TILE : work->count;
         for (int64_t row = task * TILE; row < last; row++) {
             const uint8_t *values = work->values + row * weight->columns * width;
-            (weight->format == NF4 ? nf4_values : int8_values)(values, work->dtype, weight->columns,
-                                                               place_of(weight, work->first + row));
+            struct place place = place_of(weight, work->first + row);
+            if (weight->format == NF4)
+                nf4_values(values, work->dtype, weight->columns, place);
+            else
+                int8_values(values, work->dtype, weight->columns, place, weight->scales + work->first + row);
         }
     }
 }

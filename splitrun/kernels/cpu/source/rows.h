@@ -25,20 +25,17 @@ ALWAYS_INLINE struct activations rows_from(const struct activations *x, int row)
     return rest;
 }
 
-static void nf4_tile(const uint8_t *lines, const float *scales, int64_t columns, const struct activations *x, int rows,
-                     float *sums) {
+static void nf4_tile(const uint8_t *lines, int64_t columns, const struct activations *x, int rows, float *sums) {
     for (int row = 0; row < rows; row += MOST_AT_ONCE) {
         int at_once = rows - row < MOST_AT_ONCE ? rows - row : MOST_AT_ONCE;
         struct activations part = rows_from(x, row);
-#define CALL(count) nf4_rows(count, lines, scales, columns, &part, sums + row * TILE)
+#define CALL(count) nf4_rows(count, lines, columns, &part, sums + row * TILE)
         EACH_COUNT(CALL)
 #undef CALL
     }
 }
 
-static void int8_tile(const uint8_t *lines, const float *scales, int64_t columns, const struct activations *x, int rows,
-                      float *sums) {
-    (void)scales;
+static void int8_tile(const uint8_t *lines, int64_t columns, const struct activations *x, int rows, float *sums) {
     for (int row = 0; row < rows; row += MOST_AT_ONCE) {
         int at_once = rows - row < MOST_AT_ONCE ? rows - row : MOST_AT_ONCE;
         struct activations part = rows_from(x, row);

@@ -21,28 +21,27 @@ ALWAYS_INLINE void int8_expand(const uint8_t *codes, int64_t stride, float scale
 }
 #endif
 
-static void nf4_row(const uint8_t *codes, int64_t code_stride, const float *scales, int64_t scale_stride,
-                    int64_t columns, int dtype, void *out) {
-    for (int64_t start = 0; start < columns; start += GROUP, codes += 8 * code_stride, scales += scale_stride) {
-        float values[GROUP];
-        nf4_expand(codes, code_stride, *scales, values);
+static void nf4_row(const uint8_t *codes, int64_t stride, float unused, int64_t columns, int dtype, void *out) {
+    (void)unused;
+    for (int64_t start = 0; start < columns; start += GROUP, codes += GROUP_LINES * stride) {
+        float values[GROUP], scale;
+        memcpy(&scale, codes + 8 * stride, 4);
+        nf4_expand(codes, stride, scale, values);
         store_values(values, dtype, start, GROUP, out);
     }
 }
 
-static void int8_row(const uint8_t *codes, int64_t code_stride, const float *scales, int64_t scale_stride,
-                     int64_t columns, int dtype, void *out) {
-    (void)scale_stride;
+static void int8_row(const uint8_t *codes, int64_t stride, float scale, int64_t columns, int dtype, void *out) {
     int64_t start = 0;
-    for (; start + GROUP <= columns; start += GROUP, codes += 16 * code_stride) {
+    for (; start + GROUP <= columns; start += GROUP, codes += 16 * stride) {
         float values[GROUP];
         for (int part = 0; part < 4; part++)
-            int8_expand(codes + part * 4 * code_stride, code_stride, *scales, values + part * 16);
+            int8_expand(codes + part * 4 * stride, stride, scale, values + part * 16);
         store_values(values, dtype, start, GROUP, out);
     }
-    for (; start < columns; start += 4, codes += code_stride) {
+    for (; start < columns; start += 4, codes += stride) {
         float values[4];
-        for (int i = 0; i < 4; i++) values[i] = (float)(int8_t)codes[i] * *scales;
+        for (int i = 0; i < 4; i++) values[i] = (float)(int8_t)codes[i] * scale;
         store_values(values, dtype, start, 4, out);
     }
 }
