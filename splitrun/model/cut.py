@@ -175,8 +175,7 @@ class CutModel:
         base.forward = forward
 
     def embed(self, ids: Tensor) -> Tensor:
-        """What goes into the first layer, for a base that `shorten` takes. Shape: (rows, count) -> (rows, count,
-        hidden)."""
+        """What goes into the first layer, for a base that `shorten` takes. Shape: any -> (*any, hidden)."""
         base: Any = self.skeleton.base
         table = base.get_input_embeddings()
         plain = type(table) is torch.nn.Embedding and isinstance(table.weight, Weight)

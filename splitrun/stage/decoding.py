@@ -63,7 +63,7 @@ class Decoding:
         """The activation behind the last layer. Shape: (tokens, hidden), as ``incoming``, None with an embedding.
         Updates the KV blocks."""
         if incoming is None:
-            hidden = self._model.embed(torch.from_numpy(step.token_ids).long().unsqueeze(0))[0]
+            hidden = self._model.embed(torch.from_numpy(step.token_ids).long())
         else:
             hidden = incoming.to(self._model.dtype)
             if hidden.shape[0] != len(step.token_ids):
