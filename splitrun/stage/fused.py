@@ -28,7 +28,7 @@ from splitrun.model.weights import release_free_memory
 from splitrun.planner.placement import STREAM_FROM_TOKENS
 from splitrun.stage.blocks import BlockStore, BlockView
 from splitrun.stage.decoding import Decoding, takes_base
-from splitrun.stage.known import is_known, is_known_base, is_plain_head
+from splitrun.stage.known import is_known, is_known_base, is_known_norm, is_plain_head
 from splitrun.stage.parts import layer_parts
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+HALVES = (torch.bfloat16, torch.float16)
 MOST_GROUPS = 4
 """KV groups whose latest histories are kept."""
 
@@ -80,6 +81,8 @@ def fuse(
         model.shorten(_NoLayers())
     elif whole:
         model.shorten(_Range(blocks, histories, None if card is None else _streamed(chain, card, least_tokens)))
+    if whole and model.cut.head:
+        _take_norm(model.skeleton.base.norm, fast)
     if model.cut.head and is_plain_head(model.skeleton.model):
         outputs: Any = model.skeleton.model.get_output_embeddings()
         _take_dense(outputs, fast, model.skeleton.model.get_input_embeddings().weight)
@@ -122,6 +125,26 @@ def _take_dense(module: nn.Module, fast: Kernel, shared: Any = None) -> None:
         install(linear, "weight", make(values.detach(), fast))
         del values
     release_free_memory()  # before the next layer moves: two copies of a stage must not stand side by side
+
+
+def _take_norm(norm: Any, fast: Kernel) -> None:
+    """Let the kernels compute the norm before the head: as they do those of layers, without torch's six operators.
+    Modifies the module."""
+    weight = getattr(norm, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in HALVES and is_known_norm(norm):
+        norm.forward = _Norm(weight.detach(), float(norm.variance_epsilon), fast, norm.forward)
+
+
+class _Norm:
+    """A norm's forward by the kernels, for activations of its own type."""
+
+    def __init__(self, weight: Tensor, epsilon: float, fast: Kernel, own: Callable[[Tensor], Tensor]) -> None:
+        self._weight, self._epsilon, self._kernel, self._own = weight, epsilon, fast, own
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self._weight.dtype:
+            return self._own(hidden_states)
+        return self._kernel.norm(hidden_states.contiguous(), self._weight, self._epsilon)
 
 
 class _NoLayers:

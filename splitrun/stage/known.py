@@ -54,6 +54,12 @@ def is_known_base(base: nn.Module) -> bool:
     return code is not None and any(code == reference.base for reference in _references())
 
 
+def is_known_norm(norm: nn.Module) -> bool:
+    """Whether a norm is the references' own: root mean square, times a vector."""
+    code = code_of(type(norm).forward)
+    return code is not None and any(code == reference.layer[-1] for reference in _references())
+
+
 def is_plain_head(model: nn.Module) -> bool:
     """Whether logits are the output layer's product with the normed last hidden states, and nothing else."""
     code = code_of(type(model).forward)

@@ -204,6 +204,12 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(name: str, monkeypatch
         assert all(torch.equal(together[row], alone[row]) for row in rows)
 
 
+@pytest.mark.parametrize(("dtype", "taken"), [("bf16", True), ("fp32", False)])
+def test_the_norm_before_the_head_is_the_kernels(dtype: str, taken: bool) -> None:
+    run, _ = make("qwen2", MODELS["qwen2"], "nf4", dtype)
+    assert isinstance(run.stage.model.skeleton.base.norm.forward, fused._Norm) is taken
+
+
 @pytest.mark.parametrize("name", [*MODELS, "dynamic"])
 def test_the_short_way_of_decoding_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of a token a row, past a window and block borders; it is not taken where angles depend on the length."""

@@ -272,6 +272,18 @@ def test_activation_codes_use_the_whole_range() -> None:
     assert (codes[:, 3, 8:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_norm_is_rounded_once_and_a_matter_of_its_row(dtype: torch.dtype, kernel: Kernel) -> None:
+    x, weight = activations(5, 200).to(dtype), activations(1, 200).to(dtype)[0]
+    x[3, 7] = torch.nan
+    found = kernel.norm(x, weight, 1e-6)
+    expected = torch.nn.functional.rms_norm(x.double(), (200,), weight.double(), 1e-6)
+    unit = torch.finfo(dtype).eps
+    assert ((found.double() - expected).abs() <= expected.abs() * unit + 1e-6)[[0, 1, 2, 4]].all()
+    assert found[3].isnan().all()
+    assert torch.equal(kernel.norm(x[2:3].contiguous(), weight, 1e-6), found[2:3])
+
+
 @pytest.mark.parametrize("format", SHAPES)
 def test_unaligned_memory(format: str, kernel: Kernel) -> None:
     plain, weight = pair(format, 37, 128, kernel)

@@ -111,6 +111,23 @@ class Kernel:
         )
         return values, ids
 
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Rows divided by their root mean square, times a vector, rounded once. Shape: (..., columns), one dtype."""
+        out = torch.empty_like(x)
+        columns = x.shape[-1]
+        self._library.splitrun_norm(
+            self._level,
+            x.data_ptr(),
+            weight.data_ptr(),
+            DTYPES[x.dtype],
+            x.numel() // columns,
+            columns,
+            epsilon,
+            out.data_ptr(),
+            _scratch.address(4 * columns),
+        )
+        return out
+
     def values(self, weight: Matrix, first: int, out: Tensor) -> None:
         """Write the values of rows from first on, as many as out has. Shape: (count, columns)."""
         self._values(weight, None, first, out)
@@ -261,6 +278,7 @@ def _load() -> ctypes.CDLL | None:
         "splitrun_choose_scratch_bytes": (wide, (wide, wide, narrow)),
         "splitrun_choose": (None, (pointer, pointer, pointer, narrow, narrow, *[pointer] * 3, narrow)),
         "splitrun_values": (narrow, (pointer, pointer, pointer, wide, wide, narrow, pointer, narrow)),
+        "splitrun_norm": (None, (*[pointer] * 3, narrow, wide, wide, ctypes.c_float, pointer, pointer)),
         "splitrun_layers_scratch_bytes": (wide, (pointer, pointer, narrow, narrow)),
         "splitrun_layers": (None, (pointer, pointer, pointer, narrow, *[pointer] * 5, narrow)),
         "splitrun_read": (ctypes.c_uint64, (pointer, wide, narrow)),

@@ -166,6 +166,17 @@ EXPORT void splitrun_choose(const struct level *level, const struct weight *weig
     }
 }
 
+/* Rows divided by their root mean square, times a vector; rounded to the dtype once. Shape of x and out: (rows, columns);
+ * scratch: as many floats as columns. */
+EXPORT void splitrun_norm(const struct level *level, const void *x, const void *weight, int32_t dtype, int64_t rows,
+                          int64_t columns, float epsilon, void *out, float *scratch) {
+    for (int64_t row = 0; row < rows; row++) {
+        load_values(x, dtype, row * columns, (int)columns, scratch);
+        level->norm(scratch, weight, dtype, columns, epsilon, scratch);
+        store_values(scratch, dtype, row * columns, (int)columns, out);
+    }
+}
+
 struct lookup {
     const struct level *level;
     const struct weight *weight;
