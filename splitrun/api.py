@@ -33,6 +33,7 @@ def plan(
     revision: str | None = None,
     load: Literal["weights", "dummy"] = "weights",
     quality: str = "nf4",
+    kv: Literal["auto", "int8"] = "auto",
     facts: str | os.PathLike[str] | None = None,
     refresh: bool = False,
     nodes: bool = False,
@@ -47,6 +48,7 @@ def plan(
     weights    a weight format, or "auto" for the fastest mix of formats within ``quality``
     load       "dummy": the directory need not hold weights, because the engine will make random ones
     quality    the most that weights may lose under "auto": as much as all-"nf4", all-"int8", … or a share of nf4's loss
+    kv         "int8": K and V on processors take half the memory of 16 bits; "auto": in the type that is computed in
     facts      a file that ``splitrun profile --facts`` wrote: plan for the machine described there
     refresh    measure again what earlier runs measured
     nodes      also over the other machines of the cluster (``splitrun node``); ``memory`` may then name NODE/cpu
@@ -73,10 +75,11 @@ def plan(
     else:
         collect = gather_cluster if nodes else gather_facts
         known = collect(model, memory, weights, revision, load, rows, refresh, report)
+    cluster = known.cluster.keeping(kv)
     wanted = min(DEFAULT_CONTEXT, known.profile.max_context) if context is None else context
     workload = Workload(context=wanted, sessions=sessions, objective=objective)
     try:
-        found = solve(known.profile, known.cluster, workload, weights, quality, stream=True)
+        found = solve(known.profile, cluster, workload, weights, quality, stream=True)
     except DoesNotFit as error:
         raise _with_unused(error, memory) from error
     return found if facts is not None else _with_calibration(found, known.cluster)

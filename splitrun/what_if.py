@@ -33,6 +33,7 @@ class Question:
     objective: Objective = "latency"
     weights: str = "auto"
     quality: str = "nf4"
+    kv: Literal["auto", "int8"] = "auto"
     revision: str | None = None
     load: Literal["weights", "dummy"] = "weights"
 
@@ -49,6 +50,7 @@ def answer(question: Question, report: Callable[[str], None] = lambda text: None
     question, workload = _of_placement(question)
     found = _start(question, report)
     cluster, notes = changed(found.cluster, question.changes)
+    cluster = cluster.keeping(question.kv)
     context = min(DEFAULT_CONTEXT, found.profile.max_context)
     workload = workload or Workload(context=context)
     workload = replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import splitrun
 from splitrun.planner.facts import Workload
@@ -14,10 +15,10 @@ ANSWERS = ("42", "4, 31, 159", "422", "three hundred forty-five", "15")
 
 
 def demo_placement(
-    source: str = "demo", *, weights: str = "fp32", blocks: int | None = None, sessions: int = 4
+    source: str = "demo", *, weights: str = "fp32", blocks: int | None = None, sessions: int = 4, kv_dtype: Any = None
 ) -> Placement:
     """The demo model over two virtual CPUs."""
-    kv = KVSpec(device_blocks=blocks)
+    kv = KVSpec(kv_dtype, device_blocks=blocks)
     stages = (
         StageSpec("cpu", True, (0, 5), False, weights, kv),
         StageSpec("cpu:1", False, (5, LAYERS), True, weights, kv),

@@ -11,6 +11,7 @@ import typer
 
 from splitrun.cli.colours import show
 from splitrun.cli.options import (
+    KVOption,
     LoadOption,
     MemoryOption,
     ModelOrPlacement,
@@ -48,6 +49,7 @@ def bench(
     ] = None,
     objective: ObjectiveOption = "latency",
     weights: WeightsOption = "auto",
+    kv: KVOption = "auto",
     revision: RevisionOption = None,
     quality: Annotated[bool, typer.Option("--quality", help="demo only: exact matches per weight format.")] = False,
     table: Annotated[
@@ -73,11 +75,12 @@ def bench(
             )
         _table(model, load, budgets, new_tokens, repeat, json_output)
         return
-    if is_placement(model) and (memory or weights != "auto" or objective != "latency" or revision or context):
+    changed = (weights, kv, objective) != ("auto", "auto", "latency")
+    if is_placement(model) and (memory or changed or revision or context):
         raise InvalidPlacement(f"{model} is planned already; edit it, or name the model instead")
     options = {
         "memory": budgets, "context": context or prompt_tokens + new_tokens, "objective": objective,
-        "weights": weights, "revision": revision, "load": load,
+        "weights": weights, "kv": kv, "revision": revision, "load": load,
     }  # fmt: skip
     _contest(model, options, prompt_tokens, new_tokens, repeat, versus or [], predict, json_output)
 

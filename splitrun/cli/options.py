@@ -57,6 +57,10 @@ QualityOption = Annotated[
         help="The most precision that --weights auto may give up: as much as all-FORMAT does, or a SHARE of all-nf4's.",
     ),
 ]
+KVOption = Annotated[
+    Literal["auto", "int8"],
+    typer.Option("--kv", help="int8: keys and values on processors in half the memory; prompts take longer."),
+]
 FactsOption = Annotated[
     str | None,
     typer.Option("--facts", metavar="FILE", help="Plan for the machine that 'splitrun profile --facts FILE' saw."),
@@ -87,6 +91,7 @@ class Planning:
     objective: ObjectiveOption = "latency"
     weights: WeightsOption = "auto"
     quality: QualityOption = DEFAULT_QUALITY
+    kv: KVOption = "auto"
     revision: RevisionOption = None
     load: LoadOption = "weights"
 

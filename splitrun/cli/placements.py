@@ -52,6 +52,7 @@ def plan_or_load(
             objective=planning.objective,
             weights=planning.weights,
             quality=planning.quality,
+            kv=planning.kv,
             revision=planning.revision,
             load=planning.load,
             nodes=nodes,

@@ -16,8 +16,9 @@ from splitrun.errors import DoesNotFit
 from splitrun.kernels.formats import weight_bytes
 from splitrun.measure.host import read_host_memory
 from splitrun.model.cut import CutRange
-from splitrun.model.structure import ModelStructure
+from splitrun.model.structure import LayerCache, ModelStructure
 from splitrun.planner.facts import VALUE_BYTES
+from splitrun.planner.kv import stored_bytes
 from splitrun.planner.memory import stage_dtype
 from splitrun.planner.placement import Placement, StageSpec
 from splitrun.quantities import format_bytes
@@ -64,13 +65,17 @@ def _weight_bytes(stage: StageSpec, structure: ModelStructure, tied: set[tuple[s
 def _history_bytes(stage: StageSpec, placement: Placement, structure: ModelStructure, blocks: Mapping[str, int]) -> int:
     """Bytes of a stage's KV blocks and state slots."""
     workload = placement.workload
-    width = VALUE_BYTES[stage.kv.dtype or _dtype(stage)]
     total = 0
     for cache in structure.caches[stage.layers[0] : stage.layers[1]]:
         total += cache.state_bytes * workload.sessions
         if cache.group is not None:
-            total += blocks[cache.group.name] * workload.block_tokens * cache.values_per_token * width
+            total += blocks[cache.group.name] * workload.block_tokens * _token_bytes(stage, cache)
     return total
+
+
+def _token_bytes(stage: StageSpec, cache: LayerCache) -> int:
+    """Bytes of a layer's K and V of one token."""
+    return stored_bytes(cache.values_per_token, cache.kv_heads, stage.kv.dtype or _dtype(stage))
 
 
 def kept_room(placement: Placement, structure: ModelStructure, blocks: Mapping[str, int]) -> dict[int, int]:
@@ -89,9 +94,9 @@ def kept_room(placement: Placement, structure: ModelStructure, blocks: Mapping[s
     tokens = max(whole) * workload.block_tokens if whole else workload.sessions * workload.context
     found = {}
     for index, stage in enumerate(placement.stages):
-        values = sum(cache.values_per_token for cache in structure.caches[stage.layers[0] : stage.layers[1]])
-        if "/" in stage.device and values:
-            needed = values * VALUE_BYTES[stage.kv.dtype or _dtype(stage)] * tokens
+        width = sum(_token_bytes(stage, cache) for cache in structure.caches[stage.layers[0] : stage.layers[1]])
+        if "/" in stage.device and width:
+            needed = width * tokens
             found[index] = needed if needed <= room else 0
             room -= found[index]
     return found

@@ -17,7 +17,7 @@ from splitrun.engine.core import EngineCore
 from splitrun.engine.lineup import Line, LineUp
 from splitrun.errors import ClusterError, InvalidPlacement, SplitrunError, StageLost
 from splitrun.planner.facts_file import Facts
-from splitrun.planner.placement import Placement, StageSpec
+from splitrun.planner.placement import Placement, StageSpec, is_processor
 from splitrun.planner.solve import solve
 
 RETURN_S = 2.0
@@ -116,19 +116,29 @@ def living() -> set[str]:
         return set()
 
 
+def _moved(spec: StageSpec, device: str) -> StageSpec:
+    """The stage on another device, in a type that it can keep K and V in."""
+    kept = spec.kv if spec.kv.dtype != "int8" or is_processor(device) else replace(spec.kv, dtype=None)
+    return replace(spec, device=device, kv=kept)
+
+
 def plan_without(placement: Placement, facts: Facts, lost: Collection[str]) -> Placement:
     """The same model, workload and formats on the devices of ``facts``. Raises DoesNotFit or InvalidPlacement."""
     formats = {(spec.weights, spec.kv.dtype) for spec in placement.stages}
     if len(formats) == 1:
         ((weights, kv_dtype),) = formats
-        found = solve(facts.profile, facts.cluster, placement.workload, weights, stream=True)
-        stages = tuple(replace(spec, kv=replace(spec.kv, dtype=kv_dtype or spec.kv.dtype)) for spec in found.stages)
+        cluster = facts.cluster
+        if kv_dtype == "int8" and any(device.kind == "cpu" for device in cluster.devices):
+            cluster = cluster.keeping(kv_dtype)
+        found = solve(facts.profile, cluster, placement.workload, weights, stream=True)
+        wanted = None if kv_dtype == "int8" else kv_dtype
+        stages = tuple(replace(spec, kv=replace(spec.kv, dtype=wanted or spec.kv.dtype)) for spec in found.stages)
         return replace(found, model=placement.model, stages=stages)
     taken = max(facts.cluster.devices, key=lambda device: device.budget_bytes, default=None)
     if taken is None:
         raise InvalidPlacement("no device remains")
     here = [
-        replace(spec, device=taken.name) if (machine_of(spec.device) or spec.device) in lost else spec
+        _moved(spec, taken.name) if (machine_of(spec.device) or spec.device) in lost else spec
         for spec in placement.stages
     ]
     return replace(placement, stages=tuple(here), devices={}, estimate=None)

@@ -184,4 +184,5 @@ def _unit(
         quantized_values=sum(prod(info.shape) for info in infos if info.covered),
         heads_per_kv=max(1, heads.query // cache.key[0]) if cache is not None and cache.key is not None else 1,
         score_heads=heads.query if heads.writes_scores else 0,
+        kv_heads=cache.kv_heads if keeps and cache is not None else 0,
     )

@@ -59,6 +59,11 @@ class LayerCache:
         return self.key[0] * self.key[1] + self.value[0] * self.value[1]
 
     @property
+    def kv_heads(self) -> int:
+        """Heads of K and of V together."""
+        return 0 if self.key is None or self.value is None else self.key[0] + self.value[0]
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of state per sequence."""
         return sum(torch.Size(shape).numel() * width for _, _, shape, width in self.states)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from splitrun.errors import InvalidPlacement
 from splitrun.planner.peaks import UnitPeak
 from splitrun.planner.seconds import DeviceSeconds
 
@@ -18,6 +19,9 @@ FORMATS = ("fp32", "bf16", "fp16", "int8", "nf4")
 """Weight formats, most precise first."""
 
 VALUE_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+KV_TYPES = (*VALUE_BYTES, "int8")
+"""Types of stored K and V: int8 has a scale for each head's K and for its V."""
+SCALE_BYTES = 4
 """Bytes of one value in each type that activations and KV may have."""
 
 Objective = Literal["latency", "throughput", "first-token"]
@@ -32,7 +36,8 @@ class Device:
     device's context included: ``context_bytes``, which driver and runtime take before the first tensor (of a
     processor: what the process itself takes, Python and torch). ``spread`` is how far, as a share, predictions from
     these figures may be off; ``source`` says where the figures come from: "bandwidth" (measured on the device, but not
-    with the model's layers) or "datasheet".
+    with the model's layers) or "datasheet". ``kv_dtype`` is what K and V are to be stored in there; None: the type that
+    is computed in.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Device:
     compute_capability: tuple[int, int] | None = None
     spread: float = 0.25
     source: str = "bandwidth"
+    kv_dtype: Literal["int8"] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,15 @@ class Cluster:
         """The same without those devices."""
         return replace(self, devices=tuple(device for device in self.devices if device.name not in names))
 
+    def keeping(self, kv: str) -> Cluster:
+        """With "int8", the same whose processors keep K and V in int8; otherwise itself. Raises InvalidPlacement."""
+        if kv != "int8":
+            return self
+        if not any(device.kind == "cpu" for device in self.devices):
+            raise InvalidPlacement("--kv int8 is for processors: name cpu in --memory too, or leave --kv out")
+        kept = (replace(device, kv_dtype="int8") if device.kind == "cpu" else device for device in self.devices)
+        return replace(self, devices=tuple(kept))
+
     def device(self, name: str) -> Device:
         """The device of that name; KeyError when there is none."""
         for device in self.devices:
@@ -134,6 +149,7 @@ class UnitProfile:
                                  active experts of a mixture, otherwise all)
     flops_per_token              floating-point operations per token, attention over the history excluded
     kv_values_per_token          KV group name -> values of K and V stored per token
+    kv_heads                     heads of K and of V together: so many scales a token has in int8
     state_bytes                  bytes of state per sequence (group "state")
     activation_values_per_token  largest intermediate inside the unit, in values per token (workspace)
     largest_weight_values        largest matrix of the unit (a quantized product may dequantize one at a time)
@@ -153,6 +169,7 @@ class UnitProfile:
     quantized_values: int = 0
     heads_per_kv: int = 1
     score_heads: int = 0
+    kv_heads: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from splitrun.errors import InvalidPlacement
 from splitrun.planner.destination import write_whole
 from splitrun.planner.facts import Cluster, ModelProfile
 
-VERSION = 1
+VERSION = 2
 MAX_FILE_BYTES = 64 << 20
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from splitrun.planner.facts import VALUE_BYTES, KVGroup, UnitProfile, Workload
+from splitrun.planner.facts import SCALE_BYTES, VALUE_BYTES, KVGroup, UnitProfile, Workload
 
 
 def blocks_per_sequence(group: KVGroup, workload: Workload) -> int:
@@ -44,10 +44,22 @@ def unit_kv_bytes(
     device_blocks: int | None = None,
 ) -> int:
     """Bytes of the unit's KV pools, the fixed state of sequences not included (``unit_state_bytes``)."""
-    block_values = sum(
-        unit.kv_values_per_token.get(group.name, 0) * pool_blocks(group, workload, device_blocks) for group in groups
+    blocks = sum(
+        token_bytes(unit, group, dtype) * pool_blocks(group, workload, device_blocks)
+        for group in groups
+        if group.name in unit.kv_values_per_token
     )
-    return block_values * workload.block_tokens * VALUE_BYTES[dtype]
+    return blocks * workload.block_tokens
+
+
+def token_bytes(unit: UnitProfile, group: KVGroup, dtype: str) -> int:
+    """Bytes of the unit's K and V of one token in a group that it keeps."""
+    return stored_bytes(unit.kv_values_per_token[group.name], unit.kv_heads, dtype)
+
+
+def stored_bytes(values: int, heads: int, dtype: str) -> int:
+    """Bytes of K and V of one token: so many values, in int8 with a scale for each of the heads of K and of V."""
+    return values + heads * SCALE_BYTES if dtype == "int8" else values * VALUE_BYTES[dtype]
 
 
 def unit_state_bytes(unit: UnitProfile, workload: Workload) -> int:
@@ -72,11 +84,12 @@ def kept_tokens(unit: UnitProfile, groups: Iterable[KVGroup], workload: Workload
 
 def history_bytes(unit: UnitProfile, groups: Iterable[KVGroup], history_tokens: int, dtype: str) -> int:
     """Bytes that one token's attention reads of a history of that length, the state (read and written) included."""
-    values = 0
+    read = 2 * unit.state_bytes
     for group in groups:
-        kept = history_tokens if group.window is None else min(history_tokens, group.window)
-        values += unit.kv_values_per_token.get(group.name, 0) * kept
-    return values * VALUE_BYTES[dtype] + 2 * unit.state_bytes
+        if group.name in unit.kv_values_per_token:
+            kept = history_tokens if group.window is None else min(history_tokens, group.window)
+            read += token_bytes(unit, group, dtype) * kept
+    return read
 
 
 def _ceil_div(amount: int, size: int) -> int:

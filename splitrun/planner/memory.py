@@ -13,7 +13,7 @@ from typing import cast
 from splitrun.planner import kv
 from splitrun.planner.estimate import DeviceMemory as DeviceMemory
 from splitrun.planner.facts import VALUE_BYTES, Cluster, Device, ModelProfile, Workload
-from splitrun.planner.placement import KVSpec, Placement, StageSpec, ValueType
+from splitrun.planner.placement import KVSpec, KVType, Placement, StageSpec, ValueType
 
 LOGIT_COPIES = 3
 """Logits in float32, their sorted or filtered copy, and the probabilities."""
@@ -54,6 +54,11 @@ def stage_dtype(half_type: ValueType, weights: str) -> ValueType:
     return cast(ValueType, weights) if weights in VALUE_BYTES else half_type
 
 
+def kv_dtype_on(device: Device, weights: str) -> KVType:
+    """The type a stage keeps K and V in: the device's, else that which it computes in."""
+    return device.kv_dtype or compute_dtype(device, weights)
+
+
 def unit_memory(
     profile: ModelProfile, unit: int, device: Device, weights: str, workload: Workload, kv_spec: KVSpec
 ) -> UnitMemory:
@@ -73,17 +78,17 @@ def workspace_bytes(
 ) -> int:
     """Temporary bytes while the unit computes its largest step: as measured, or as its shapes say.
 
-    By shapes, the sum of: hidden states in and out and the largest intermediate, for a whole chunk (for the head: one
-    row per session); one matrix turned back into the compute type, for int8 and nf4; the history of all sessions
-    gathered for attention (one session's twice, while it is copied), spread over the query heads, and its mask; the
-    scores, where attention writes them out; for the head the logits in float32, ``LOGIT_COPIES``
-    times, and those of a chunk of a prompt that is scored.
+    By shapes, and with int8 KV, the sum of: hidden states in and out and the largest intermediate, for a whole chunk
+    (for the head: one row per session); one matrix turned back into the compute type, for int8 and nf4; the history of
+    all sessions gathered for attention (one session's twice, while it is copied), spread over the query heads, and its
+    mask; the scores, where attention writes them out; for the head the logits in float32, ``LOGIT_COPIES`` times, and
+    those of a chunk of a prompt that is scored.
     """
     facts = profile.units[unit]
     head = unit == len(profile.units) - 1
     scored = _scored_bytes(profile, device, weights, workload) if head else 0
     measured = profile.peaks.get((device.name, weights))
-    if measured is not None:
+    if measured is not None and kv_dtype != "int8":
         kept = kv.kept_tokens(facts, profile.groups, workload)
         arguments = (workload.chunk_tokens, workload.sessions, workload.context, kept)
         return max(measured[unit].bytes_at(*arguments), scored)
@@ -93,7 +98,8 @@ def workspace_bytes(
     if weights in ("int8", "nf4"):
         total += facts.largest_weight_values * value_bytes
     if facts.kv_values_per_token:
-        gathered = kv.gathered_kv_bytes(facts, profile.groups, workload, kv_dtype)
+        read_as = compute_dtype(device, weights) if kv_dtype == "int8" else kv_dtype
+        gathered = kv.gathered_kv_bytes(facts, profile.groups, workload, read_as)
         total += gathered * (1 + facts.heads_per_kv) + gathered // max(workload.sessions, 1)
         pairs = min(workload.chunk_tokens, workload.context) * workload.context
         total += pairs * (value_bytes + 1) + pairs * facts.score_heads * (2 * value_bytes + SCORE_BYTES)

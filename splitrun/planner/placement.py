@@ -17,11 +17,12 @@ from typing import Literal
 
 from splitrun.errors import InvalidPlacement
 from splitrun.planner.estimate import Estimate
-from splitrun.planner.facts import FORMATS, VALUE_BYTES, Workload
+from splitrun.planner.facts import FORMATS, KV_TYPES, Workload
 from splitrun.quantities import MAX_BYTES
 
 VERSION = 1
 ValueType = Literal["fp32", "bf16", "fp16"]
+KVType = Literal["fp32", "bf16", "fp16", "int8"]
 STREAM_FROM_TOKENS = 32
 """Where nothing is planned: copying the weights for fewer tokens takes longer than computing with them in place."""
 MAX_COUNT = 1 << 24
@@ -31,6 +32,11 @@ _INDEX = r"(?:0|[1-9][0-9]{0,3})"
 _DEVICE = re.compile(
     rf"(?:[A-Za-z0-9][A-Za-z0-9._-]{{0,62}}/)?(?:cpu(?::[1-9][0-9]{{0,3}})?|(?:cuda|xpu):{_INDEX}|mps)"
 )
+
+
+def is_processor(device: str) -> bool:
+    """Whether a device of that name is a processor, here or on a node."""
+    return device.rpartition("/")[2].startswith("cpu")
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,13 @@ class ModelRef:
 class KVSpec:
     """KV cache of a stage. None is decided at load: the stage's compute type; what context x sessions need."""
 
-    dtype: ValueType | None = None
+    dtype: KVType | None = None
     device_blocks: int | None = None
     host_blocks: int = 0
     disk_blocks: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.dtype is None or self.dtype in VALUE_BYTES, f"kv.dtype {self.dtype!r}", "fp32, bf16 or fp16")
+        _require(self.dtype is None or self.dtype in KV_TYPES, f"kv.dtype {self.dtype!r}", "fp32, bf16, fp16 or int8")
         for name in ("device_blocks", "host_blocks", "disk_blocks"):
             count = getattr(self, name)
             least = 1 if name == "device_blocks" else 0
@@ -89,6 +95,8 @@ class StageSpec:
         _require(0 <= self.stream_buffer_bytes <= MAX_BYTES, f"stream_buffer {self.stream_buffer_bytes}", "0 or more")
         least, found = STREAM_FROM_TOKENS, self.stream_from_tokens
         _require(least <= found <= MAX_COUNT, f"stream_from {found}", f"{least} to {MAX_COUNT}")
+        allowed = self.kv.dtype != "int8" or is_processor(self.device)
+        _require(allowed, f"kv.dtype int8 on {self.device}", "a 16-bit type or fp32: int8 is for processors")
 
     @property
     def units(self) -> range:

@@ -14,7 +14,7 @@ import yaml
 
 from splitrun.planner import estimate as estimates
 from splitrun.planner.destination import write_whole
-from splitrun.planner.facts import FORMATS, VALUE_BYTES, Objective, Workload
+from splitrun.planner.facts import FORMATS, KV_TYPES, Objective, Workload
 from splitrun.planner.placement import (
     MAX_COUNT,
     OBJECTIVES,
@@ -25,6 +25,7 @@ from splitrun.planner.placement import (
     Placement,
     StageSpec,
     device_fault,
+    is_processor,
     tiling_fault,
 )
 from splitrun.planner.yaml_fields import Field, read_root
@@ -125,7 +126,7 @@ class _StageRow:
             layers=self.layers or (edge, edge),
             head=head,
             weights=members["weights"].choice(FORMATS) if "weights" in members else "bf16",
-            kv=_kv(members["kv"]) if "kv" in members else KVSpec(),
+            kv=_kv(members["kv"], members["device"].text()) if "kv" in members else KVSpec(),
             threads=_threads(threads) if threads else "auto",
             stream_buffer_bytes=members["stream_buffer"].size() if "stream_buffer" in members else 0,
             stream_from_tokens=_stream_from(members.get("stream_from")),
@@ -142,11 +143,13 @@ def _stream_from(field: Field | None) -> int:
     return STREAM_FROM_TOKENS if field is None else field.integer(STREAM_FROM_TOKENS, MAX_COUNT)
 
 
-def _kv(field: Field) -> KVSpec:
+def _kv(field: Field, device: str) -> KVSpec:
     members = field.members(("dtype", "device_blocks", "host_blocks", "disk_blocks"))
     dtype, device_blocks = members.get("dtype"), members.get("device_blocks")
+    if dtype is not None and not is_processor(device) and not dtype.is_null() and dtype.choice(KV_TYPES) == "int8":
+        dtype.fail(f"int8 keys and values are for processors, not {device}; leave dtype out")
     return KVSpec(
-        dtype=None if dtype is None or dtype.is_null() else cast(Any, dtype.choice(tuple(VALUE_BYTES))),
+        dtype=None if dtype is None or dtype.is_null() else cast(Any, dtype.choice(KV_TYPES)),
         device_blocks=None if device_blocks is None or device_blocks.is_null() else device_blocks.integer(1, MAX_COUNT),
         host_blocks=members["host_blocks"].integer(0, MAX_COUNT) if "host_blocks" in members else 0,
         disk_blocks=members["disk_blocks"].integer(0, MAX_COUNT) if "disk_blocks" in members else 0,

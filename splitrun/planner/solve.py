@@ -15,7 +15,7 @@ from splitrun.planner.alike import MAX_SUBSETS, classes_of, subsets
 from splitrun.planner.cost import estimate, steps
 from splitrun.planner.facts import FORMATS, VALUE_BYTES, Cluster, Device, ModelProfile, Workload
 from splitrun.planner.many import fastest_of_many
-from splitrun.planner.memory import compute_dtype
+from splitrun.planner.memory import kv_dtype_on
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
 from splitrun.planner.problem import Split, used_devices
 from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss
@@ -208,7 +208,7 @@ def build_placement(profile: ModelProfile, devices: Sequence[Device], workload: 
 
     def stage(number: int, start: int, stop: int, embed: bool = False, head: bool = False) -> StageSpec:
         device, weights = devices[number], FORMATS[split.formats[number]]
-        kv = KVSpec(dtype=compute_dtype(device, weights))
+        kv = KVSpec(dtype=kv_dtype_on(device, weights))
         return StageSpec(device.name, embed, (start, stop), head, weights, kv)
 
     stages = [stage(*run) for run in split.runs]

@@ -115,7 +115,8 @@ def first_token_gain_s(profile: ModelProfile, cluster: Cluster, placement: Place
 def _taken(profile: ModelProfile, cluster: Cluster, card: Device, stage: StageSpec, workload: Workload) -> bool:
     """Whether the card's kernels compute prompts of the stage's layers, in the type that the processor computes in."""
     types = {compute_dtype(device, stage.weights) for device in (card, cluster.device(stage.device))}
-    return profile.model_type in MODEL_TYPES and streams(stage, workload) and len(types) == 1
+    plain = stage.kv.dtype != "int8"
+    return profile.model_type in MODEL_TYPES and streams(stage, workload) and len(types) == 1 and plain
 
 
 def _resident_s(profile: ModelProfile, cluster: Cluster, stage: StageSpec, workload: Workload) -> float:

@@ -23,8 +23,8 @@ from splitrun.planner.memory import (
     MARGIN_SHARE,
     UnitMemory,
     allocator_bytes,
-    compute_dtype,
     device_memory,
+    kv_dtype_on,
     margin_bytes,
     pool_budgets,
     unit_memory,
@@ -65,7 +65,7 @@ def build_tables(
 
 
 def _choice(profile: ModelProfile, device: Device, workload: Workload, weights: str) -> Choice:
-    layers, dtype = profile.layers, compute_dtype(device, weights)
+    layers, dtype = profile.layers, kv_dtype_on(device, weights)
     units = range(layers + 2)
     seconds = _each([unit_s(profile, unit, device, weights, workload, dtype) for unit in units])
     prefill, rows = workload.objective == "first-token", objective_rows(workload)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from splitrun.kernels.cpu.arena import ARENA
+from splitrun.kernels.int8_kv import dequantize_kv, quantize_kv
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,12 @@ class BlockView:
 
 
 class BlockStore:
-    """K and V of one layer."""
+    """K and V of one layer.
+
+    scales   of K and of V, where they are stored in int8. Shape: fp32 (blocks, heads, block tokens)
+    """
+
+    scales: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -78,25 +84,78 @@ class BlockStore:
 
         Shape: (rows, heads, count, width) -> (rows, heads, past + count, width), padding (zeros) on the left.
         """
-        return self._append(self.keys, view, keys), self._append(self.values, view, values)
+        return _append(self.keys, view, keys), _append(self.values, view, values)
 
-    @staticmethod
-    def _append(pool: Tensor, view: BlockView, new: Tensor) -> Tensor:
-        rows, heads, count, width = new.shape
-        pool[view.blocks, :, view.offsets] = new.transpose(1, 2).reshape(rows * count, heads, width).to(pool.dtype)
-        if view.past == 0:
-            return new
-        # whole blocks are copied in place; what of the first and last is not wanted falls into a block's room on
-        # either side or is overwritten by the new tokens
-        room = pool.shape[2]
-        whole = new.new_zeros((rows, heads, room + view.past + count + room, width))
-        for row, (length, table, skip) in enumerate(zip(view.lengths, view.tables, view.skips, strict=True)):
-            if length:
-                start = room + view.past - length - skip
-                target = whole[row, :, start : start + len(table) * room].unflatten(1, (len(table), room))
-                target.copy_(pool[table].transpose(0, 1))
-        whole[:, :, room + view.past : room + view.past + count] = new
-        return whole[:, :, room : room + view.past + count]
+
+class Int8BlockStore(BlockStore):
+    """K and V of one layer in int8, with a scale for each head's of a token. A row of `read` is bytes."""
+
+    def __init__(
+        self, blocks: int, block_tokens: int, key: tuple[int, int], value: tuple[int, int], device: torch.device
+    ) -> None:
+        super().__init__(blocks, block_tokens, key, value, torch.int8, device)
+        key_scales, value_scales = (
+            _zeros((blocks, heads, block_tokens, 1), torch.float32, device).squeeze(-1) for heads in (key[0], value[0])
+        )
+        self.scales = key_scales, value_scales
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return super().nbytes + sum(scales.nbytes for scales in self._scales)
+
+    @property
+    def width(self) -> int:
+        """Bytes of K and V of one token."""
+        return super().width + sum(scales.shape[1] * scales.element_size() for scales in self._scales)
+
+    def read(self, blocks: Tensor, offsets: Tensor) -> list[Tensor]:
+        """K and V of the tokens at these places. Shape: four times int8 (tokens, bytes)."""
+        scales = [each[blocks, :, offsets].view(torch.int8) for each in self._scales]
+        return super().read(blocks, offsets) + scales
+
+    def write(self, blocks: Tensor, offsets: Tensor, rows: Tensor) -> None:
+        """Put K and V of tokens, side by side as ``read`` gives them, at these places. Modifies the blocks."""
+        start = super().width
+        super().write(blocks, offsets, rows[:, :start])
+        for scales in self._scales:
+            stop = start + 4 * scales.shape[1]
+            scales[blocks, :, offsets] = rows[:, start:stop].contiguous().view(torch.float32)
+            start = stop
+
+    def append(self, view: BlockView, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As `BlockStore.append`; what is returned has the values that are stored, of new tokens too."""
+        found = []
+        for pool, scales, new in zip((self.keys, self.values), self._scales, (keys, values), strict=True):
+            codes, own = quantize_kv(new)
+            history = _append(pool, view, codes)
+            factors = _append(scales.unsqueeze(-1), view, own.unsqueeze(-1)).squeeze(-1)
+            found.append(dequantize_kv(history, factors, new.dtype))
+        return found[0], found[1]
+
+    @property
+    def _scales(self) -> tuple[Tensor, Tensor]:
+        assert self.scales is not None
+        return self.scales
+
+
+def _append(pool: Tensor, view: BlockView, new: Tensor) -> Tensor:
+    """Write new values to a pool and return them behind their history, in their own type."""
+    rows, heads, count, width = new.shape
+    pool[view.blocks, :, view.offsets] = new.transpose(1, 2).reshape(rows * count, heads, width).to(pool.dtype)
+    if view.past == 0:
+        return new
+    # whole blocks are copied in place; what of the first and last is not wanted falls into a block's room on
+    # either side or is overwritten by the new tokens
+    room = pool.shape[2]
+    whole = new.new_zeros((rows, heads, room + view.past + count + room, width))
+    for row, (length, table, skip) in enumerate(zip(view.lengths, view.tables, view.skips, strict=True)):
+        if length:
+            start = room + view.past - length - skip
+            target = whole[row, :, start : start + len(table) * room].unflatten(1, (len(table), room))
+            target.copy_(pool[table].transpose(0, 1))
+    whole[:, :, room + view.past : room + view.past + count] = new
+    return whole[:, :, room : room + view.past + count]
 
 
 def _zeros(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

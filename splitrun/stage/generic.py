@@ -104,6 +104,8 @@ class RangeStage(ABC):
         """Raise what ``restore`` would raise. Any thread."""
         if rows.ndim != 2 or rows.shape[1] != self.kv_width:
             raise ValueError(f"a row has {rows.shape[-1]} values, the stage keeps {self.kv_width}")
+        if any((store.keys.dtype == torch.int8) != (rows.dtype == torch.int8) for store in self._stores.values()):
+            raise ValueError(f"KV of {rows.dtype} is not what the stage keeps")
         for index, store in self._stores.items():
             table = tables.get(self._group_of(index), ())
             if len(table) * self.rules.block_tokens < start + rows.shape[0]:

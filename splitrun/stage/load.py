@@ -17,7 +17,7 @@ from splitrun.model.skeleton import DTYPES
 from splitrun.model.structure import ModelStructure
 from splitrun.planner.placement import STREAM_FROM_TOKENS
 from splitrun.stage.batch import FREE, BatchRules, Traits
-from splitrun.stage.blocks import BlockStore, StateStore
+from splitrun.stage.blocks import BlockStore, Int8BlockStore, StateStore
 from splitrun.stage.cache import BlockCache
 from splitrun.stage.fused import fuse
 from splitrun.stage.generic import GenericStage, RangeStage
@@ -92,13 +92,17 @@ def _has_gpu_kernels(size: StageSize) -> bool:
 def _storage(
     structure: ModelStructure, cut: CutRange, size: StageSize
 ) -> tuple[dict[int, BlockStore], dict[int, StateStore]]:
-    stores, states = {}, {}
+    stores: dict[int, BlockStore] = {}
+    states: dict[int, StateStore] = {}
     for index in range(cut.start, cut.stop):
         kept = structure.caches[index]
         if kept.group is not None and kept.key is not None and kept.value is not None:
             blocks = size.blocks[kept.group.name]
-            dtype, device = DTYPES[size.kv_dtype], torch.device(size.device)
-            stores[index] = BlockStore(blocks, size.block_tokens, kept.key, kept.value, dtype, device)
+            sizes, device = (blocks, size.block_tokens, kept.key, kept.value), torch.device(size.device)
+            if size.kv_dtype == "int8":
+                stores[index] = Int8BlockStore(*sizes, device)
+            else:
+                stores[index] = BlockStore(*sizes, DTYPES[size.kv_dtype], device)
         if kept.states:
             states[index] = StateStore(size.slots, kept.states, DTYPES[size.dtype], torch.device(size.device))
     return stores, states

@@ -40,6 +40,7 @@ def layer_parts(layer: nn.Module, store: BlockStore, window: int | None) -> Laye
         float(epsilons.pop()),
         attention.scaling,
         rotary=_rotary_width(attention, store.keys.shape[-1]),
+        kv_scales=store.scales,
         residual=float(getattr(layer, "residual_multiplier", 1.0)),
     )
 

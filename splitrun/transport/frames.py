@@ -31,7 +31,7 @@ MAX_BODY_BYTES = 1 << 30
 MAX_NUMBERS = 1 << 24
 _MAGIC = b"SPLS"
 _HEADER = struct.Struct("<4sBBHQQQQIIIIIB3x")
-_DTYPES: tuple[torch.dtype | None, ...] = (None, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES: tuple[torch.dtype | None, ...] = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 Part = bytes | memoryview
 

@@ -70,8 +70,11 @@ def build(weights: str, kv_dtype: str, layers: int, context: int, rows: int) -> 
     stage = load_stage(config, structure, CutRange(True, 0, layers, True), size, lambda model: fill(model, weights))
     noise = torch.randn(1 << 16)
     for store in stage._stores.values():
+        for scales in store.scales or ():
+            scales.fill_(0.02)
         for pool in (store.keys, store.values):
-            repeated = noise.to(pool.dtype).repeat(-(-pool.numel() // noise.numel()))
+            size = 40 if pool.dtype == torch.int8 else 1
+            repeated = (noise * size).to(pool.dtype).repeat(-(-pool.numel() // noise.numel()))
             pool.copy_(repeated[: pool.numel()].view_as(pool))
     return stage
 

@@ -52,6 +52,14 @@ def test_preemption_loses_no_token(engine: splitrun.Engine) -> None:
     assert [completion.token_ids for completion in completions] == expected
 
 
+@pytest.mark.parametrize("weights", ["fp32", "nf4"])
+def test_int8_keys_and_values_answer_the_same(weights: str) -> None:
+    """By the layers' own code and by the kernels, with sequences thrown out and computed again."""
+    with splitrun.Engine(demo_placement(weights=weights, blocks=6, kv_dtype="int8")) as engine:
+        completions = engine.generate([chat(engine, question) for question in QUESTIONS], greedy())
+    assert tuple(completion.text for completion in completions) == ANSWERS
+
+
 def test_the_same_seed_gives_the_same_text_in_any_company(engine: splitrun.Engine) -> None:
     sampled = splitrun.SamplingParams(max_tokens=20, temperature=6.0, seed=11, ignore_eos=True)
     prompts = [chat(engine, question) for question in QUESTIONS]

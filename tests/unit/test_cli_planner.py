@@ -58,6 +58,14 @@ def test_what_if_adds_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "3 sessions of 512 tokens · planned for throughput" in capsys.readouterr().out
 
 
+def test_int8_keys_and_values_take_less(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = []
+    for words in ([], ["--kv", "int8"]):
+        assert main(["what-if", "demo", *MACHINE, "--context", "4096", "--json", *words]) == 0
+        stages += json.loads(capsys.readouterr().out)["stages"]
+    assert [stage["kv"]["dtype"] for stage in stages] == ["bf16", "int8"]
+
+
 def test_what_if_warns_of_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["what-if", "demo", *MACHINE, "--add", "UHD 630", "--weights", "int8"]) == 0
     assert "torch does not compute on it" in capsys.readouterr().out
@@ -76,6 +84,7 @@ def test_what_if_warns_of_what_cannot_run(capsys: pytest.CaptureFixture[str]) ->
         (["what-if", "demo", *MACHINE, "--memory", "cpu=1MiB"], "demo does not fit"),
         (["what-if", "demo", *MACHINE, "--quality", "good"], "--quality good is neither a weight format"),
         (["what-if", "demo", *MACHINE, "--context", "9999999"], "context 9999999 is longer than"),
+        (["what-if", "demo", *MACHINE, "--add", "GTX 1060 3GB", "--drop", "cpu", "--kv", "int8"], "--kv int8 is for"),
         (["what-if", "nothere.yaml", *MACHINE], "no such file"),
         (["plan", "demo", "--facts", "nothere.json"], "no such file; make one with: splitrun profile MODEL --facts"),
         (["plan", "demo", "--facts", "x.json", "--no-cache"], "--no-cache measures this machine and --facts"),

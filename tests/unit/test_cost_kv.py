@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from splitrun.planner.facts import KVGroup, UnitProfile, Workload
@@ -73,6 +75,9 @@ def test_bytes() -> None:
     groups = (FULL, sliding, STATE)
     assert unit_kv_bytes(unit, groups, workload, "bf16") == (10 * 8 + 3 * 6) * 16 * 2
     assert unit_kv_bytes(unit, groups, workload, "fp32", device_blocks=5) == (10 * 5 + 3 * 5) * 16 * 4
+    heads = replace(unit, kv_heads=2)  # a scale of four bytes for each
+    assert unit_kv_bytes(heads, groups, workload, "int8") == ((10 + 8) * 8 + (3 + 8) * 6) * 16
+    assert history_bytes(heads, groups, 40, "int8") == (10 + 8) * 40 + (3 + 8) * 16 + 2 * 7
     assert unit_state_bytes(unit, workload) == 14
     assert gathered_kv_bytes(unit, groups, workload, "bf16") == (10 * 64 + 3 * 48) * 2 * 2
     assert history_bytes(unit, groups, 40, "bf16") == (10 * 40 + 3 * 16) * 2 + 2 * 7

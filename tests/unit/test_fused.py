@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from splitrun.kernels.cpu import many
 from splitrun.kernels.formats import quantize
+from splitrun.kernels.int8_kv import quantize_kv
 from splitrun.kernels.weight import install
 from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.structure import ModelStructure, inspect
@@ -103,6 +104,8 @@ def make(
     blocks: int = BLOCKS,
     prompt_card: Any = None,
     prompt_tokens: int = STREAM_FROM_TOKENS,
+    head: bool = False,
+    kv: str | None = None,
 ) -> tuple[Run, list[bool]]:
     """A stage of embedding and layers with random weights, and which layers have the kernel."""
     inner = {"intermediate_size": 192 if format == "nf4" else 212}
@@ -123,8 +126,8 @@ def make(
         return 0
 
     pools = {group.name: blocks * 3 for group in structure.groups}
-    size = StageSize("cpu", dtype, dtype, pools, BLOCK_TOKENS, 3)
-    cut = CutRange(True, 0, LAYERS, False)
+    size = StageSize("cpu", dtype, kv or dtype, pools, BLOCK_TOKENS, 3)
+    cut = CutRange(True, 0, LAYERS, head)
     stage = load_stage(config, structure, cut, size, fill, prompt_card=prompt_card, prompt_tokens=prompt_tokens)
     taken = [isinstance(stage.model._inner[index].forward, fused._Forward) for index in range(LAYERS)]
     return Run(stage, structure, {}, blocks), taken
@@ -167,19 +170,19 @@ def test_as_the_layers_own_code(name: str, format: str, dtype: str, monkeypatch:
             assert ((mine.double() - theirs.double()).norm() / theirs.double().norm()).item() < 0.06
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_token_depends_on_its_history_alone(name: str) -> None:
+@pytest.mark.parametrize(("name", "kv"), [*((name, None) for name in MODELS), ("qwen2", "int8"), ("mistral", "int8")])
+def test_a_token_depends_on_its_history_alone(name: str, kv: str | None) -> None:
     """Alone, in groups, beside others and on more threads: the same bits."""
     ids, other, third = tokens(30), tokens(30, 4), tokens(30, 5)
-    alone, taken = make(name, MODELS[name])
+    alone, taken = make(name, MODELS[name], kv=kv)
     assert all(taken)
     expected = torch.cat([alone.feed({0: [token]})[0] for token in ids])
     for size in (2, 5, 16):
-        run, _ = make(name, MODELS[name])
+        run, _ = make(name, MODELS[name], kv=kv)
         found = [run.feed({0: ids[start : start + size]})[0] for start in range(0, len(ids), size)]
         assert torch.equal(torch.cat(found), expected), size
     torch.set_num_threads(3)
-    run, _ = make(name, MODELS[name])
+    run, _ = make(name, MODELS[name], kv=kv)
     run.feed({1: other[:5], 2: third[:5]})
     found = []
     for start in range(0, 30, 5):  # up to 3 x 5 tokens in a call, sequences at other positions
@@ -187,6 +190,48 @@ def test_a_token_depends_on_its_history_alone(name: str) -> None:
         rows = {2: third[part], 0: ids[part], 1: other[part]} if start < 25 else {0: ids[part]}
         found.append(run.feed(rows)[0])
     assert torch.equal(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral"])
+def test_int8_keys_and_values_are_those_of_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel stores is to the bit what quantizing gives of what it stores in float32; what it computes is as
+    near to that as the layers' own code over the same definition, a prompt first, then groups and single tokens."""
+    ids, parts = tokens(40), ((0, 18), (18, 19), (19, 24), (24, 39), (39, 40))
+    one, exact = (make(name, MODELS[name], kv=kv)[0] for kv in ("int8", "fp32"))
+    one.feed({0: ids[:16]})
+    exact.feed({0: ids[:16]})
+    mine, wide = one.stage._stores[0], exact.stage._stores[0]
+    assert mine.scales is not None
+    for codes, scales, pool in zip((mine.keys, mine.values), mine.scales, (wide.keys, wide.values), strict=True):
+        expected = quantize_kv(pool)
+        assert torch.equal(codes, expected[0])
+        assert torch.equal(scales, expected[1])
+    run, taken = make(name, MODELS[name], kv="int8")
+    assert all(taken)
+    reference = generic(monkeypatch, name, MODELS[name], "nf4", "bf16", BLOCKS, None, STREAM_FROM_TOKENS, False, "int8")
+    wanted = make(name, MODELS[name], "nf4", "fp32")[0]
+    errors = []
+    for start, stop in parts:
+        found, own, right = (stage.feed({0: ids[start:stop]})[0].double() for stage in (run, reference, wanted))
+        errors.append([((result - right).norm() / right.norm()).item() for result in (found, own)])
+    fused_error, own_error = torch.tensor(errors).mean(0).tolist()
+    assert fused_error < 0.06
+    assert fused_error < 1.25 * own_error
+
+
+def test_int8_rows_go_out_and_come_back() -> None:
+    run, _ = make("qwen2", MODELS["qwen2"], kv="int8")
+    run.feed({0: tokens(10)})
+    tables = {"full": list(range(3))}
+    rows = run.stage.export(tables, 0, 10)
+    assert rows.shape == (10, LAYERS * 2 * 2 * (16 + 4)) == (10, run.stage.kv_width)
+    assert run.stage.kv_bytes == 3 * BLOCKS * BLOCK_TOKENS * run.stage.kv_width
+    other, _ = make("qwen2", MODELS["qwen2"], kv="int8")
+    other.stage.restore(tables, 0, rows)
+    other.lengths[0] = 10
+    assert torch.equal(other.feed({0: [7]})[0], run.feed({0: [7]})[0])
+    with pytest.raises(ValueError, match="is not what the stage keeps"):
+        other.stage.restore(tables, 0, rows.bfloat16())
 
 
 @pytest.mark.parametrize("name", ["qwen2", "granite", "mistral"])
@@ -206,7 +251,7 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(name: str, monkeypatch
 
 @pytest.mark.parametrize(("dtype", "taken"), [("bf16", True), ("fp32", False)])
 def test_the_norm_before_the_head_is_the_kernels(dtype: str, taken: bool) -> None:
-    run, _ = make("qwen2", MODELS["qwen2"], "nf4", dtype)
+    run, _ = make("qwen2", MODELS["qwen2"], "nf4", dtype, head=True)
     assert isinstance(run.stage.model.skeleton.base.norm.forward, fused._Norm) is taken
 
 

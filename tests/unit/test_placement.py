@@ -95,6 +95,8 @@ def test_what_is_no_device(name: str) -> None:
         {"stream_buffer_bytes": -1},
         {"stream_buffer_bytes": 1 << 60},
         {"stream_from_tokens": 16},
+        {"device": "cuda:0", "kv": KVSpec("int8")},
+        {"device": "node/cuda:0", "kv": KVSpec("int8")},
     ],
 )
 def test_impossible_stages(change: dict[str, Any]) -> None:
@@ -104,7 +106,7 @@ def test_impossible_stages(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"dtype": "int8"}, {"device_blocks": 0}, {"host_blocks": -1}, {"disk_blocks": 1 << 30}]
+    "change", [{"dtype": "int4"}, {"device_blocks": 0}, {"host_blocks": -1}, {"disk_blocks": 1 << 30}]
 )
 def test_impossible_kv(change: dict[str, Any]) -> None:
     with pytest.raises(InvalidPlacement, match="is not allowed"):

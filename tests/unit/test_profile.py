@@ -58,7 +58,7 @@ def test_units_of_a_dense_model() -> None:
     assert layer.flops_per_token == 2 * values
     assert layer.read_bytes == layer.weight_bytes
     assert layer.weight_bytes["bf16"] == 2 * (values + 2 * 64)
-    assert layer.kv_values_per_token == {"full": 2 * 2 * 16}
+    assert (layer.kv_values_per_token, layer.kv_heads) == ({"full": 2 * 2 * 16}, 2 * 2)
     assert layer.largest_weight_values == 128 * 64
     assert layer.activation_values_per_token == 3 * 128
     assert head.read_bytes["bf16"] == 2 * (table + 64)

@@ -86,6 +86,20 @@ def test_formats_may_differ_between_devices() -> None:
     assert {stage.device: stage.weights for stage in placement.stages} == {"cuda:0": "nf4", "cpu": "int8"}
 
 
+def test_int8_keys_and_values_where_a_device_asks_for_them() -> None:
+    """Their bytes are counted, and a card beside it keeps its own type."""
+    profile = model(layers=8, values=20 * MIB, kv=16384)
+    profile = replace(profile, units=tuple(replace(unit, kv_heads=16) for unit in profile.units))
+    for kept, token_bytes in ((None, 16384 * 2), ("int8", 16384 + 16 * 4)):
+        cluster = Cluster((device(kv_dtype=kept),))
+        placement = solve(profile, cluster, Workload(), "bf16")
+        assert placement.stages[0].kv.dtype == (kept or "bf16")
+        assert placement_memory(profile, cluster, placement)[0].kv_bytes == 8 * token_bytes * 4096
+    cluster = Cluster((device(kv_dtype="int8"), device("cuda:0", budget=2 * GIB, bandwidth=300e9)))
+    stages = solve(profile, cluster, Workload(), "bf16").stages
+    assert {(stage.device, stage.kv.dtype) for stage in stages} == {("cpu", "int8"), ("cuda:0", "bf16")}
+
+
 @pytest.mark.parametrize("quality", ["", "best", "1.5", "-1", "nan"])
 def test_qualities_refused(quality: str) -> None:
     with pytest.raises(InvalidPlacement, match="is neither a weight format"):

@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_not_sent() -> None:
         Frame(Kind.BEAT, 2**64),
         Frame(Kind.BEAT, 1, integers=[2**31]),
         Frame(Kind.BEAT, 1, control={"x": float("nan")}),
-        Frame(Kind.BEAT, 1, body=torch.zeros(2, 2, dtype=torch.int8)),
+        Frame(Kind.BEAT, 1, body=torch.zeros(2, 2, dtype=torch.int16)),
         Frame(Kind.BEAT, 1, body=torch.zeros(2)),
     ):
         with pytest.raises(MalformedMessage):

@@ -110,10 +110,10 @@ def test_facts_survive_the_file(tmp_path: Path) -> None:
 
 
 def broken(change: str) -> Any:
-    content: Any = {"version": 1, **json.loads(json.dumps(_plain()))}
+    content: Any = {"version": 2, **json.loads(json.dumps(_plain()))}
     unit = content["profile"]["units"][0]
     changes: dict[str, Any] = {
-        "version": lambda: content.update(version=2),
+        "version": lambda: content.update(version=1),
         "no version": lambda: content.pop("version"),
         "unknown": lambda: content["cluster"].update(colour=1),
         "missing": lambda: unit.pop("weight_bytes"),
@@ -136,7 +136,7 @@ def _plain() -> Any:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ("version", "version 2 is not this splitrun's version 1; make it again with: splitrun profile MODEL --facts"),
+        ("version", "version 1 is not this splitrun's version 2; make it again with: splitrun profile MODEL --facts"),
         ("no version", "not a facts file: it has no version"),
         ("unknown", "cluster.colour is unknown"),
         ("missing", r"profile.units\[0\].weight_bytes is missing"),

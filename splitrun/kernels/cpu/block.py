@@ -24,6 +24,7 @@ from splitrun.kernels.cpu.tiled import TiledWeight
 
 LANES = 16
 MOST_WIDTH = 512
+KV_DTYPES = {**DTYPES, torch.int8: 3}
 MOST_GROUP_HEADS = 64
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 VECTORS = (
@@ -57,7 +58,8 @@ class LayerParts:
 
     weights  MATRICES -> weight, all of one format and dtype
     vectors  VECTORS -> tensor of that dtype; absent: the layer has none
-    keys, values  Shape: (blocks, KV heads, block tokens, width)
+    keys, values  Shape: (blocks, KV heads, block tokens, width); int8 with ``kv_scales``, of each (blocks, KV heads,
+             block tokens)
     window   tokens that a token sees, itself included; None: all
     scale    what scores are multiplied with
     rotary   how many of a head's values are rotated; None: all
@@ -73,6 +75,7 @@ class LayerParts:
     scale: float
     rotary: int | None = None
     residual: float = 1.0
+    kv_scales: tuple[Tensor, Tensor] | None = None
 
     @property
     def rotated(self) -> int:
@@ -104,7 +107,10 @@ class LayerParts:
         for name, vector in self.vectors.items():
             if vector.dtype != weights["query"].dtype or tuple(vector.shape) != (lengths.get(name, hidden),):
                 return f"{name} has another type or length"
-        if self.keys.dtype not in DTYPES or not (self.keys.is_contiguous() and self.values.is_contiguous()):
+        stored = (self.keys, self.values, *(self.kv_scales or ()))
+        if (self.keys.dtype == torch.int8) != (self.kv_scales is not None):
+            return "int8 keys and values go with scales"
+        if self.keys.dtype not in KV_DTYPES or not all(tensor.is_contiguous() for tensor in stored):
             return "the KV blocks are stored otherwise"
         return None
 
@@ -148,8 +154,8 @@ class BlockKernel:
             *(parts.vectors[name].data_ptr() if name in parts.vectors else None for name in VECTORS),
             parts.keys.data_ptr(),
             parts.values.data_ptr(),
-            None,
-            None,
+            *(scales.data_ptr() for scales in parts.kv_scales or ()),
+            *(() if parts.kv_scales else (None, None)),
             parts.keys.shape[2],
             parts.window or 0,
             query.shape[0] // width,
@@ -157,7 +163,7 @@ class BlockKernel:
             width,
             parts.rotated,
             DTYPES[query.dtype],
-            DTYPES[parts.keys.dtype],
+            KV_DTYPES[parts.keys.dtype],
             parts.epsilon,
             parts.scale,
             parts.residual,
