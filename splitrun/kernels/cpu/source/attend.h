@@ -89,7 +89,7 @@ ALWAYS_INLINE void score_keys(const struct view *view, const int dtype, const in
 #define SCORE(heads) \
     score_strip(view, dtype, heads, stretch, start + key, (const float *)query + head * width, quarters_of[0] + key / KEY_STRIP)
 #define DOTS(heads) \
-    dot_strip(view, heads, stretch, start + key, (const uint16_t *)query + head * width, quarters_of[0] + key / KEY_STRIP)
+    dot_strip(view, dtype, heads, stretch, start + key, (const uint16_t *)query + head * width, quarters_of[0] + key / KEY_STRIP)
 #ifdef __AVX512BF16__
             if (dots) {
                 FOR_HEADS(at_once, DOTS)
@@ -162,7 +162,7 @@ ALWAYS_INLINE void add_columns(const struct view *view, const int dtype, const i
         at_once = heads_at_once(view->heads - head);
         float *own = out + head * view->width + column;
 #define ADD(heads) add_values(view, dtype, heads, parts, stretch, column, shrink + head, weights + head, own)
-#define DOTS(heads) dot_values(view, heads, parts, stretch, column, shrink + head, weights + head, own)
+#define DOTS(heads) dot_values(view, dtype, heads, parts, stretch, column, shrink + head, weights + head, own)
 #ifdef __AVX512BF16__
         if (dots) {
             FOR_HEADS(at_once, DOTS)
@@ -225,10 +225,13 @@ ALWAYS_INLINE void attend_as(const struct view *view, const int dtype, const int
 
 static void attend(const struct view *view, const float *query, float *out, float *largest, float *total) {
 #ifdef __AVX512BF16__
-    if (view->dtype == BF16 && view->width % PAIRS == 0) {
+    if ((view->dtype == BF16 || view->dtype == INT8_KV) && view->width % PAIRS == 0) {
         uint16_t rounded[MOST_HEADS * MOST_WIDTH];
         store_values(query, BF16, 0, view->heads * view->width, rounded);
-        attend_as(view, BF16, 1, rounded, out, largest, total);
+        if (view->dtype == BF16)
+            attend_as(view, BF16, 1, rounded, out, largest, total);
+        else
+            attend_as(view, INT8_KV, 1, rounded, out, largest, total);
         return;
     }
 #endif

@@ -11,8 +11,8 @@
  * Arithmetic is the same at every level, to the bit: integer sums over 64 columns, then fp32 products and sums in the
  * order of the groups, without fused multiply-add (the build says -ffp-contract=off); for 16-bit floats 16 partial sums
  * along a row. A row's result therefore depends neither on the level, nor on the threads, nor on the other rows. One
- * exception: avx512dots multiplies bf16 matrices with activations rounded to bf16, and attends to bf16 keys and values
- * with queries and weights rounded so, in fp32 sums of its own; there too a row's bits depend on that row alone.
+ * exception: avx512dots multiplies bf16 matrices with activations rounded to bf16, and attends to bf16 and int8 keys and
+ * values with queries and weights rounded so, in fp32 sums of its own; there too a row's bits depend on that row alone.
  * Nothing here knows models or Python.
  */
 #ifndef SPLITRUN_KERNELS_H
