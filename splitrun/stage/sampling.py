@@ -83,10 +83,10 @@ def _sample_group(logits: Tensor, rows: Sequence[RowSampling], top: int) -> Tens
         _add_bias(adjusted, rows)
         _penalize_repetition(adjusted, rows)
         _penalize_output(adjusted, rows)
-    chosen = adjusted.argmax(dim=-1)
-    if any(row.params.temperature > 0.0 for row in rows):
-        greedy = torch.tensor([row.params.temperature == 0.0 for row in rows], device=logits.device)
-        chosen = torch.where(greedy, chosen, draw(adjusted, rows))
+    greedy = [row.params.temperature == 0.0 for row in rows]
+    chosen = adjusted.argmax(dim=-1) if any(greedy) else draw(adjusted, rows)
+    if any(greedy) and not all(greedy):
+        chosen = torch.where(torch.tensor(greedy, device=logits.device), chosen, draw(adjusted, rows))
     return _pack(logits, chosen, top, wanted=any(row.params.logprobs is not None for row in rows))
 
 
