@@ -61,9 +61,13 @@ def engine_cost(kept: Cache, card: str | None = None) -> EngineCost:
         alone, two = (median(_beside_stages(stages) for _ in range(ROUNDS)) for stages in (1, 2))
         own = process_bytes(None)
         both = process_bytes(card) if card else own
-        return dict(
-            zip(FIGURES, (alone, max(0.0, two - alone), own.host, both.host - own.host, both.context), strict=True)
-        )
+        return {
+            "step_s": alone,
+            "hop_s": max(0.0, two - alone),
+            "process_bytes": own.host,
+            "card_process_bytes": both.host - own.host,
+            "card_context_bytes": both.context,
+        }
 
     return cost_of(kept.get_or_measure(cost_key(card), FIGURES, measure))
 

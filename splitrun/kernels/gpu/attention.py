@@ -61,33 +61,35 @@ def _history(
 
 
 @triton.jit
+def _own_token(
+    source, key_norm, keys, values, block, query_first, query_second, cosine, sine, kv_head, kv_heads, heads, length,
+    block_tokens, width, scaling, epsilon, NORMED: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Write the new token's key and value to ``block``. Returns its scores and its value. Shape: (GROUP_ROWS,),
+    (WIDTH,)."""
+    kv_type: tl.constexpr = keys.dtype.element_ty
+    half = width // 2
+    lane, wide = tl.arange(0, HALF), tl.arange(0, WIDTH)
+    own = source + (heads + kv_head) * width
+    first, second = head_halves(own, key_norm, lane[None, :], (lane < half)[None, :], half, width, epsilon, NORMED, 1)
+    first, second = turned(first, second, cosine[None, :], sine[None, :], query_first.dtype)
+    first, second = first.to(kv_type), second.to(kv_type)
+    value = tl.load(source + (heads + kv_heads + kv_head) * width + wide, mask=wide < width, other=0.0).to(kv_type)
+    place = ((block * kv_heads + kv_head) * block_tokens + length % block_tokens) * width
+    tl.store(keys + place + lane[None, :], first, mask=(lane < half)[None, :])
+    tl.store(keys + place + half + lane[None, :], second, mask=(lane < half)[None, :])
+    tl.store(values + place + wide, value, mask=wide < width)
+    products = query_first.to(tl.float32) * first.to(tl.float32)
+    products += query_second.to(tl.float32) * second.to(tl.float32)
+    return tl.sum(products, axis=1) * scaling, value.to(tl.float32)
+
+
+@triton.jit
 def _decode(
-    projected,
-    cosines,
-    sines,
-    query_norm,
-    key_norm,
-    keys,
-    values,
-    tables,
-    lengths,
-    sums,
-    marks,
-    blocks,
-    block_tokens,
-    kv_heads,
-    width,
-    window,
-    scaling,
-    epsilon,
-    NORMED: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    HALF: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    projected, cosines, sines, query_norm, key_norm, keys, values, tables, lengths, sums, marks, blocks, block_tokens,
+    kv_heads, width, window, scaling, epsilon, NORMED: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     """One part of the history of one row, for the query heads of one KV head.
 
     sums   fp32 (rows, kv_heads, PARTS, GROUP_ROWS, WIDTH): values weighted by exp(score - maximum)
@@ -98,7 +100,6 @@ def _decode(
     length = tl.load(lengths + row)
     if length < 0:
         return
-    kv_type: tl.constexpr = keys.dtype.element_ty
     type: tl.constexpr = projected.dtype.element_ty
     half = width // 2
     heads = kv_heads * GROUP
@@ -127,25 +128,15 @@ def _decode(
         begin, end, first_token, length, block_tokens, width, scaling, GROUP_ROWS, HALF, WIDTH, TILE
     )  # fmt: skip
     if end == first_tile + tiles:
-        own = source + (heads + kv_head) * width
-        key_first, key_second = head_halves(
-            own, key_norm, lane[None, :], (lane < half)[None, :], half, width, epsilon, NORMED, 1
-        )
-        key_first, key_second = turned(key_first, key_second, cosine[None, :], sine[None, :], type)
-        key_first, key_second = key_first.to(kv_type), key_second.to(kv_type)
-        value = tl.load(source + (heads + kv_heads + kv_head) * width + wide, mask=wide < width, other=0.0).to(kv_type)
         block = tl.load(tables + row * blocks + length // block_tokens).to(tl.int64)
-        place = ((block * kv_heads + kv_head) * block_tokens + length % block_tokens) * width
-        tl.store(keys + place + lane[None, :], key_first, mask=(lane < half)[None, :])
-        tl.store(keys + place + half + lane[None, :], key_second, mask=(lane < half)[None, :])
-        tl.store(values + place + wide, value, mask=wide < width)
-        products = query_first.to(tl.float32) * key_first.to(tl.float32)
-        products += query_second.to(tl.float32) * key_second.to(tl.float32)
-        score = tl.sum(products, axis=1) * scaling
+        score, value = _own_token(
+            source, key_norm, keys, values, block, query_first, query_second, cosine, sine, kv_head, kv_heads, heads,
+            length, block_tokens, width, scaling, epsilon, NORMED, HALF, WIDTH
+        )  # fmt: skip
         highest = tl.maximum(maximum, score)
         shrink, weight = tl.exp(maximum - highest), tl.exp(score - highest)
         total = total * shrink + weight
-        weighted = weighted * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+        weighted = weighted * shrink[:, None] + weight[:, None] * value[None, :]
         maximum = highest
     tl.store(marked, maximum)
     tl.store(marked + GROUP_ROWS, total)

@@ -132,32 +132,11 @@ def _finished(
 
 @triton.jit
 def _product(
-    x,
-    codes,
-    scales,
-    other_codes,
-    other_scales,
-    table,
-    bias,
-    residual,
-    out,
-    parts,
-    arrivals,
-    rows,
-    outputs,
-    stride,
-    columns,
-    FORMAT: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    BIASED: tl.constexpr,
-    ADDED: tl.constexpr,
-    GATED: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    TURN: tl.constexpr,
-    SPAN: tl.constexpr,
-    SPANS: tl.constexpr,
-):
+    x, codes, scales, other_codes, other_scales, table, bias, residual, out, parts, arrivals, rows, outputs, stride,
+    columns, FORMAT: tl.constexpr, ASSEMBLY: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
+    GATED: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TURN: tl.constexpr, SPAN: tl.constexpr,
+    SPANS: tl.constexpr
+):  # fmt: skip
     """out = epilogue(x @ weight.T). Shape: x (rows, columns), out (rows, outputs), ``stride`` values from row to row.
 
     GATED: the weight has gates and the other one ups, and out = silu(gate) * up.
