@@ -44,14 +44,14 @@ def lines(now: Mapping[str, Any], before: Mapping[str, Any] | None, seconds: flo
     shown = [
         f"{now['model']}: {state}; {now['running']} running, {now['waiting']} waiting{rate}; epoch {now['epoch']}",
         f"{'stage':>5}  {'node':12} {'device':12} {'units':26} {'ms/step':>8} {'mean':>8} {'queue':>5} {'hop MB':>9} "
-        f"{'restarts':>8}",
+        f"{'kept MB':>8} {'restarts':>8}",
     ]
     for index, stage in enumerate(now["stages"]):
         device = stage["device"].rpartition("/")[2] if stage["node"] else stage["device"]
         shown.append(
             f"{index:>5}  {stage['node'] or 'here':12} {device:12} {stage['units']:26} {stage['last_step_ms']:>8.2f} "
             f"{stage['mean_step_ms']:>8.2f} {stage['queued']:>5} {stage['sent_bytes'] / 1e6:>9.2f} "
-            f"{stage['restarts']:>8}"
+            f"{stage['kept_bytes'] / 1e6:>8.1f} {stage['restarts']:>8}"
         )
     return shown
 

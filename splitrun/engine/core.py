@@ -132,8 +132,9 @@ class EngineCore:
                     restarts=clock.restarts,
                     queued=clock.queued,
                     sent_bytes=clock.sent_bytes,
+                    kept_bytes=self._pipeline.kept_bytes(index),
                 )
-                for stage, clock in zip(self._line.stages, self._pipeline.clocks, strict=True)
+                for index, (stage, clock) in enumerate(zip(self._line.stages, self._pipeline.clocks, strict=True))
             )
             reason = self._reason or ("" if self._pipeline.alive and self._thread.is_alive() else "a worker has died")
             return EngineStatus(

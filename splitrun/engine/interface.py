@@ -27,7 +27,8 @@ class StageStatus:
     """One stage as it is now. ``node`` is the machine, "" for the coordinator's own. ``last_step_ms`` and
     ``mean_step_ms`` are 0 before its first step. ``restarts`` counts how often its process was lost and started
     again, ``queued`` the steps that wait or run there, ``sent_bytes`` the activations over the hop behind it.
-    ``single_step_ms`` is the mean of ``single_steps`` steps that had one token alone."""
+    ``single_step_ms`` is the mean of ``single_steps`` steps that had one token alone. ``kept_bytes`` are kept by the
+    coordinator for the case that the stage is lost: its KV, and what it was sent."""
 
     device: str
     units: str
@@ -40,6 +41,7 @@ class StageStatus:
     sent_bytes: int = 0
     single_step_ms: float = 0.0
     single_steps: int = 0
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,10 @@ class KeptKV:
         """Bytes of everything kept."""
         return sum(self._bytes.values())
 
+    def stage_bytes(self, stage: int) -> int:
+        """Bytes kept of one stage."""
+        return self._bytes.get(stage, 0)
+
     def begin(self, requests: Collection[int]) -> None:
         """These requests run: keep what comes of them."""
         with self._lock:

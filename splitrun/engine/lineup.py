@@ -78,8 +78,8 @@ class LineUp:
         require_room(placement, self.structure, blocks)
         threads = {name: worker_threads(placement, name) for name in placement.device_names if "/" not in name}
         loading = StageLoading(placement, self.files, self.structure, blocks, self.load, self.traits)
-        kept = kept_room(placement, self.structure, blocks)
         journaled = journals_fit(placement, self.structure, blocks)
+        kept = kept_room(placement, self.structure, blocks, journaled)
         remote = self._remote_stages(placement, kept, journaled, replace_lost)
         with ExitStack() as undo:
             if remote is not None:

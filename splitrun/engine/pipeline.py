@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from splitrun.engine.record import Record, Span
+from splitrun.engine.record import Record, Span, StageClock
 from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageLost, StageTimeout
 from splitrun.schedule.scheduler import Held
 from splitrun.schedule.step import RowTokens, Step, Tokens
@@ -80,31 +80,6 @@ class Resumed:
 Outcome = Tokens | Failure | Interruption | Restarted | Resumed
 
 
-@dataclass
-class StageClock:
-    """Seconds that a stage spent on steps, how often it was started again, the steps that wait or run there, and the
-    bytes of activations over the hop behind it; read by anyone. ``single_s`` and ``single_steps`` count the steps of
-    one token alone."""
-
-    last_s: float = 0.0
-    total_s: float = 0.0
-    steps: int = 0
-    restarts: int = 0
-    queued: int = 0
-    sent_bytes: int = 0
-    single_s: float = 0.0
-    single_steps: int = 0
-
-    def add(self, seconds: float, tokens: int = 0) -> None:
-        """Count one step of that many tokens."""
-        if tokens == 1:
-            self.single_s += seconds
-            self.single_steps += 1
-        self.last_s = seconds
-        self.total_s += seconds
-        self.steps += 1
-
-
 @dataclass(frozen=True)
 class Link:
     """One stage in its place: its worker, its name in messages, the hop behind it (None at the head), and what to plan
@@ -139,6 +114,9 @@ class Elsewhere(Protocol):
 
     def forget(self, request: int) -> None:
         """This request has ended."""
+
+    def kept_bytes(self, stage: int) -> int:
+        """Bytes of a stage's KV that are kept here."""
 
     def restore(self, loss: int, held: Iterable[Held]) -> None:
         """See `Pipeline.restore`."""
@@ -188,6 +166,12 @@ class Pipeline:
         """Keep nothing of a request that has ended."""
         if self._elsewhere is not None:
             self._elsewhere.forget(request)
+
+    def kept_bytes(self, index: int) -> int:
+        """Bytes kept in this process for the case that a stage is lost: its KV, and what it was sent."""
+        journal = self._journals.get(index)
+        sent = 0 if journal is None else journal.nbytes
+        return sent + (0 if self._elsewhere is None else self._elsewhere.kept_bytes(index))
 
     def restore(self, loss: int, held: Iterable[Held]) -> None:
         """After ``Restarted``: give the new stages KV of what the others hold. ``Resumed`` follows, soon or later."""

@@ -1,4 +1,4 @@
-"""What stages did when, for traces and logs: spans of steps, the trace file that Perfetto reads, JSON lines.
+"""What stages did when, for traces and logs: spans of steps, their sums, the trace file of Perfetto, JSON lines.
 
 A span names the requests in its step, so that one request can be followed through all stages and machines. Knows
 nothing of how steps are run.
@@ -42,6 +42,31 @@ class Span:
         stage, step, epoch, tokens, requests, start_s, seconds = values
         ids = tuple(int(one) for one in requests)
         return cls(int(stage), int(step), int(epoch), int(tokens), ids, float(start_s) + offset_s, float(seconds))
+
+
+@dataclass
+class StageClock:
+    """Seconds that a stage spent on steps, how often it was started again, the steps that wait or run there, and the
+    bytes of activations over the hop behind it; read by anyone. ``single_s`` and ``single_steps`` count the steps of
+    one token alone."""
+
+    last_s: float = 0.0
+    total_s: float = 0.0
+    steps: int = 0
+    restarts: int = 0
+    queued: int = 0
+    sent_bytes: int = 0
+    single_s: float = 0.0
+    single_steps: int = 0
+
+    def add(self, seconds: float, tokens: int = 0) -> None:
+        """Count one step of that many tokens."""
+        if tokens == 1:
+            self.single_s += seconds
+            self.single_steps += 1
+        self.last_s = seconds
+        self.total_s += seconds
+        self.steps += 1
 
 
 class Record:

@@ -22,7 +22,8 @@ from splitrun.cluster.nodes import NodeLost
 from splitrun.cluster.process import StageHandle
 from splitrun.engine.exchange import COORDINATOR, Exchange, Route
 from splitrun.engine.kept import KeptKV
-from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Restarted, Resumed, StageClock
+from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Restarted, Resumed
+from splitrun.engine.record import StageClock
 from splitrun.engine.restoring import Restoration
 from splitrun.engine.signs import Signs
 from splitrun.errors import SplitrunError, StageError, StageLost
@@ -138,6 +139,10 @@ class RemoteStages:
         """See `Elsewhere`."""
         self._restoration.forget(request)
 
+    def kept_bytes(self, stage: int) -> int:
+        """See `Elsewhere`."""
+        return self._kept.stage_bytes(stage)
+
     def restore(self, loss: int, held: Iterable[Held]) -> None:
         """See `Pipeline.restore`."""
         self._restoration.begin(loss, held)
@@ -248,9 +253,10 @@ class RemoteStages:
         at_work = self._signs.busy or (self._exchange.pipeline is not None and self._exchange.pipeline.busy)
         waiting = self._restoration.waiting or (self._exchange.waiting and not at_work)
         self._stalled_s = self._stalled_s + elapsed_s if waiting else 0.0
-        if self._stalled_s > self._patience.stall_s:
+        known = {device: reason for device, reason in faults.items() if reason}
+        if self._stalled_s > self._patience.stall_s and not known:
             return dict.fromkeys(self._processes, "lost a step, or cannot reach its peers")
-        return {device: reason for device, reason in faults.items() if reason}
+        return known
 
     def _recovered(self, faults: dict[str, str]) -> bool:
         """Start lost processes again; False when they do not come back, and all requests have been told so."""

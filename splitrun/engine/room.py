@@ -15,9 +15,10 @@ from splitrun.engine.loading import compute_dtype
 from splitrun.errors import DoesNotFit
 from splitrun.kernels.formats import weight_bytes
 from splitrun.measure.host import read_host_memory
+from splitrun.measure.resident import resident_bytes
 from splitrun.model.cut import CutRange
 from splitrun.model.structure import LayerCache, ModelStructure
-from splitrun.planner.facts import VALUE_BYTES
+from splitrun.planner.keeping import KEEPER, elsewhere, journal_bytes, senders, shares
 from splitrun.planner.kv import stored_bytes
 from splitrun.planner.memory import stage_dtype
 from splitrun.planner.placement import Placement, StageSpec
@@ -33,7 +34,7 @@ def require_room(placement: Placement, structure: ModelStructure, blocks: Mappin
     needed: dict[str, int] = {}
     tied: set[tuple[str, str, str]] = set()
     for stage in placement.stages:
-        if "/" not in stage.device:
+        if not elsewhere(stage.device):
             size = _weight_bytes(stage, structure, tied) + _history_bytes(stage, placement, structure, blocks)
             needed[stage.device] = needed.get(stage.device, 0) + size
     for device, size in needed.items():
@@ -78,57 +79,64 @@ def _token_bytes(stage: StageSpec, cache: LayerCache) -> int:
     return stored_bytes(cache.values_per_token, cache.kv_heads, stage.kv.dtype or _dtype(stage))
 
 
-def kept_room(placement: Placement, structure: ModelStructure, blocks: Mapping[str, int]) -> dict[int, int]:
+def kept_room(
+    placement: Placement, structure: ModelStructure, blocks: Mapping[str, int], journals: bool
+) -> dict[int, int]:
     """Stage in another process, with KV -> how many bytes of it may be kept here: all, or 0 where there is no room.
 
-    Room is what the plan's budget leaves beside the stages of this process, and no more than half of what is free.
-    States cannot go back to an earlier token: of models with states nothing is kept.
+    Room is what the plan leaves, less what ``journals`` take, and no more than half of what is free. States cannot go
+    back to an earlier token: of models with states nothing is kept.
     """
-    room = (_free_bytes("cpu") or 0) // 2
-    if "cpu" in placement.devices:
-        room = min(room, placement.devices["cpu"] - _needed_bytes("cpu", placement, structure, blocks))
+    room = _room(KEEPER, placement, structure, blocks) - journals * _journal_bytes(KEEPER, placement, structure)
+    room = min(room, (_free_bytes(KEEPER) or 0) // 2)
     if any(cache.states for cache in structure.caches):
         room = 0
     workload = placement.workload
     whole = [blocks[group.name] for group in structure.groups if group.kind in ("full", "latent")]
     tokens = max(whole) * workload.block_tokens if whole else workload.sessions * workload.context
-    found = {}
+    needed = {}
     for index, stage in enumerate(placement.stages):
         width = sum(_token_bytes(stage, cache) for cache in structure.caches[stage.layers[0] : stage.layers[1]])
-        if "/" in stage.device and width:
-            needed = width * tokens
-            found[index] = needed if needed <= room else 0
-            room -= found[index]
-    return found
+        if elsewhere(stage.device) and width:
+            needed[index] = width * tokens
+    return shares(needed, room)
 
 
 def journals_fit(placement: Placement, structure: ModelStructure, blocks: Mapping[str, int]) -> bool:
-    """Whether every stage before one in another process may keep what it sends: its device's budget has room, or there
-    is none. A card's host memory is not planned."""
-    senders = {stage.device for stage in placement.stages if torch_device(stage.device) == "cpu"}
+    """Whether every stage before one in another process may keep what it sends: the plan leaves room for it. A card's
+    host memory is not planned."""
     return all(
-        _needed_bytes(device, placement, structure, blocks) <= placement.devices.get(device, sys.maxsize)
-        for device in senders
+        _journal_bytes(device, placement, structure) <= _room(device, placement, structure, blocks)
+        for device in {stage.device for stage in senders(placement)}
     )
 
 
-def _needed_bytes(device: str, placement: Placement, structure: ModelStructure, blocks: Mapping[str, int]) -> int:
-    """Bytes of a device's weights, KV, and journals of what it sends to stages in other processes."""
+def _journal_bytes(device: str, placement: Placement, structure: ModelStructure) -> int:
+    """Bytes of what a device sends to stages in other processes."""
+    own = [stage for stage in senders(placement) if stage.device == device]
+    return sum(journal_bytes(placement.workload, structure.hidden, _dtype(stage)) for stage in own)
+
+
+def _room(device: str, placement: Placement, structure: ModelStructure, blocks: Mapping[str, int]) -> int:
+    """Bytes of the device's budget that are left beside everything else: by the plan's bill, or without one beside
+    weights, KV, and this process where it is the device's."""
+    budget = placement.devices.get(device)
+    estimate = placement.estimate
+    for bill in estimate.devices if estimate is not None else ():
+        if bill.device == device:
+            return (budget or bill.budget_bytes) - bill.total_bytes + bill.kept_bytes
+    if budget is None:
+        return sys.maxsize
     tied: set[tuple[str, str, str]] = set()
-    workload = placement.workload
-    total = 0
-    for stage, following in zip(placement.stages, [*placement.stages[1:], None], strict=True):
-        if stage.device == device:
-            total += _weight_bytes(stage, structure, tied) + _history_bytes(stage, placement, structure, blocks)
-            if following is not None and "/" in following.device and following.device != device:
-                row = structure.hidden * VALUE_BYTES[_dtype(stage)]
-                total += workload.sessions * workload.context * row
-    return total
+    own = [stage for stage in placement.stages if stage.device == device]
+    held = sum(_weight_bytes(stage, structure, tied) for stage in own)
+    held += sum(_history_bytes(stage, placement, structure, blocks) for stage in own)
+    return budget - held - (0 if elsewhere(device) else resident_bytes())
 
 
 def _dtype(stage: StageSpec) -> str:
     """The type a stage computes in; elsewhere, one that takes as much room."""
-    if "/" in stage.device:
+    if elsewhere(stage.device):
         return stage_dtype("bf16", stage.weights)
     return compute_dtype(stage.device, stage.weights)
 

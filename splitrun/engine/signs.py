@@ -8,8 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from splitrun.engine.pipeline import StageClock
-from splitrun.engine.record import Record, Span
+from splitrun.engine.record import Record, Span, StageClock
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.transport.frames import Frame
 

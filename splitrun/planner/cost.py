@@ -13,6 +13,7 @@ from itertools import pairwise
 from splitrun.planner import kv
 from splitrun.planner.estimate import Estimate, StageEstimate
 from splitrun.planner.facts import VALUE_BYTES, Cluster, Device, ModelProfile, Workload
+from splitrun.planner.keeping import with_kept
 from splitrun.planner.memory import compute_dtype, placement_memory, unit_memory
 from splitrun.planner.placement import Placement, StageSpec
 from splitrun.planner.seconds import UnitSeconds
@@ -254,7 +255,7 @@ def estimate(
         context=workload.context,
         sessions=workload.sessions,
         stages=tuple(rows),
-        devices=placement_memory(profile, cluster, placement),
+        devices=with_kept(profile, cluster, placement, placement_memory(profile, cluster, placement)),
         limit=limit,
         notes=tuple(notes),
         spread=placement_spread(profile, cluster, placement),

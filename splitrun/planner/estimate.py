@@ -16,8 +16,8 @@ class DeviceMemory:
     """Bytes that a plan takes on one device, by purpose, against the budget it promised to keep.
 
     ``context_bytes`` is what driver and runtime take before the first tensor (on a processor: the process),
-    ``allocator_bytes`` what allocators round up, ``margin_bytes`` what is left free for safety. Devices with the same
-    ``memory_pool`` draw on one memory.
+    ``allocator_bytes`` what allocators round up, ``margin_bytes`` what is left free for safety, ``kept_bytes`` what is
+    kept for stages that may be lost (see ``keeping.py``). Devices with the same ``memory_pool`` draw on one memory.
     """
 
     device: str
@@ -30,6 +30,7 @@ class DeviceMemory:
     context_bytes: int
     allocator_bytes: int
     margin_bytes: int
+    kept_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -40,7 +41,7 @@ class DeviceMemory:
     def expected_bytes(self) -> int:
         """What the plan is expected to take at its highest: all items without the safety margin."""
         items = self.weight_bytes + self.kv_bytes + self.state_bytes
-        return items + self.workspace_bytes + self.context_bytes + self.allocator_bytes
+        return items + self.kept_bytes + self.workspace_bytes + self.context_bytes + self.allocator_bytes
 
     def items(self) -> tuple[tuple[str, int], ...]:
         """(name, bytes) of every item, as they are shown."""
@@ -48,6 +49,7 @@ class DeviceMemory:
         return (
             ("weights", self.weight_bytes),
             ("KV", self.kv_bytes + self.state_bytes),
+            ("kept for recovery", self.kept_bytes),
             ("workspace", self.workspace_bytes),
             ("process" if process else "context", self.context_bytes),
             ("allocator", self.allocator_bytes),
@@ -125,6 +127,8 @@ def from_dict(data: object) -> Estimate | None:
     return _checked(Estimate, {**data, **nested})
 
 
+_LATER = ("spread", "kept_bytes")
+"""Fields that estimates of earlier versions lack."""
 Made = TypeVar("Made", StageEstimate, DeviceMemory, Estimate)
 
 
@@ -132,7 +136,7 @@ def _checked(kind: type[Made], data: object) -> Made | None:
     """``kind`` from a mapping with exactly its fields, each of its type, numbers finite and not negative."""
     if not isinstance(data, Mapping):
         return None
-    data = {field.name: field.default for field in fields(kind) if field.name == "spread"} | dict(data)
+    data = {field.name: field.default for field in fields(kind) if field.name in _LATER} | dict(data)
     if set(data) != {field.name for field in fields(kind)}:
         return None
     values: dict[str, Any] = {}

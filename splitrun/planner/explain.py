@@ -14,8 +14,8 @@ from splitrun.planner.placement import Placement
 from splitrun.quantities import format_bytes, format_rate, format_seconds
 
 BAR_WIDTH = 40
-_MARKS = "█▓▒░:-"
-_LEGEND = ("weights", "KV", "workspace", "process or context", "allocator", "margin")
+_MARKS = "█▓+▒░:-"
+_LEGEND = ("weights", "KV", "kept for recovery", "workspace", "process or context", "allocator", "margin")
 
 
 def explain(placement: Placement, profile: ModelProfile | None = None, cluster: Cluster | None = None) -> str:
@@ -37,7 +37,9 @@ def explain(placement: Placement, profile: ModelProfile | None = None, cluster: 
     width = max(8, *(len(memory.device) for memory in stored.devices))
     for memory in stored.devices:
         parts += _bar(memory, width)
-    legend = "  ".join(f"{mark} {name}" for name, mark in zip(_LEGEND, _MARKS, strict=True))
+    keeping = any(memory.kept_bytes for memory in stored.devices)
+    shown = [(mark, name) for name, mark in zip(_LEGEND, _MARKS, strict=True) if keeping or mark != "+"]
+    legend = "  ".join(f"{mark} {name}" for mark, name in shown)
     parts += [f"  {legend}  · free", "", *_predictions(stored)]
     return "\n".join(parts)
 

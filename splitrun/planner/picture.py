@@ -20,6 +20,7 @@ COLOURS = ("#3b6ea5", "#d9822b", "#4f9d69", "#a4508b", "#7a6c5d", "#c0504d", "#2
 ITEMS = (
     ("weights", "#27374d"),
     ("KV", "#5b86b5"),
+    ("kept for recovery", "#8fb39a"),
     ("workspace", "#9db8d2"),
     ("process or context", "#c9b79c"),
     ("allocator", "#8a7f6d"),

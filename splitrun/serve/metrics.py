@@ -75,6 +75,7 @@ class _EngineCollector(Collector):
         restarts = CounterMetricFamily("splitrun_stage_restarts", "Starts of a stage after it was lost.", labels=labels)
         queued = GaugeMetricFamily("splitrun_stage_queued_steps", "Steps that wait or run at a stage.", labels=labels)
         sent = CounterMetricFamily("splitrun_hop_bytes", "Activations over the hop behind a stage.", labels=labels)
+        kept = GaugeMetricFamily("splitrun_stage_kept_bytes", "Kept for the case that a stage is lost.", labels=labels)
         for index, stage in enumerate(status.stages):
             values = [str(index), stage.node, stage.device, stage.units]
             restarts.add_metric(values, stage.restarts)
@@ -83,7 +84,8 @@ class _EngineCollector(Collector):
             memory.add_metric(values, stage.memory_bytes)
             last.add_metric(values, stage.last_step_ms / 1000)
             mean.add_metric(values, stage.mean_step_ms / 1000)
-        yield from (memory, last, mean, restarts, queued, sent)
+            kept.add_metric(values, stage.kept_bytes)
+        yield from (memory, last, mean, restarts, queued, sent, kept)
 
     def describe(self) -> Iterator[Metric]:
         return iter(())

@@ -21,6 +21,11 @@ class Journal:
         self._context = context
         self._rows: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that it may hold, 0 before the first."""
+        return 0 if self._rows is None else self._rows.nbytes
+
     def keep(self, step: Step, activation: Tensor) -> None:
         """Keep the activation of a step's tokens. ``activation`` is on the CPU. Shape: (tokens, hidden)."""
         if self._rows is None:

@@ -29,7 +29,7 @@ from splitrun.schedule.step import Step
 from splitrun.transport.frames import Frame
 
 LAYERS = 8
-PATIENCE = Patience(beat_s=0.25, dead_after_s=3.0, start_s=60.0, stall_s=3.0)
+PATIENCE = Patience(beat_s=0.25, dead_after_s=3.0, start_s=60.0, stall_s=4.0)
 PROMPTS = [[7 + (3 * index) % 200 for index in range(length)] for length in (90, 3, 41, 20)]
 GREEDY = splitrun.SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 SAMPLED = splitrun.SamplingParams(max_tokens=24, temperature=1.5, seed=3, ignore_eos=True, repetition_penalty=1.1)

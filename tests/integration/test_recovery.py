@@ -61,7 +61,7 @@ def test_the_others_compute_nothing_again(
     engine: splitrun.Engine, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """But what was under way. The lost stage gets its KV back, and computes the tail of each stream."""
-    sent, send = [0], remote_of(engine)._restoration._send
+    sent, send, shown = [0], remote_of(engine)._restoration._send, list[int]()
 
     def counted(stage: int, frame: Any) -> bool:
         sent[0] += frame.body.shape[0]
@@ -69,8 +69,14 @@ def test_the_others_compute_nothing_again(
 
     monkeypatch.setattr(remote_of(engine)._restoration, "_send", counted)
     computed(engine)
-    at_step(engine, monkeypatch, 25, kill(engine, device))
+
+    def look_and_kill() -> None:
+        shown.extend(stage.kept_bytes for stage in engine.core.status().stages)
+        kill(engine, device)()
+
+    at_step(engine, monkeypatch, 25, look_and_kill)
     assert run(engine, SAMPLED) == expected["sampled"]
+    assert min(shown[0], shown[2]) > 0 == shown[1]
     assert 0 <= computed(engine) - PROMPTS - OUTPUTS <= IN_FLIGHT
     assert sent[0] > PROMPTS - 4 * 16
     assert remote_of(engine)._kept.nbytes == 0

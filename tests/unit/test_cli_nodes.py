@@ -90,10 +90,10 @@ def test_a_trace_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_live_table() -> None:
     stage: dict[str, Any] = {
         "device": "desk/cpu", "node": "desk", "units": "layers 0–3", "last_step_ms": 1.5, "mean_step_ms": 2.0,
-        "queued": 3, "sent_bytes": 4_000_000, "restarts": 5,
+        "queued": 3, "sent_bytes": 4_000_000, "restarts": 5, "kept_bytes": 7_000_000,
     }  # fmt: skip
     now: dict[str, Any] = {"model": "demo", "healthy": False, "reason": "lost", "running": 1, "waiting": 2, "epoch": 6,
                            "completion_tokens": 30, "stages": [stage]}  # fmt: skip
     shown = lines(now, {"completion_tokens": 10}, 2.0)
     assert shown[0] == "demo: not healthy: lost; 1 running, 2 waiting, 10.0 tok/s; epoch 6"
-    assert shown[2].split() == ["0", "desk", "cpu", "layers", "0–3", "1.50", "2.00", "3", "4.00", "5"]
+    assert shown[2].split() == ["0", "desk", "cpu", "layers", "0–3", "1.50", "2.00", "3", "4.00", "7.0", "5"]

@@ -12,7 +12,7 @@ from splitrun.bench import contest
 from splitrun.bench.terms import Result
 from splitrun.bench.told import Told, formats_of, to_text, told_table
 from splitrun.engine.interface import EngineStatus, StageStatus
-from splitrun.engine.pipeline import StageClock
+from splitrun.engine.record import StageClock
 from splitrun.engine.told import predicted_and_measured
 from splitrun.errors import DoesNotFit
 from splitrun.planner.facts import Cluster, Workload
