@@ -74,8 +74,9 @@ def _step_of(frame: Frame) -> Step:
     counts = starts[1:] - starts[:-1]
     _require(int(counts.min()) > 0, "a row is empty")
     behind = tokens + 3 * rows + 1  # everything before the tables lies together
-    _require(int(integers[:behind].min()) >= 0, "an id or a length is negative")
-    _require(int(integers[behind:].min(initial=0)) >= -1, "a block id is below -1")
+    least = integers.min()
+    _require(least >= -1, "a block id is below -1")
+    _require(least >= 0 or integers[:behind].min() >= 0, "an id or a length is negative")
     _require(frame.body is None or frame.body.shape[0] == tokens, "the activation has other tokens than the step")
     sampling = tuple(None if row is None else _sampling_of(row) for row in control["sampling"])
     scores = tuple(None if count is None else whole(count) for count in control.get("scores", (None,) * rows))
