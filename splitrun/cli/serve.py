@@ -23,6 +23,9 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option("--api-key", envvar="SPLITRUN_API_KEY", help="Clients must send this key.")
     ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", help="A name of this machine that requests may use; repeatable.")
+    ] = None,
     served_name: Annotated[
         str | None, typer.Option("--served-name", help="The model's name for clients. Default: its own.")
     ] = None,
@@ -53,7 +56,8 @@ def serve(
         source = placement.model.source
         files = resolve(source, placement.model.revision, weights=planning.load == "weights")
         name = served_name or (Path(source).resolve().name if Path(source).is_dir() else source)
-        with Server(ServeOptions(files.path, name, host, port, api_key), listener) as server:
+        options = ServeOptions(files.path, name, host, port, api_key, allowed_hosts=tuple(allow_host or ()))
+        with Server(options, listener) as server:
             if server.warning:
                 typer.echo(f"splitrun: {server.warning}", err=True)
             typer.echo(f"loading {name} ...")

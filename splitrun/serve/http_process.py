@@ -45,6 +45,7 @@ class HttpSettings:
     drain_s: float
     beat_s: float
     silence_s: float
+    allowed_hosts: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> HttpSettings:
@@ -66,6 +67,7 @@ async def serve_http(settings: HttpSettings, asked: asyncio.Event) -> None:
         api_key=settings.api_key,
         body_limit_bytes=settings.body_limit_bytes,
         receive_deadline_s=settings.receive_deadline_s,
+        allowed_hosts=settings.allowed_hosts,
     )
     config = uvicorn.Config(
         app,

@@ -47,7 +47,7 @@ class HttpProcessLost(SplitrunError):
 @dataclass(frozen=True)
 class ServeOptions:
     """How to serve. ``drain_s`` bounds how long running requests may finish after the first signal; ``silence_s``
-    is how long either process may be silent before the other gives it up."""
+    is how long either process may be silent before the other gives it up. ``allowed_hosts``: see `Guard`."""
 
     model_path: str | Path
     served_name: str
@@ -59,6 +59,7 @@ class ServeOptions:
     drain_s: float = 30.0
     beat_s: float = 1.0
     silence_s: float = 30.0
+    allowed_hosts: tuple[str, ...] = ()
 
 
 def serve(engine: TokenEngine, options: ServeOptions) -> None:

@@ -1,7 +1,7 @@
 """Kill or stop a stage again and again under load: every answer must be right, and nothing may grow.
 
     python tests/bench/soak.py [--minutes 10] [--every 20] [--tokens 2000] [--weights fp32|nf4] [--nodes]
-    python tests/bench/soak.py --model DIR --weights nf4 --prompt-tokens 1900 --tokens 100 --minutes 0.3 --every 18
+    python tests/bench/soak.py --model DIR --weights nf4 --prompt-tokens 1940 --tokens 60 --minutes 0.1 --decoding
 
 Four streams of the demo, two greedy and two sampled, over two stages in processes of their own (or on two Ray
 nodes of this machine, with --nodes) and one between them here; of another model in two halves. A fault is SIGKILL,
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=40, help="tokens of each stream's prompt")
     parser.add_argument("--model", default="demo", help="another model's directory")
     parser.add_argument("--weights", default="fp32", choices=["fp32", "nf4", "int8"])
+    parser.add_argument("--decoding", action="store_true", help="faults wait until all streams are past their prompts")
     parser.add_argument("--nodes", action="store_true", help="on two Ray nodes instead of processes")
     parser.add_argument("--expected", type=Path, help="file of the undisturbed answers; made, and no more, without one")
     parser.add_argument("-o", "--output", type=Path, help="file for a table")
@@ -186,6 +187,8 @@ def soak(options: argparse.Namespace, folder: Path) -> int:
 
         def disturb() -> None:
             while not ended.wait(options.every):
+                while options.decoding and not all_decode(engine, options) and not ended.wait(0.02):
+                    continue
                 device = chance.choice([spec.device for spec in engine.placement.stages if "/" in spec.device])
                 number = signal.SIGSTOP if len(pauses) % 4 == 3 else signal.SIGKILL
                 epoch, _, held = engine.core.status().epoch, watch.take(), held_tokens(engine)
@@ -237,6 +240,12 @@ def as_table(rows: list[list[str | float]]) -> str:
 def resumed(engine: splitrun.Engine, epoch: int) -> bool:
     """Whether steps run again after that epoch."""
     return engine.core._scheduler.epoch > epoch and not engine.core._paused
+
+
+def all_decode(engine: splitrun.Engine, options: argparse.Namespace) -> bool:
+    """Whether every stream is past its prompt."""
+    held = held_tokens(engine)
+    return len(held) == STREAMS and min(held) > options.prompt_tokens
 
 
 def held_tokens(engine: splitrun.Engine) -> list[int]:

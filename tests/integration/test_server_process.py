@@ -116,7 +116,8 @@ def test_bodies_that_are_no_json_are_refused_clearly(empty_model: Path) -> None:
 def test_requests_that_trickle_in_are_cut_off(empty_model: Path) -> None:
     heads = [
         b"GET /health HTT",
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"content-length: 99\r\n\r\n{",
     ]
     with serving(empty_model, FakeEngine(), receive_deadline_s=0.3) as server:
         for head in heads:
@@ -183,7 +184,7 @@ def test_a_client_that_does_not_read_leaves_no_traceback(empty_model: Path, capf
         waiter.start()
         body = json.dumps({**BODY, "max_tokens": 900_000}).encode()
         with socket.create_connection((server.host, server.port)) as deaf:
-            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             head += f"content-length: {len(body)}"
             deaf.sendall(head.encode() + b"\r\n\r\n" + body)
             assert engine.wait_for(lambda: len(engine.submitted) == 1)
