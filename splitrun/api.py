@@ -69,7 +69,7 @@ def plan(
     if weights != "auto" and quality != DEFAULT_LIMIT:
         raise InvalidPlacement(f"--quality limits --weights auto, and --weights {weights} leaves no choice: give one")
     share_of(quality)
-    rows = tuple(sorted({1, sessions if objective == "throughput" else 1}))
+    rows = tuple(sorted({1, sessions}))
     if facts is not None:
         known = read_facts_for(facts, model, memory)
     else:

@@ -40,11 +40,11 @@ def assemble(
 ) -> EngineCore:
     """A running engine core for the placement, warmed up by one real token.
 
-    ``load`` "dummy" makes random weights instead of reading them. ``depth`` is the number of steps in flight, by
-    default one per worker; ``patience`` is for stages in processes of their own, ``rebalance`` for nodes that come
-    back; ``trace``: stages elsewhere tell what they do when. Raises InvalidPlacement when the plan is stale,
-    ModelError when the model cannot be cut or loaded, DeviceOutOfMemory when a device is too small after all,
-    StageLost when a stage process does not come up.
+    ``load`` "dummy" makes random weights instead of reading them. ``depth`` is the number of steps in flight and of
+    the streams that decode, by default one per worker and the placement's; ``patience`` is for stages in processes of
+    their own, ``rebalance`` for nodes that come back; ``trace``: stages elsewhere tell what they do when. Raises
+    InvalidPlacement when the plan is stale, ModelError when the model cannot be cut or loaded, DeviceOutOfMemory when a
+    device is too small after all, StageLost when a stage process does not come up.
     """
     for spec in placement.stages:
         _require_possible(spec)
@@ -55,8 +55,9 @@ def assemble(
     structure = inspect(files.config)
     _require_suitable(placement, files, structure)
     blocks = pool_sizes(placement, structure)
+    streams = depth or placement.streams
     depth = depth or len(placement.device_names)
-    scheduler = _scheduler(placement, structure, blocks, depth, chunk_tokens)
+    scheduler = _scheduler(placement, structure, blocks, depth, streams, chunk_tokens)
     lineup = LineUp(files, structure, traits, load, depth, chunk_tokens, patience, trace)
     succession = Succession(lineup, placement, rebalance)
     with ExitStack() as undo:
@@ -94,7 +95,12 @@ def _require_suitable(placement: Placement, files: ModelFiles, structure: ModelS
 
 
 def _scheduler(
-    placement: Placement, structure: ModelStructure, blocks: Mapping[str, int], depth: int, chunk_tokens: int
+    placement: Placement,
+    structure: ModelStructure,
+    blocks: Mapping[str, int],
+    depth: int,
+    streams: int | None,
+    chunk_tokens: int,
 ) -> Scheduler:
     limits = Limits(
         context=placement.workload.context,
@@ -103,6 +109,7 @@ def _scheduler(
         chunk_tokens=chunk_tokens,
         block_tokens=placement.workload.block_tokens,
         depth=depth,
+        streams=streams,
     )
     paged = [group for group in structure.groups if group.kind != "state"]
     groups = tuple(GroupSpec(group.name, group.window, blocks[group.name]) for group in paged)

@@ -192,15 +192,18 @@ def score(profile: ModelProfile, cluster: Cluster, placement: Placement) -> floa
     return pass_s(profile, cluster, placement, prefill=objective == "first-token")
 
 
-def throughput_tokens_per_s(profile: ModelProfile, cluster: Cluster, placement: Placement) -> float:
-    """Tokens per second of all sessions, in the best number of groups that follow each other through the stages."""
-    sessions, best = placement.workload.sessions, 0.0
-    for groups in range(1, min(sessions, len(placement.device_names)) + 1):
-        rows = -(-sessions // groups)
-        slowest = max(busy_s(profile, cluster, placement, rows).values())
-        round_s = max(groups * slowest, pass_s(profile, cluster, placement, False, rows))
-        best = max(best, sessions / round_s)
-    return best
+def best_streams(profile: ModelProfile, cluster: Cluster, placement: Placement) -> int:
+    """The number of streams with the most tokens per second; of equals the fewest."""
+    numbers = range(1, min(placement.workload.sessions, len(placement.device_names)) + 1)
+    return max(numbers, key=lambda streams: throughput_tokens_per_s(profile, cluster, placement, streams))
+
+
+def throughput_tokens_per_s(profile: ModelProfile, cluster: Cluster, placement: Placement, streams: int) -> float:
+    """Tokens per second of all sessions in that many groups, which follow each other through the stages."""
+    sessions = placement.workload.sessions
+    rows = -(-sessions // streams)
+    slowest = max(busy_s(profile, cluster, placement, rows).values())
+    return sessions / max(streams * slowest, pass_s(profile, cluster, placement, False, rows))
 
 
 def placement_spread(profile: ModelProfile, cluster: Cluster, placement: Placement) -> float:
@@ -244,10 +247,11 @@ def estimate(
                 hop_s=hop,
             )
         )
+    streams = min(placement.streams or len(placement.device_names), workload.sessions)
     return Estimate(
         step_s=step_s,
         decode_tokens_per_s=1.0 / step_s,
-        throughput_tokens_per_s=throughput_tokens_per_s(profile, cluster, placement),
+        throughput_tokens_per_s=throughput_tokens_per_s(profile, cluster, placement, streams),
         time_to_first_token_s=first_token_s,
         prefill_tokens_per_s=reference_prompt(workload) / first_token_s,
         history_tokens=reference_history(workload),
@@ -259,4 +263,5 @@ def estimate(
         limit=limit,
         notes=tuple(notes),
         spread=placement_spread(profile, cluster, placement),
+        streams=streams,
     )

@@ -48,7 +48,13 @@ def _decoding(stored: Estimate) -> list[str]:
     known = sum(stage.decode_s + stage.hop_s for stage in stored.stages)
     lines.append(f"  engine, and the way to the first stage: {format_seconds(max(0.0, stored.step_s - known))}")
     rate = format_rate(stored.decode_tokens_per_s)
-    return [*lines, f"  t = {format_seconds(stored.step_s)}, 1 / t = {rate}, ± {stored.spread:.0%}"]
+    lines.append(f"  t = {format_seconds(stored.step_s)}, 1 / t = {rate}, ± {stored.spread:.0%}")
+    if stored.sessions > 1:
+        lines.append(
+            f"  {stored.sessions} sessions in {stored.streams} streams: a round takes the longer of t with a stream's "
+            f"rows and {stored.streams} · the busiest device: {format_rate(stored.throughput_tokens_per_s)}"
+        )
+    return lines
 
 
 def _prompt(placement: Placement, stored: Estimate) -> list[str]:

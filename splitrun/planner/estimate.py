@@ -76,9 +76,10 @@ class Estimate:
     """Predictions for a whole plan.
 
     ``step_s`` and ``decode_tokens_per_s`` are one session's, alone, with ``history_tokens`` tokens in its cache;
-    ``throughput_tokens_per_s`` is that of all sessions together; ``time_to_first_token_s`` and
-    ``prefill_tokens_per_s`` are for a prompt of ``prompt_tokens``. ``limit`` names the binding constraint. ``spread``
-    is how far, as a share, seconds may be off: the measured units' own, or that of a data sheet.
+    ``throughput_tokens_per_s`` is that of all sessions together, decoding in ``streams`` groups;
+    ``time_to_first_token_s`` and ``prefill_tokens_per_s`` are for a prompt of ``prompt_tokens``. ``limit`` names the
+    binding constraint. ``spread`` is how far, as a share, seconds may be off: the measured units' own, or that of a
+    data sheet.
     """
 
     step_s: float
@@ -95,6 +96,7 @@ class Estimate:
     limit: str = ""
     notes: tuple[str, ...] = ()
     spread: float = 0.0
+    streams: int = 1
 
     @property
     def decode_interval(self) -> tuple[float, float]:
@@ -127,7 +129,7 @@ def from_dict(data: object) -> Estimate | None:
     return _checked(Estimate, {**data, **nested})
 
 
-_LATER = ("spread", "kept_bytes")
+_LATER = ("spread", "kept_bytes", "streams")
 """Fields that estimates of earlier versions lack."""
 Made = TypeVar("Made", StageEstimate, DeviceMemory, Estimate)
 

@@ -59,7 +59,8 @@ def _predictions(stored: Estimate) -> list[str]:
     ]
     if stored.sessions > 1:
         rate = format_rate(stored.throughput_tokens_per_s)
-        lines.append(f"            {rate} for all {stored.sessions} sessions together")
+        how = f"in {stored.streams} groups by turns" if stored.streams > 1 else "in one step"
+        lines.append(f"            {rate} for all {stored.sessions} sessions together, {how}")
     if stored.limit:
         lines.append(f"Limited by  {stored.limit}")
     return lines + [f"Note        {note}" for note in stored.notes]

@@ -27,6 +27,7 @@ STREAM_FROM_TOKENS = 32
 """Where nothing is planned: copying the weights for fewer tokens takes longer than computing with them in place."""
 MAX_COUNT = 1 << 24
 """No context, block count or layer number is larger, so a larger figure is a typing error."""
+MAX_STREAMS = 1 << 10
 OBJECTIVES = ("latency", "throughput", "first-token")
 _INDEX = r"(?:0|[1-9][0-9]{0,3})"
 _DEVICE = re.compile(
@@ -115,7 +116,9 @@ class StageSpec:
 class Placement:
     """Stages in execution order, with the workload they were planned for and the budgets they keep.
 
-    ``devices`` maps a device to its budget in bytes; empty: whatever is free. Raises InvalidPlacement.
+    ``devices`` maps a device to its budget in bytes; empty: whatever is free. ``streams`` is the number of groups that
+    sessions decode in, each a step of its own, so that devices work at the same time; None: one per device. Raises
+    InvalidPlacement.
     """
 
     version: int
@@ -124,12 +127,16 @@ class Placement:
     stages: tuple[StageSpec, ...]
     devices: Mapping[str, int] = field(default_factory=dict)
     estimate: Estimate | None = None
+    streams: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.version == VERSION, f"version {self.version}", f"{VERSION}")
         _require(bool(self.model.source), "model.source ''", "a directory or a Hub id")
         _require(self.model.layers is None or self.model.layers >= 1, f"model.layers {self.model.layers}", "1 or more")
         _require_workload(self.workload)
+        _require(
+            self.streams is None or 1 <= self.streams <= MAX_STREAMS, f"streams {self.streams}", f"1 to {MAX_STREAMS}"
+        )
         fault = tiling_fault(self.stages, self.layers)
         if fault:
             raise InvalidPlacement(f"stages[{fault[0]}]: {fault[1]}")

@@ -7,6 +7,7 @@ or the model; an ``estimate`` is kept only while it still describes the stages b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,6 +18,7 @@ from splitrun.planner.destination import write_whole
 from splitrun.planner.facts import FORMATS, KV_TYPES, Objective, Workload
 from splitrun.planner.placement import (
     MAX_COUNT,
+    MAX_STREAMS,
     OBJECTIVES,
     STREAM_FROM_TOKENS,
     VERSION,
@@ -30,7 +32,7 @@ from splitrun.planner.placement import (
 )
 from splitrun.planner.yaml_fields import Field, read_root
 
-_TOP = ("version", "model", "workload", "block_tokens", "stages", "devices", "estimate")
+_TOP = ("version", "model", "workload", "block_tokens", "streams", "stages", "devices", "estimate")
 _STAGE = ("device", "units", "layers", "weights", "kv", "threads", "stream_buffer", "stream_from")
 
 
@@ -51,9 +53,9 @@ def read(file: Path) -> Placement:
         rows[fault[0]].range_field.fail(fault[1])
     workload = _workload(top)
     budgets = _budgets(top.get("devices"))
-    placement = Placement(VERSION, model, workload, stages, budgets)
-    kept = _estimate(top.get("estimate"), placement)
-    return Placement(VERSION, model, workload, stages, budgets, kept) if kept else placement
+    streams = top["streams"].integer(1, MAX_STREAMS) if "streams" in top else None
+    placement = Placement(VERSION, model, workload, stages, budgets, streams=streams)
+    return replace(placement, estimate=_estimate(top.get("estimate"), placement))
 
 
 def _model(field: Field) -> ModelRef:
@@ -211,6 +213,7 @@ def to_mapping(placement: Placement) -> dict[str, Any]:
             "chunk_tokens": workload.chunk_tokens,
         },
         "block_tokens": workload.block_tokens,
+        **({} if placement.streams is None else {"streams": placement.streams}),
         "stages": [_stage_mapping(stage) for stage in placement.stages],
     }
     if placement.devices:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from splitrun.errors import DoesNotFit, InvalidPlacement
 from splitrun.planner.alike import MAX_SUBSETS, classes_of, subsets
-from splitrun.planner.cost import estimate, steps
+from splitrun.planner.cost import best_streams, estimate, steps
 from splitrun.planner.facts import FORMATS, VALUE_BYTES, Cluster, Device, ModelProfile, Workload
 from splitrun.planner.many import fastest_of_many
 from splitrun.planner.memory import kv_dtype_on
@@ -110,7 +110,16 @@ def _solve(
     if stream:
         plan = with_stream_buffer(profile, cluster, plan)
         notes += prompt_notes(profile, cluster, plan)
-    return outcome.value, replace(plan, estimate=estimate(profile, cluster, plan, binding, notes))
+    return outcome.value, _predicted(profile, cluster, plan, binding, notes)
+
+
+def _predicted(
+    profile: ModelProfile, cluster: Cluster, plan: Placement, binding: str, notes: Sequence[str]
+) -> Placement:
+    """The plan with its predictions and, where sessions can take turns on several devices, its streams."""
+    if plan.workload.sessions > 1 and len(plan.device_names) > 1:
+        plan = replace(plan, streams=best_streams(profile, cluster, plan))
+    return replace(plan, estimate=estimate(profile, cluster, plan, binding, notes))
 
 
 def _of_many(
@@ -146,7 +155,7 @@ def _of_many(
                 f"{more:.1%} from the best"
             ]
             speed = f"speed of {slowest(tables, outcome.split, able)}"
-            return outcome.value, replace(plan, estimate=estimate(profile, cluster, plan, speed, notes))
+            return outcome.value, _predicted(profile, cluster, plan, speed, notes)
         first = first or plan
     if first is None or quality is None:
         raise does_not_fit(profile, cluster, workload, tried)

@@ -25,6 +25,7 @@ class Limits:
     chunk_tokens  most prompt tokens in a step; prompts are cut at its multiples
     block_tokens  positions per KV block
     depth         most steps in flight
+    streams       groups of decoding sequences, each a step of its own; None: as many as the depth
     max_waiting   most requests in the queue
     """
 
@@ -34,6 +35,7 @@ class Limits:
     chunk_tokens: int = 512
     block_tokens: int = 64
     depth: int = 1
+    streams: int | None = None
     max_waiting: int = 1024
 
     def __post_init__(self) -> None:
@@ -41,6 +43,8 @@ class Limits:
             value = getattr(self, name)
             if value < 1:
                 raise InvalidPlacement(f"{name} is {value}: it must be at least 1")
+        if self.streams is not None and self.streams < 1:
+            raise InvalidPlacement(f"streams is {self.streams}: it must be at least 1")
 
 
 def session_tokens(groups: tuple[GroupSpec, ...], limits: Limits) -> int:

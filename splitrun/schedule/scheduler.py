@@ -74,7 +74,7 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can run before the next commit or submit.
 
-        Decode rows come first, an even share of them per step in flight; then prompt chunks and replayed tokens, at
+        Decode rows come first, an even share of them per stream; then prompt chunks and replayed tokens, at
         most ``chunk_tokens`` together, oldest first; then waiting sequences start while slots and blocks last. After
         ``go_back`` the slices that only some stages compute come before everything else, in steps of their own.
         """
@@ -100,10 +100,10 @@ class Scheduler:
     def _add_decodes(self, rows: list[Row]) -> None:
         """Add this step's share of the decode rows, least recently served first.
 
-        With several steps in flight each takes its share only, so that the next step has rows to run meanwhile.
+        With several streams each step takes its share only, so that the next one has rows to run meanwhile.
         """
         decoding = [sequence for sequence in self._roster.running if sequence.decoding]
-        share = -(-len(decoding) // self.limits.depth)
+        share = -(-len(decoding) // (self.limits.streams or self.limits.depth))
         for sequence in sorted(decoding, key=lambda sequence: (sequence.last_step, sequence.arrival)):
             if len(rows) < share and sequence.ready and sequence.state is State.RUNNING:
                 self._add(rows, sequence)

@@ -141,7 +141,7 @@ def test_saving_and_loading_gives_the_same(tmp_path: Path) -> None:
     )
     workload = Workload(1234, 5, "throughput", 77, 16)
     budgets = {"node/cpu": 3 * GIB, "cuda:0": 1000001, "mps": 5 << 20}
-    plan = Placement(1, ModelRef("a: 'b' #c", "null", 4, "sha256:9"), workload, stages, budgets)
+    plan = Placement(1, ModelRef("a: 'b' #c", "null", 4, "sha256:9"), workload, stages, budgets, streams=2)
     plan.save(tmp_path / "plan.yaml")
     assert Placement.load(tmp_path / "plan.yaml") == plan
 

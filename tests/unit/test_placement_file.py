@@ -86,6 +86,7 @@ FAULTS = [
     ("sessions: 1", "session: 1", 3, "unknown key 'session', did you mean 'sessions'?"),
     ("objective: latency", "objective: latncy", 3, "'latncy' is unknown, did you mean 'latency'?"),
     ("block_tokens: 64", "block_tokens: 0", 4, "block_tokens: 0 is out of range"),
+    ("block_tokens: 64", "streams: 0", 4, "streams: 0 is out of range"),
     ("block_tokens: 64", "version: 1", 4, "key 'version' is given twice, first on line 1"),
     ("{device: cpu, units: [embed]}", "{device: cpu, device: cpu, units: [embed]}", 6, "key 'device' is given twice"),
     ("{device: cpu, units: [embed]}", "{units: [embed]}", 6, "stages[0]: key 'device' is missing"),
