@@ -15,8 +15,11 @@ from splitrun.planner.placement import Placement
 from splitrun.quantities import format_bytes, format_rate, format_seconds
 
 WIDTH, MARGIN, TOP = 960, 32, 96
-UNIT_HEIGHT, BAR_HEIGHT, ROW = 64, 22, 74
-COLOURS = ("#3b6ea5", "#d9822b", "#4f9d69", "#a4508b", "#7a6c5d", "#c0504d", "#2a9d8f", "#6a5acd")
+UNIT_HEIGHT, BAR_HEIGHT, ROW, LABEL_ROW = 64, 22, 74, 18
+COLOURS = ("#3b6ea5", "#b55a00", "#33794a", "#a4508b", "#6f6152", "#b84340", "#187a6f", "#6a5acd")
+"""Dark enough to be read as text on white: a contrast of 4.5 and more."""
+TITLE_LETTERS = 70
+"""What fits into the width, about."""
 ITEMS = (
     ("weights", "#27374d"),
     ("KV", "#5b86b5"),
@@ -41,9 +44,10 @@ def draw(placement: Placement) -> str:
             f"the placement has no estimate to draw; plan again with: splitrun plan {placement.model.source} --svg FILE"
         )
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(placement.device_names)}
-    height = TOP + UNIT_HEIGHT + 110 + ROW * len(stored.devices) + 40
-    workload = placement.workload
-    title = f"{placement.model.source}: {placement.layers} layers, {workload.sessions} × {workload.context:,} tokens"
+    labels, rows = _labels(placement, stored, colours)
+    bars = TOP + UNIT_HEIGHT + 36 + LABEL_ROW * rows
+    height = bars + ROW * len(stored.devices) + 40
+    title = _title(placement)
     low, high = stored.decode_interval
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
@@ -59,34 +63,47 @@ def draw(placement: Placement) -> str:
             15,
             "#444444",
         ),
-        *_units(placement, stored, colours),
+        *_units(placement, colours),
+        *labels,
     ]
-    top = TOP + UNIT_HEIGHT + 90
-    for memory in stored.devices:
-        lines += _memory(memory, top, colours[memory.device])
-        top += ROW
-    lines += [*_legend(top + 6), "</svg>", ""]
+    for row, memory in enumerate(stored.devices):
+        lines += _memory(memory, bars + ROW * row, colours[memory.device])
+    lines += [*_legend(bars + ROW * len(stored.devices) + 6), "</svg>", ""]
     return "\n".join(lines)
 
 
-def _units(placement: Placement, stored: Estimate, colours: dict[str, str]) -> list[str]:
-    """One box per unit, a label under each stage and the hops between them."""
-    count = placement.layers + 2
-    step = (WIDTH - 2 * MARGIN) / count
-    lines = []
-    for row, (stage, figures) in enumerate(zip(placement.stages, stored.stages, strict=True)):
-        colour = colours[stage.device]
-        for unit in stage.units:
-            left = MARGIN + unit * step
-            lines.append(
-                f'<rect x="{left:.1f}" y="{TOP}" width="{max(step - 1.5, 1):.1f}" height="{UNIT_HEIGHT}" rx="2" '
-                f'fill="{colour}"/>'
-            )
-        left = MARGIN + stage.units.start * step
-        top = TOP + UNIT_HEIGHT + 20 + 18 * (row % 3)
+def _title(placement: Placement) -> str:
+    """Model and sizes; of a name that is too long for a line, the end."""
+    workload = placement.workload
+    sizes = f": {placement.layers} layers, {workload.sessions} × {workload.context:,} tokens"
+    source, room = placement.model.source, TITLE_LETTERS - len(sizes)
+    return (source if len(source) <= room else "…" + source[1 - room :]) + sizes
+
+
+def _units(placement: Placement, colours: dict[str, str]) -> list[str]:
+    """One box per unit, in the colour of its device."""
+    step = (WIDTH - 2 * MARGIN) / (placement.layers + 2)
+    return [
+        f'<rect x="{MARGIN + unit * step:.1f}" y="{TOP}" width="{max(step - 1.5, 1):.1f}" height="{UNIT_HEIGHT}" '
+        f'rx="2" fill="{colours[stage.device]}"/>'
+        for stage in placement.stages
+        for unit in stage.units
+    ]
+
+
+def _labels(placement: Placement, stored: Estimate, colours: dict[str, str]) -> tuple[list[str], int]:
+    """A label below each stage, in the first row with room for it; and the number of rows."""
+    step = (WIDTH - 2 * MARGIN) / (placement.layers + 2)
+    lines, ends = [], [0.0]
+    for stage, figures in zip(placement.stages, stored.stages, strict=True):
         label = f"{stage.device}: {stage.units_text} · {stage.weights} · {format_seconds(figures.decode_s)}"
-        lines.append(_text(min(left, WIDTH - MARGIN - 7.2 * len(label)), top, label, 13, colour))
-    return lines
+        width = 7.2 * len(label)
+        left = max(min(MARGIN + stage.units.start * step, WIDTH - MARGIN - width), MARGIN)
+        row = next((row for row, end in enumerate(ends) if end <= left), len(ends))
+        ends[row:] = [left + width + 12, *ends[row + 1 :]]
+        top = TOP + UNIT_HEIGHT + 20 + LABEL_ROW * row
+        lines.append(_text(left, top, label, 13, colours[stage.device]))
+    return lines, len(ends)
 
 
 def _memory(memory: DeviceMemory, top: float, colour: str) -> list[str]:
