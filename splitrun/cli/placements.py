@@ -76,15 +76,13 @@ def _report(nodes: bool) -> Callable[[str], None]:
 
 
 def _prepare(model: str, formats: set[str], load: str) -> None:
-    """Import what takes longest, and meanwhile fetch the memory that the packed weights took at the last start."""
-    from splitrun.kernels.cpu.regions import fetch_ahead
+    """Import what takes longest, and meanwhile read the packed weights that the last start took."""
     from splitrun.measure.host import read_host_memory
     from splitrun.model.lean_import import import_transformers
-    from splitrun.model.packed_folder import expected_bytes
+    from splitrun.model.read_ahead import read_ahead
 
-    nbytes = expected_bytes(model, sorted(formats)) if load == "weights" else 0
-    if 0 < 2 * nbytes < read_host_memory().free_bytes:
-        fetch_ahead(nbytes)
+    if load == "weights":
+        read_ahead(model, sorted(formats), read_host_memory().free_bytes // 2)
     import_transformers()
 
 

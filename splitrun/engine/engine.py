@@ -80,7 +80,7 @@ class Engine:
         self.files = resolve(reference.source, reference.revision, weights=load == "weights")
         self._tokenizer = _Later(partial(Tokenizer.load, self.files.path))
         if text:
-            self._tokenizer.result()  # before the weights: making it takes 170 MB for a moment
+            self._tokenizer.result()  # before the KV: making it takes 120 MB for a moment
         planned = self.placement.workload.chunk_tokens
         chunk = min(chunk_tokens or planned, planned)  # the plan's blocks and workspace are for chunks of that size
         self.core: EngineCore = assemble(

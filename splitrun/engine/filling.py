@@ -32,7 +32,7 @@ class Filling:
         self._files = files
         self._structure = structure
         self._dummy = load == "dummy"
-        self._taken = 0
+        self._taken: list[list[str]] = []
         self._held: dict[tuple[str, str, str], Weight | Tensor] = {}
 
     def fill(self, model: CutModel, weights: str, stage: str) -> int:
@@ -51,7 +51,6 @@ class Filling:
         nbytes = 0
         if packed is not None and ready:
             found = packed.fill(model.skeleton.model, [own for own in ready if own not in shared], self._taken)
-            self._taken += found or 0
             missing = missing if found is not None else list(model.own_names)
             nbytes += found or 0
         wanted = [own for own in missing if own not in shared]

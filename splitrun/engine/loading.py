@@ -22,7 +22,6 @@ from splitrun.engine.filling import Filling
 from splitrun.engine.filling import Load as Load
 from splitrun.engine.pipeline import Link, RemoteLink, translated
 from splitrun.errors import SplitrunError
-from splitrun.kernels.cpu.regions import drop_ahead
 from splitrun.kernels.gpu.library import usable
 from splitrun.measure.accelerators import half_type
 from splitrun.measure.cache import Cache, cache_folder
@@ -32,6 +31,7 @@ from splitrun.measure.probe import probe, this_machine
 from splitrun.measure.thread_count import settle_threads
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
+from splitrun.model.read_ahead import drop_ahead
 from splitrun.model.skeleton import DTYPES
 from splitrun.model.structure import ModelStructure
 from splitrun.model.weights import release_free_memory
@@ -218,6 +218,7 @@ def load_stages(
     with ExitStack() as undo:
         workers = {name: Worker(name, count) for name, count in threads.items()}
         undo.callback(loading.close)
+        undo.callback(drop_ahead)
         for worker in workers.values():
             undo.callback(worker.close)
         _hold_budgets(placement, workers)

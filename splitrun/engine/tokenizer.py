@@ -26,6 +26,8 @@ TEMPLATE_FAULTS = (
 """What a chat template raises on messages or options that it was not written for."""
 LOADING_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 """What transformers raises on a tokenizer's files that are none."""
+_ADDED_TOKENS = re.compile(r'"added_tokens"\s*:\s*')
+_HEAD_BYTES = 1 << 20
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -44,6 +46,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _added_tokens(directory: Path) -> dict[str, Any]:
+    """The added tokens of tokenizer.json as the argument that spares transformers a pass through all of that file.
+
+    Empty where they come from elsewhere too, or do not stand at the file's start.
+    """
+    config, others = _read_json(directory / "tokenizer_config.json"), ("added_tokens.json", "special_tokens_map.json")
+    if not config or "added_tokens_decoder" in config or any((directory / name).exists() for name in others):
+        return {}
+    try:
+        with (directory / "tokenizer.json").open("rb") as file:
+            text = file.read(_HEAD_BYTES).decode("utf-8", errors="replace")
+        match = _ADDED_TOKENS.search(text)
+        if match is None:
+            return {}
+        json.loads(text[: match.start()] + '"": 0}')  # the file's own key, not one further inside
+        added, _ = json.JSONDecoder().raw_decode(text, match.end())
+        return {"added_tokens_decoder": {token.pop("id"): token for token in added}}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _ids(value: object) -> list[int]:
@@ -87,7 +110,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            backend = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+            backend = AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False, **_added_tokens(directory)
+            )
         except Exception as error:  # the library below, which is no Python, raises bare Exception
             if type(error) is not Exception and not isinstance(error, LOADING_FAULTS):
                 raise

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from splitrun.kernels.cpu.regions import fetched_bytes
+from splitrun.kernels.cpu.regions import filled_bytes
 
 ReadFile = Callable[[str], str | None]
 """Path -> content, None when there is no such file or it may not be read."""
@@ -96,7 +96,7 @@ def read_host_memory(read: ReadFile = read_file) -> HostMemory:
         total, free = int(memory.total), int(memory.available)
     for limit, used in memory_limits(read):
         total, free = min(total, limit), min(free, max(0, limit - used))
-    return HostMemory(total, min(total, free + fetched_bytes()))
+    return HostMemory(total, min(total, free + filled_bytes()))
 
 
 def memory_limits(read: ReadFile = read_file) -> Iterator[tuple[int, int]]:

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from splitrun.model.import_structure import remembered
+
 COMPILER = "torch._dynamo"
 MODELLING = (
     *("transformers.modeling_utils", "transformers.generation.utils", "transformers.masking_utils"),
@@ -36,7 +38,7 @@ def import_transformers(names: tuple[str, ...] = MODELLING) -> bool:
         return False
     before = set(sys.modules)
     try:
-        with _without_collections(), _without_compiler(), _without_process_groups():
+        with _without_collections(), _without_compiler(), _without_process_groups(), remembered():
             for name in names:
                 importlib.import_module(name)
     except (ImportError, AttributeError):

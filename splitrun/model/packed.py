@@ -40,6 +40,7 @@ from splitrun.model.packed_folder import (
     touch,
     write_index,
 )
+from splitrun.model.read_ahead import was_read
 from splitrun.model.source import weight_files
 
 READERS = 4
@@ -123,23 +124,33 @@ class PackedWeights:
 
     def value(self, name: str) -> Weight | Tensor:
         """The tensor as it was loaded, on the device. Raises BrokenPack or MissingWeights."""
+        value = self._storage_for(name)
+        self._read(name, value)
+        return value
+
+    def _storage_for(self, name: str) -> Weight | Tensor:
         with self._open(name) as file:
             value = self._empty(name, file.facts)
-            tensors = _storage(value)
-            if [tensor.nbytes for tensor in tensors] != [part.nbytes for part in file.parts]:
+            if [tensor.nbytes for tensor in _storage(value)] != [part.nbytes for part in file.parts]:
                 raise BrokenPack(f"{self.place(name)} is of another size than its shape")
-            for part, tensor in zip(file.parts, tensors, strict=True):
+            return value
+
+    def _read(self, name: str, value: Weight | Tensor) -> None:
+        """Read the tensor's parts into its storage, if they were not read to there ahead."""
+        with self._open(name) as file:
+            for part, tensor in zip(file.parts, _storage(value), strict=True):
+                if was_read(self._file(name), part.start, tensor.data_ptr()):
+                    continue
                 target = tensor if tensor.device.type == "cpu" else torch.empty(part.nbytes, dtype=torch.uint8)
                 file.read(part, _bytes(target))
                 if target is not tensor:
                     tensor.view(-1).view(torch.uint8).copy_(target)
-            return value
 
-    def fill(self, model: Any, names: Iterable[str], taken: int = 0) -> int | None:
-        """Install these names, several read at a time; the bytes they take, ``taken`` being what others took before.
+    def fill(self, model: Any, names: Iterable[str], taken: list[list[str]]) -> int | None:
+        """Install these names, several read at a time; the bytes they take. ``taken`` is what this process took before.
 
         None when one of them is not as it was written: then nothing is installed, and one line has been logged.
-        Modifies the model.
+        Modifies the model, and ``taken``.
         """
         ties = self.ties
         wanted = [name for name in dict.fromkeys(ties.get(name, name) for name in names) if name not in self.initial]
@@ -149,8 +160,9 @@ class PackedWeights:
             with ExitStack() as reading:
                 if cpu:
                     reading.enter_context(ARENA.reserved(size))
+                values = {name: self._storage_for(name) for name in wanted}  # in this order, as reading ahead does
                 pool = reading.enter_context(ThreadPoolExecutor(READERS if cpu else 1))
-                values = dict(zip(wanted, pool.map(self.value, wanted), strict=True))
+                list(pool.map(self._read, values.keys(), values.values()))
         except (BrokenPack, MissingWeights, OSError) as error:
             self._warn(f"packed weights are made again, because {error}")
             return None
@@ -161,7 +173,8 @@ class PackedWeights:
                 if isinstance(value, Tensor) and name not in buffers:
                     value = torch.nn.Parameter(value, requires_grad=False)
                 install(model, name, value)
-        touch(self._folder, taken + size)
+        taken.append(wanted)
+        touch(self._folder, taken)
         return sum(value.nbytes for value in values.values())
 
     def writer(self, nbytes: int) -> PackWriter | None:

@@ -34,11 +34,11 @@ KEPT_FREE_BYTES = 1 << 30
 """Room on the disk that packed weights never take."""
 HEADER_LIMIT_BYTES = 1 << 16
 ALIGNMENT = 64
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 4 << 20
 """Read and summed at a time: what was just read is then still in the processor's cache."""
 INDEX = "index.json"
 USED = "used"
-"""The bytes that the last load took from the folder."""
+"""The names that the last process took from the folder, a list for each of its loads, in their order."""
 SUFFIX = ".packed"
 
 
@@ -165,24 +165,26 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     _replace(folder / INDEX, [text.encode()])
 
 
-def touch(folder: Path, nbytes: int) -> None:
-    """Note that a folder was used just now, for tensors of ``nbytes`` in one process."""
+def touch(folder: Path, taken: Sequence[Sequence[str]]) -> None:
+    """Note that a folder was used just now, for tensors of these names in one process."""
     try:
-        _replace(folder / USED, [str(nbytes).encode()])
+        _replace(folder / USED, [json.dumps(taken).encode()])
         os.utime(folder / INDEX, (time.time(), time.time()))
     except OSError:
         return  # a folder of somebody else's: its age is not ours to keep
 
 
-def expected_bytes(model: str, formats: Sequence[str]) -> int:
-    """What the last load of a model's packed weights took in main memory, 0 where none is known."""
+def last_taken(model: str, formats: Sequence[str]) -> list[list[TensorFile]]:
+    """What the last process took of a model's packed weights in main memory, load by load; nothing known: empty."""
     for entry in entries():
         if entry.model == model and entry.device == "cpu" and entry.format in formats:
+            folder = packed_root() / entry.key
             try:
-                return min(int((packed_root() / entry.key / USED).read_text()), entry.nbytes)
-            except (OSError, ValueError):
-                return 0
-    return 0
+                taken = json.loads((folder / USED).read_bytes())
+                return [[TensorFile(folder, name) for name in names] for names in taken]
+            except (OSError, ValueError, TypeError):
+                return []
+    return []
 
 
 class TensorFile:

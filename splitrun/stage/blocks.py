@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from splitrun.kernels.cpu.arena import ARENA
+from splitrun.kernels.cpu.arena import zeros
 from splitrun.kernels.int8_kv import dequantize_kv, quantize_kv
 
 
@@ -162,7 +162,7 @@ def _zeros(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.d
     """Zeros; in main memory on huge pages, which reads of a long history need as much as weights do."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return ARENA.empty(math.prod(shape), dtype).zero_().view(shape)
+    return zeros(math.prod(shape), dtype).view(shape)
 
 
 class StateStore:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from splitrun.kernels.cpu.arena import fetch
 from splitrun.kernels.gpu.library import usable
 from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.skeleton import DTYPES
@@ -105,4 +106,6 @@ def _storage(
                 stores[index] = BlockStore(*sizes, DTYPES[size.kv_dtype], device)
         if kept.states:
             states[index] = StateStore(size.slots, kept.states, DTYPES[size.dtype], torch.device(size.device))
+    if size.device == "cpu":
+        fetch([pool for store in stores.values() for pool in (store.keys, store.values, *(store.scales or ()))])
     return stores, states

@@ -53,14 +53,18 @@ print(json.dumps({"marks": marks, "weights": weights, "kv": kv}))
 
 
 def start(model: str, weights: str) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a whole ``splitrun run`` of one token."""
+    """Seconds until ``splitrun run`` prints its first token, and the peak of its resident bytes."""
     command = [sys.executable, "-m", "splitrun", "run", model, "Hello", "--max-tokens", "1", "--weights", weights]
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    seconds = time.perf_counter() - begun
+    process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - begun, usage.ru_maxrss * 1024
+    return seconds, usage.ru_maxrss * 1024
 
 
 def parts(model: str, weights: str) -> dict[str, Any]:

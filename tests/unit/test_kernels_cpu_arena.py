@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from splitrun.kernels.cpu import regions
-from splitrun.kernels.cpu.arena import ALIGNMENT, HUGE_PAGE_BYTES, REGION_BYTES, SMALL_BYTES, Arena
+from splitrun.kernels.cpu.arena import REGION_BYTES, Arena, fetch, zeros
+from splitrun.kernels.cpu.regions import ALIGNMENT, HUGE_PAGE_BYTES, SMALL_BYTES
 
 
 def test_pieces_of_one_region_lie_side_by_side() -> None:
@@ -71,29 +72,43 @@ def test_reserved_pieces_share_a_region_and_leave_nothing_behind() -> None:
     assert arena.empty(SMALL_BYTES, torch.uint8).fill_(4).all()
 
 
-def test_a_region_fetched_ahead_is_taken_once_and_counts_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regions, "_ahead", regions._Ahead())
-    monkeypatch.setattr(regions, "LEFT_BYTES", REGION_BYTES)
-    regions.fetch_ahead(REGION_BYTES * 2)
-    ahead = regions._ahead.region
-    assert ahead is not None
-    for thread in [each for each in threading.enumerate() if each.name == "splitrun memory"]:
-        thread.join()
-    assert regions.fetched_bytes() in (0, len(ahead) - REGION_BYTES - (-regions.address(ahead) % HUGE_PAGE_BYTES))
-    assert regions.open_region(REGION_BYTES * 8, REGION_BYTES) is not ahead
-    assert regions.open_region(REGION_BYTES * 2, REGION_BYTES) is ahead
-    assert regions.fetched_bytes() == 0
-    assert regions.open_region(REGION_BYTES, REGION_BYTES) is not ahead
+def test_a_region_set_aside_is_filled_until_it_is_taken_and_counts_until_then() -> None:
+    aside = regions.set_aside(REGION_BYTES)
+    places = []
+
+    def read(target: memoryview, address: int) -> None:
+        target[:] = bytes([7]) * len(target)
+        places.append(address)
+
+    assert aside.fill(ALIGNMENT, 100, read)
+    assert regions.filled_bytes() == 100
+    region = aside.region
+    assert regions.open_region(REGION_BYTES * 2, REGION_BYTES) is not region
+    assert regions.open_region(REGION_BYTES, REGION_BYTES) is region
+    assert region is not None
+    start = regions.first_place(region)
+    assert places == [regions.address(region) + start + ALIGNMENT]
+    assert region[start + ALIGNMENT : start + ALIGNMENT + 101] == bytes([7]) * 100 + bytes(1)
+    assert not aside.fill(0, 100, read)
+    assert regions.filled_bytes() == 0
+    assert regions.open_region(REGION_BYTES, REGION_BYTES) is not region
 
 
-def test_what_was_fetched_ahead_in_vain_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regions, "_ahead", regions._Ahead())
-    regions.fetch_ahead(REGION_BYTES)
-    regions.fetch_ahead(REGION_BYTES)  # a second wish is not heard
-    region = weakref.ref(regions._ahead.region)
-    regions.drop_ahead()
-    for thread in [each for each in threading.enumerate() if each.name == "splitrun memory"]:
-        thread.join()
+def test_what_was_set_aside_in_vain_is_given_back() -> None:
+    aside = regions.set_aside(REGION_BYTES)
+    region = weakref.ref(aside.region)
+    regions.drop_asides()
     gc.collect()
     assert region() is None
-    assert regions.fetched_bytes() == 0
+    assert not aside.fill(0, 1, lambda target, address: None)
+
+
+@pytest.mark.parametrize("count", [10, SMALL_BYTES, HUGE_PAGE_BYTES + 3])
+def test_fetched_zeros_keep_what_was_written_to_them(count: int) -> None:
+    ones, others = zeros(count, torch.uint8), zeros(count, torch.uint8)
+    ones.fill_(1)
+    fetch([ones, others])
+    for thread in [each for each in threading.enumerate() if each.name == "splitrun memory"]:
+        thread.join()
+    assert ones.all()
+    assert not others.any()

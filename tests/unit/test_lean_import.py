@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 LEAN = """
 import sys
@@ -43,6 +47,22 @@ assert not {"bitsandbytes", "torch._dynamo"} & set(sys.modules)
 print("done")
 """
 
+REMEMBERED = """
+import pathlib
+from splitrun.model.import_structure import remembered
+with remembered():
+    import transformers
+from transformers.utils.import_utils import create_import_structure_from_path as look, spread_import_structure
+models = pathlib.Path(transformers.__file__).parent / "models"
+from transformers.utils import import_utils
+read = []
+import_utils.create_import_structure_from_path = lambda path: read.append(path) or look(path)
+found = import_utils.define_import_structure(models)
+assert not read and found == spread_import_structure(look(models))
+assert "models.llama.modeling_llama" in import_utils.define_import_structure(models, "models")[frozenset({"torch"})]
+print("done")
+"""
+
 
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -58,3 +78,12 @@ def test_a_transformers_that_cannot_be_imported_leanly_is_imported_as_usual() ->
 
 def test_the_kernels_test_themselves_without_bitsandbytes() -> None:
     assert run(TESTED) == "done\n"
+
+
+def test_what_model_files_export_is_remembered_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPLITRUN_CACHE", str(tmp_path))
+    for content in (None, "{", None):  # nothing kept yet, something broken, what the last one kept
+        if content is not None:
+            (tmp_path / "import_structure.json").write_text(content)
+        assert run(REMEMBERED) == "done\n"
+    assert json.loads((tmp_path / "import_structure.json").read_text())["names"]

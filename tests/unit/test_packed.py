@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from tiny_models import make_model
 from torch import Tensor
 
 from splitrun.engine.filling import Filling
+from splitrun.kernels.cpu import arena
 from splitrun.kernels.weight import Weight
-from splitrun.model import packed, packed_folder
+from splitrun.model import packed, packed_folder, read_ahead
 from splitrun.model.cut import CutModel, CutRange
 from splitrun.model.files import resolve
 from splitrun.model.packed import PackedWeights, packed_weights
@@ -359,15 +361,38 @@ def test_a_limit_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         packed_folder.limit_bytes()
 
 
-def test_the_next_start_knows_what_the_last_one_took(load: Callable[[str], Load], folder: Path) -> None:
+def test_the_next_start_reads_ahead_what_the_last_one_took(
+    load: Callable[[str], Load], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = load("qwen2")
-    one()
-    assert packed_folder.expected_bytes(str(one.path), ["nf4"]) == 0  # written, never read
-    one()
-    expected = packed_folder.expected_bytes(str(one.path), ["int8", "nf4"])
-    assert one.nbytes <= expected <= entries()[0].nbytes
-    assert packed_folder.expected_bytes(str(one.path), ["int8"]) == 0
-    assert packed_folder.expected_bytes("another", ["nf4"]) == 0
+    expected = one()
+    monkeypatch.setattr(read_ahead, "SMALL_BYTES", 1)
+    monkeypatch.setattr(arena, "SMALL_BYTES", 1)
+    halves = CutRange(True, 0, 1, False), CutRange(False, 1, 2, True)
+    assert packed_folder.last_taken(str(one.path), ["nf4"]) == []  # written, never read
+    one(*halves)
+    assert len(packed_folder.last_taken(str(one.path), ["int8", "nf4"])) == len(halves)
+    assert packed_folder.last_taken(str(one.path), ["int8"]) == packed_folder.last_taken("another", ["nf4"]) == []
+
+    def ahead() -> int:
+        """Parts that are at the address where a load wants them, when all was read ahead."""
+        found = []
+        real = read_ahead.was_read
+        monkeypatch.setattr(packed, "was_read", lambda *asked: found.append(real(*asked)) or found[-1])
+        read_ahead.read_ahead(str(one.path), ["nf4"], 1 << 30)
+        for thread in [each for each in threading.enumerate() if each.name == "splitrun read ahead"]:
+            thread.join()
+        assert _same(one(*halves), expected)
+        read_ahead.drop_ahead()
+        return sum(found)
+
+    assert ahead() == 16  # seven matrices of two layers, embedding and head
+    (file,) = folder.glob("*/model.layers.1.mlp.up_proj.weight.packed")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert 8 <= ahead() < 16  # a broken file ends the reading, and its tensor is made again
     (used,) = folder.glob("*/used")
     used.write_text("much")
-    assert packed_folder.expected_bytes(str(one.path), ["nf4"]) == 0
+    assert packed_folder.last_taken(str(one.path), ["nf4"]) == []
+    assert ahead() == 0

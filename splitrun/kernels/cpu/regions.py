@@ -1,7 +1,7 @@
-"""Regions of memory on huge pages, and one that is fetched from the system before its size is needed.
+"""Regions of memory on huge pages, and some that are filled before they are asked for.
 
-The system makes memory while a program first touches it, which takes about as long as reading weights into it. A start
-that knows from the last one how much it will need lets that happen beside its imports. Knows neither torch nor tensors.
+A start that knows from the last one what will lie where has weights read beside its imports: into a region that is set
+aside, and that the next request for so many bytes gets. Knows neither torch nor tensors.
 """
 
 from __future__ import annotations
@@ -10,61 +10,75 @@ import contextlib
 import ctypes
 import mmap
 import threading
+from collections.abc import Callable
 
 HUGE_PAGE_BYTES = 2 << 20
-STEP_BYTES = 32 << 20
-LEFT_BYTES = 128 << 20
-"""Not fetched ahead: what imports and the tokenizer take for a moment must not come on top of all the weights."""
-SLACK_BYTES = 1 << 20
-"""Beyond what was asked for: the ends of pieces are rounded up."""
+ALIGNMENT = 64
+SMALL_BYTES = 64 << 10
+"""Smaller pieces lie in no region: a huge page would be mostly empty."""
+
+
+class Aside:
+    """A region whose first pieces are filled until it is handed out or dropped, whichever comes first."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.region: mmap.mmap | None = new_region(nbytes)
+        self.length = len(self.region)
+        self.filled_bytes = 0
+        self._lock = threading.Lock()
+
+    def fill(self, place: int, nbytes: int, read: Callable[[memoryview, int], None]) -> bool:
+        """Have ``read`` fill the piece that lies ``place`` bytes behind the first, at that address; False: too late.
+
+        Meanwhile the region is not handed out: whoever gets it finds nobody else writing to it.
+        """
+        with self._lock:
+            if self.region is None:
+                return False
+            start = first_place(self.region) + place
+            read(memoryview(self.region)[start : start + nbytes], address(self.region) + start)
+            self.filled_bytes += nbytes
+            return True
+
+    def take(self) -> mmap.mmap | None:
+        """The region, once; nothing is filled any more."""
+        with self._lock:
+            region, self.region, self.filled_bytes = self.region, None, 0
+            return region
+
+
+_asides: list[Aside] = []
 POPULATE_WRITE = 23
-"""MADV_POPULATE_WRITE, since Linux 5.14; where it is not known, pages come as they are touched."""
+"""MADV_POPULATE_WRITE, since Linux 5.14: makes pages and leaves what is in them. Elsewhere pages come when touched."""
 
 
-class _Ahead:
-    """The region that was fetched ahead, until it is taken or dropped."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.region: mmap.mmap | None = None
-        self.wanted = threading.Event()
-        self.fetched_bytes = 0
-
-
-_ahead = _Ahead()
-
-
-def fetch_ahead(nbytes: int) -> None:
-    """Begin to fetch a region for that many bytes, on a thread of its own. Until `drop_ahead` it may be taken once."""
-    with _ahead.lock:
-        if _ahead.region is not None:
-            return
-        _ahead.region = region = new_region(nbytes + SLACK_BYTES)
-        _ahead.wanted = wanted = threading.Event()
-        wanted.set()
-    threading.Thread(target=_populate, args=(region, wanted), name="splitrun memory", daemon=True).start()
+def set_aside(nbytes: int) -> Aside:
+    """A region for that many bytes, which `open_region` will give to whoever asks for just as many."""
+    aside = Aside(nbytes)
+    _asides.append(aside)
+    return aside
 
 
 def open_region(nbytes: int, least: int) -> mmap.mmap:
     """A region of ``least`` bytes or more, of which ``nbytes`` must fit behind its first huge page's start."""
-    with _ahead.lock:
-        if _ahead.region is not None and len(_ahead.region) >= nbytes + HUGE_PAGE_BYTES:
-            region, _ahead.region, _ahead.fetched_bytes = _ahead.region, None, 0
-            return region
+    for aside in list(_asides):
+        if aside.length == nbytes + HUGE_PAGE_BYTES:
+            _asides.remove(aside)
+            region = aside.take()
+            if region is not None:
+                return region
     return new_region(max(nbytes, least))
 
 
-def drop_ahead() -> None:
-    """Give back what was fetched ahead and not taken, and stop fetching."""
-    with _ahead.lock:
-        if _ahead.region is not None:
-            _ahead.region, _ahead.fetched_bytes = None, 0
-            _ahead.wanted.clear()
+def drop_asides() -> None:
+    """Give back what was set aside and not asked for."""
+    while _asides:
+        _asides.pop().take()
 
 
-def fetched_bytes() -> int:
+def filled_bytes() -> int:
     """Memory that is held for weights to come: whoever asks how much is free may count it as free."""
-    return _ahead.fetched_bytes
+    return sum(aside.filled_bytes for aside in list(_asides))
 
 
 def new_region(nbytes: int) -> mmap.mmap:
@@ -80,6 +94,25 @@ def new_region(nbytes: int) -> mmap.mmap:
     return region
 
 
+def fetch_pages(start: int, nbytes: int) -> bool:
+    """Have the system make the pages between these addresses, a huge page at a time; False where it cannot.
+
+    It makes memory while a program first touches it, which takes about as long as reading weights into it.
+    """
+    try:
+        advise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return False
+    end = start + nbytes
+    start -= start % mmap.PAGESIZE
+    while start < end:
+        count = min(HUGE_PAGE_BYTES - start % HUGE_PAGE_BYTES, end - start)
+        if advise(ctypes.c_void_p(start), ctypes.c_size_t(count), POPULATE_WRITE):
+            return False
+        start += count
+    return True
+
+
 def give_back(region: mmap.mmap, start: int) -> None:
     """Return the region's pages from ``start`` on to the system, whole huge pages only; they read as zero again."""
     start += -(address(region) + start) % HUGE_PAGE_BYTES
@@ -92,20 +125,11 @@ def address(region: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(region))
 
 
-def _populate(region: mmap.mmap, wanted: threading.Event) -> None:
-    try:
-        advise = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):
-        return
-    held = ctypes.c_char.from_buffer(region)
-    start, end = ctypes.addressof(held), ctypes.addressof(held) + len(region)
-    start += -start % HUGE_PAGE_BYTES
-    end -= LEFT_BYTES
-    while start < end and wanted.is_set():
-        count = min(STEP_BYTES, end - start)
-        if advise(ctypes.c_void_p(start), ctypes.c_size_t(count), POPULATE_WRITE):
-            return
-        start += count
-        with _ahead.lock:
-            if _ahead.region is region:
-                _ahead.fetched_bytes += count
+def first_place(region: mmap.mmap) -> int:
+    """Where in the region its first piece lies: at the start of a huge page."""
+    return -address(region) % HUGE_PAGE_BYTES
+
+
+def aligned(nbytes: int) -> int:
+    """The room that a piece takes."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
