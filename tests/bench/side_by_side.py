@@ -10,6 +10,7 @@ in a process of its own; accelerate in bf16, splitrun in the format its planner 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,7 @@ def compare(model: str, load: Load, budget: str, args: argparse.Namespace) -> Pa
             refusal, plan = str(error), "nothing fits"
             options = {"memory": {"cpu": "auto"}, "context": context, "load": load}
             placement = contest.plan_in(process, model, options)
+    print(f"{shown}: {plan}", file=sys.stderr, flush=True)
     placement.save(file)
     terms = contest.make_terms(placement, file, args.prompt_tokens, args.new_tokens, 1, load)
     budgets = {name: parse_bytes(size) for name, size in memory.items()}

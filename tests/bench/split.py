@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -146,6 +147,7 @@ def measure(
                 behind = args.prompt_tokens + args.new_tokens // 2
                 # Memory is shared with strangers, and fast or slow for seconds: all take turns, and the least counts.
                 turns = []
+                warm_up(engine, args, count)
                 for _ in range(TURNS):
                     first_s, step_s, found = run(engine, args, count)
                     ids = ids or found
@@ -170,26 +172,31 @@ def measure(
                     row["hop_us"] = round(hops_s / max(1, len(stages) - 1) * 1e6)
                     row["beyond_percent"] = round((step_s - cold_s - hops_s) / cold_s * 100, 1)
                 rows.append(row)
+                print(to_table([row]).splitlines()[-1], file=sys.stderr, flush=True)
     return rows, ids
 
 
+def warm_up(engine: Engine, args: argparse.Namespace, count: int) -> None:
+    """Capture what graphs there will be."""
+    engine.generate(_prompts(args, count), _greedy(2))
+
+
 def run(engine: Engine, args: argparse.Namespace, count: int) -> tuple[float, float, list[tuple[int, ...]]]:
-    """Seconds to the first tokens and of one decoding step, and the ids; the better of two runs."""
-    firsts, steps, ids = [], [], []
-    for turn in range(3):
-        prompts = [
-            [(7 * place + 13 * row + turn) % 1000 + 5 for place in range(args.prompt_tokens)] for row in range(count)
-        ]
-        times = []
-        for tokens in (1, 1 + args.new_tokens):
-            start = time.perf_counter()
-            found = engine.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
-            times.append(time.perf_counter() - start)
-        ids = [tuple(completion.token_ids) for completion in found]
-        if turn:
-            firsts.append(times[0])
-            steps.append((times[1] - times[0]) / args.new_tokens)
-    return min(firsts), min(steps), ids
+    """Seconds to the first tokens and of one decoding step, and the ids."""
+    times = []
+    for tokens in (1, 1 + args.new_tokens):
+        start = time.perf_counter()
+        found = engine.generate(_prompts(args, count), _greedy(tokens))
+        times.append(time.perf_counter() - start)
+    return times[0], (times[1] - times[0]) / args.new_tokens, [tuple(completion.token_ids) for completion in found]
+
+
+def _prompts(args: argparse.Namespace, count: int) -> list[list[int]]:
+    return [[(7 * place + 13 * row) % 1000 + 5 for place in range(args.prompt_tokens)] for row in range(count)]
+
+
+def _greedy(tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
 
 
 def isolated(engine: Engine, behind: int, cold: bool = False) -> list[float]:

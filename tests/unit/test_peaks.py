@@ -8,6 +8,7 @@ import pytest
 import torch
 from planner_models import device, model
 
+from splitrun.measure import resident
 from splitrun.measure.lines import Found, unit_peak
 from splitrun.measure.peaks import held_bytes, peak_beyond, peak_of
 from splitrun.measure.resident import reset_high_water
@@ -29,6 +30,19 @@ def test_a_rise_is_seen_and_what_is_held_is_not() -> None:
     rise = peak_of(lambda: torch.ones(64 * MIB, dtype=torch.uint8), "cpu", "cpu", before)
     assert 60 * MIB < rise < 80 * MIB
     assert peak_of(held.max, "cpu", "cpu", held_bytes("cpu", "cpu")) < 8 * MIB
+
+
+@pytest.mark.parametrize("already", [0, 5000])
+def test_only_new_objects_are_looked_at_even_where_some_were_frozen(
+    monkeypatch: pytest.MonkeyPatch, already: int
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(resident.gc, "get_freeze_count", lambda: already)
+    for name in ("collect", "freeze", "unfreeze"):
+        monkeypatch.setattr(resident.gc, name, lambda name=name: calls.append(name))
+    with resident.only_new_objects():
+        assert calls == ["collect", "freeze"]
+    assert ("unfreeze" in calls) == (already == 0)
 
 
 @needs_marks
