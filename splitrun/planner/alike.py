@@ -86,13 +86,17 @@ def _alike(tables: Tables, first: Sequence[int], second: Sequence[int]) -> bool:
 
 
 def _same(one: Slot, other: Slot) -> bool:
-    return len(one.choices) == len(other.choices) and all(map(_same_choice, one.choices, other.choices))
+    return all(len(found) == len(other.choices[ends]) for ends, found in one.choices.items()) and all(
+        _same_choice(mine, its)
+        for ends, found in one.choices.items()
+        for mine, its in zip(found, other.choices[ends], strict=True)
+    )
 
 
 def _same_choice(one: Choice, other: Choice) -> bool:
-    figures = [(each.number, each.stage_s, each.embed_s, each.head_s) for each in (one, other)]
+    figures = [(each.formats, each.stage_s, each.ends_s) for each in (one, other)]
     return (
         figures[0] == figures[1]
-        and numpy.array_equal(one.layer_s, other.layer_s)
-        and all(numpy.array_equal(one.run_bytes[key], other.run_bytes[key]) for key in one.run_bytes)
+        and numpy.array_equal(one.seconds, other.seconds)
+        and numpy.array_equal(one.bytes, other.bytes)
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy
 
 from splitrun.planner.losses import Losses
-from splitrun.planner.problem import INFINITE, Choice, Floats, Split, Tables
+from splitrun.planner.problem import INFINITE, Choice, Floats, Formats, Split, Tables
 from splitrun.planner.search import Outcome, Problem, reach_of, runs_of
 
 ROUNDING = 1e-12
@@ -26,7 +26,7 @@ class Label:
     seconds: float
     loss: float
     slot: int
-    number: int
+    formats: Formats
     start: int
     stop: int
     before: Label | None
@@ -70,9 +70,9 @@ class Labels:
         for other in range(len(chain.device)):
             for place, labels in enumerate(reach.get((before, other), ())):
                 arriving[place] += [(label.seconds + float(chain.hop[other, slot]), label) for label in labels]
-        for choice in self.tables.slots[slot].choices:
+        for choice in self._choices(slot):
             seconds = self._allowed(choice, slot)
-            lost = self.losses.runs(choice.number, slot == chain.embed, slot == chain.head)
+            lost = self.losses.runs(choice.ends, choice.formats)
             for start, found in enumerate(arriving):
                 for spent, label in found:
                     total = spent + seconds[start, start + 1 :]
@@ -82,33 +82,35 @@ class Labels:
                     useful = (total < outcome.value) & (loss <= self.most) & (cost <= limit)
                     for step in numpy.flatnonzero(useful):
                         stop = start + 1 + int(step)
-                        yield Label(float(total[step]), float(loss[step]), slot, choice.number, start, stop, label)
+                        yield Label(float(total[step]), float(loss[step]), slot, choice.formats, start, stop, label)
+
+    def _choices(self, slot: int) -> tuple[Choice, ...]:
+        chain = self.problem.chain
+        return self.tables.slots[slot].choices[slot == chain.embed, slot == chain.head]
 
     def _allowed(self, choice: Choice, slot: int) -> Floats:
-        chain = self.problem.chain
-        embed, head = slot == chain.embed, slot == chain.head
-        fits = choice.run_bytes[embed, head] <= self.problem.caps[chain.device[slot]]
-        return numpy.where(fits, choice.seconds(embed, head), INFINITE)
+        fits = choice.bytes <= self.problem.caps[self.problem.chain.device[slot]]
+        return numpy.where(fits, choice.seconds, INFINITE)
 
     def _finish(self, label: Label, mask: int, outcome: Outcome) -> None:
         """Place the ends that hold no layers, in every format, and enter the best."""
         chain = self.problem.chain
         outside = [slot for slot in {chain.embed, chain.head} if not mask >> chain.device[slot] & 1]
-        for choices in itertools.product(*(self.tables.slots[slot].choices for slot in outside)):
+        for choices in itertools.product(*map(self._choices, outside)):
             seconds, loss = label.seconds + float(chain.end[label.slot]), label.loss
             for slot, choice in zip(outside, choices, strict=True):
                 seconds += float(self._allowed(choice, slot)[0, 0])
-                loss += float(self.losses.runs(choice.number, slot == chain.embed, slot == chain.head)[0, 0])
+                loss += float(self.losses.runs(choice.ends, choice.formats)[0, 0])
             if loss <= self.most and seconds < outcome.value:
-                formats = {chain.device[slot]: choice.number for slot, choice in zip(outside, choices, strict=True)}
+                formats = {chain.device[slot]: choice.formats for slot, choice in zip(outside, choices, strict=True)}
                 outcome.value, outcome.split = seconds, self._split(label, formats)
 
-    def _split(self, last: Label, formats: dict[int, int]) -> Split:
+    def _split(self, last: Label, formats: dict[int, Formats]) -> Split:
         chain, runs = self.problem.chain, []
         label: Label | None = last
         while label is not None:
             device = chain.device[label.slot]
-            formats[device] = label.number
+            formats[device] = label.formats
             runs.append((device, label.start, label.stop))
             label = label.before
         return Split(chain.device[chain.embed], chain.device[chain.head], tuple(reversed(runs)), formats)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy
 
-from splitrun.planner.problem import INFINITE, Floats, Tables, excess_of
+from splitrun.planner.problem import INFINITE, Ends, Floats, Tables, excess_of
 from splitrun.planner.search import Chain, Outcome, Price, seconds_within, with_formats
 
 
@@ -42,24 +42,27 @@ def least_possible(tables: Tables, bottleneck: bool) -> float:
     speeds: dict[int, float] = {}
     room: dict[int, int] = {}
     for slot in tables.slots:
-        for choice in slot.choices:
-            one = float(numpy.diagonal(choice.layer_s, 1).min()) - choice.stage_s
+        for choice in slot.choices[False, False]:
+            one = float(numpy.diagonal(choice.seconds, 1).min()) - choice.stage_s
             starts, stops = numpy.nonzero(
-                (choice.run_bytes[False, False] <= tables.budget_bytes[slot.device]) & (choice.layer_s < INFINITE)
+                (choice.bytes <= tables.budget_bytes[slot.device]) & (choice.seconds < INFINITE)
             )
-            longest = int((stops - starts).max()) if len(starts) else 0
+            longest = int((stops - starts).max())
             speeds[slot.device] = min(one, speeds.get(slot.device, INFINITE))
             room[slot.device] = max(longest, room.get(slot.device, 0))
     if sum(room.values()) < layers:
         return INFINITE
-    choices = [choice for slot in tables.slots for choice in slot.choices]
     if bottleneck:
         return _least_bottleneck(speeds, room, layers)
-    total, left = min(choice.embed_s for choice in choices) + min(choice.head_s for choice in choices), layers
+    total, left = _least_end_s(tables, (True, False)) + _least_end_s(tables, (False, True)), layers
     for number in sorted(speeds, key=speeds.__getitem__):
         taken = min(left, room[number])
         total, left = total + taken * speeds[number], left - taken
     return total
+
+
+def _least_end_s(tables: Tables, ends: Ends) -> float:
+    return min(choice.ends_s for slot in tables.slots for choice in slot.choices[ends])
 
 
 def _least_bottleneck(speeds: dict[int, float], room: dict[int, int], layers: int) -> float:
@@ -78,8 +81,8 @@ def _orders(tables: Tables) -> list[list[int]]:
     """As given, the quickest first, and the quickest last."""
     speed = dict.fromkeys(range(tables.devices), INFINITE)
     for slot in tables.slots:
-        for choice in slot.choices:
-            speed[slot.device] = min(speed[slot.device], float(numpy.diagonal(choice.layer_s, 1).min()))
+        for choice in slot.choices[False, False]:
+            speed[slot.device] = min(speed[slot.device], float(numpy.diagonal(choice.seconds, 1).min()))
     quickest = sorted(range(tables.devices), key=lambda number: (speed[number], number))
     found = [list(range(tables.devices)), quickest, quickest[::-1]]
     return [order for index, order in enumerate(found) if order not in found[:index]]
@@ -97,7 +100,7 @@ def _chain(tables: Tables, price: Price, device: tuple[int, ...], embed: int, he
     charges = []
     for number, slot in enumerate(tables.slots):
         cap = int(tables.budget_bytes[slot.device])
-        found = [price(choice, number == embed, number == head, cap) for choice in slot.choices]
+        found = [price(choice, cap) for choice in slot.choices[number == embed, number == head]]
         charges.append(numpy.minimum.reduce(found))
     hop = numpy.zeros_like(tables.hop_s) if bottleneck else tables.hop_s
     start = hop[embed] + (0.0 if bottleneck else tables.enter_s[embed])

@@ -18,45 +18,41 @@ Bounds = tuple[int, int]
 INFINITE = float("inf")
 
 
+Formats = tuple[int, int, int]
+"""Numbers of the weight formats of embed, layers and head on one device, the most precise format being 0."""
+Ends = tuple[bool, bool]
+"""Whether a device holds embed, and whether it holds head."""
+
+
 @dataclass(frozen=True)
 class Choice:
-    """One device with one weight format; n layers. Entry [i, j] is the run of layers i to j - 1.
+    """One device that holds those ends, with a format for each of its parts; n layers.
 
-    number     of the format, the most precise first
-    layer_s    shape (n + 1, n + 1): seconds of a run as one stage; infinite where j <= i
-    stage_s    what a further stage on the device takes beside its units
-    embed_s, head_s  seconds of the two ends
-    run_bytes  (holds embed, holds head) -> shape (n + 1, n + 1): all bytes of the device, the diagonal being the
-               device without layers; 0 on the diagonal of a device that holds nothing
+    Entry [i, j] is the device with layers i to j - 1; the diagonal is the device without layers.
+
+    formats  of a part that is not held: any
+    seconds  shape (n + 1, n + 1): all stages of the device, which are one where parts are beside each other and of one
+             format; infinite where j < i
+    bytes    shape (n + 1, n + 1): all bytes of the device; 0 on the diagonal of a device that holds nothing
+    stage_s  what the stage of the layers takes beside its units
+    ends_s   what embed and head take, their stages' own seconds not included
     """
 
-    number: int
-    layer_s: Floats
+    ends: Ends
+    formats: Formats
+    seconds: Floats
+    bytes: Integers
     stage_s: float
-    embed_s: float
-    head_s: float
-    run_bytes: Mapping[tuple[bool, bool], Integers]
-
-    def seconds(self, embed: bool, head: bool) -> Floats:
-        """Seconds of all the device's stages for each run; an end beside the run joins its stage."""
-        last = self.layer_s.shape[0] - 1
-        total = self.layer_s.copy()
-        total[numpy.arange(last + 1), numpy.arange(last + 1)] = 0.0
-        if embed:
-            total += self.embed_s + self.stage_s
-            total[0, 1:] -= self.stage_s
-        if head:
-            total += self.head_s + self.stage_s
-            total[:last, last] -= self.stage_s
-        return total
+    ends_s: float
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The choices of one device that hand on activations of one size: between them only seconds and bytes decide."""
+    """The choices of one device that hand on activations of one size, for each of the ends that it may hold: between
+    them only seconds and bytes decide."""
 
     device: int
-    choices: tuple[Choice, ...]
+    choices: Mapping[Ends, tuple[Choice, ...]]
 
 
 @dataclass(frozen=True)
@@ -84,54 +80,59 @@ class Tables:
     @property
     def layers(self) -> int:
         """Number of layers."""
-        return int(self.slots[0].choices[0].layer_s.shape[0]) - 1
+        return int(self.slots[0].choices[False, False][0].seconds.shape[0]) - 1
 
 
 @dataclass(frozen=True)
 class Split:
-    """A plan by number: who holds embed and head, the chain of (device, first layer, end), device -> format."""
+    """A plan by number: who holds embed and head, the chain of (device, first layer, end), device -> its formats."""
 
     embed: int
     head: int
     runs: tuple[tuple[int, int, int], ...]
-    formats: Mapping[int, int]
+    formats: Mapping[int, Formats]
+
+    @property
+    def bounds(self) -> dict[int, Bounds]:
+        """Device -> (first layer, end); (0, 0) for a device that holds none."""
+        return dict.fromkeys((self.embed, self.head), (0, 0)) | {each[0]: (each[1], each[2]) for each in self.runs}
+
+    def ends(self, device: int) -> Ends:
+        """Which ends the device holds."""
+        return device == self.embed, device == self.head
 
 
 def held_bytes(tables: Tables, split: Split) -> list[int]:
     """Bytes of each device in that split."""
-    bounds: dict[int, Bounds] = dict.fromkeys((split.embed, split.head), (0, 0))
-    bounds |= {device: (start, stop) for device, start, stop in split.runs}
     held = [0] * tables.devices
-    for device, run in bounds.items():
-        choice = choice_of(tables, device, split.formats[device])
-        held[device] = int(choice.run_bytes[device == split.embed, device == split.head][run])
+    for device, run in split.bounds.items():
+        held[device] = int(choice_of(tables, split, device).bytes[run])
     return held
 
 
-def choice_of(tables: Tables, device: int, number: int) -> Choice:
-    """That device in the format of that number."""
-    slots = (slot for slot in tables.slots if slot.device == device)
-    return next(choice for slot in slots for choice in slot.choices if choice.number == number)
+def choice_of(tables: Tables, split: Split, device: int) -> Choice:
+    """How the split has that device."""
+    return _slot_and_choice(tables, split, device)[1]
+
+
+def busy_s(tables: Tables, split: Split) -> dict[int, float]:
+    """Device -> seconds of all its stages."""
+    return {device: float(choice_of(tables, split, device).seconds[run]) for device, run in split.bounds.items()}
 
 
 def seconds_of(tables: Tables, split: Split) -> float:
     """Seconds of the split's stages and hops, all added up."""
-    bounds: dict[int, Bounds] = dict.fromkeys((split.embed, split.head), (0, 0))
-    bounds |= {device: (start, stop) for device, start, stop in split.runs}
-    total = 0.0
-    for device, run in bounds.items():
-        choice = choice_of(tables, device, split.formats[device])
-        total += float(choice.seconds(device == split.embed, device == split.head)[run])
-    path = [_slot(tables, device, split) for device in (split.embed, *(run[0] for run in split.runs), split.head)]
-    total += float(tables.enter_s[path[0]] + tables.leave_s[path[-1]])
-    return total + sum(float(tables.hop_s[pair]) for pair in pairwise(path))
+    order = (split.embed, *(run[0] for run in split.runs), split.head)
+    path = [_slot_and_choice(tables, split, device)[0] for device in order]
+    hops = sum(float(tables.hop_s[pair]) for pair in pairwise(path))
+    return sum(busy_s(tables, split).values()) + hops + float(tables.enter_s[path[0]] + tables.leave_s[path[-1]])
 
 
-def _slot(tables: Tables, device: int, split: Split) -> int:
-    """The number of the slot that the device has in that split."""
+def _slot_and_choice(tables: Tables, split: Split, device: int) -> tuple[int, Choice]:
     for number, slot in enumerate(tables.slots):
-        if slot.device == device and any(choice.number == split.formats[device] for choice in slot.choices):
-            return number
+        for choice in slot.choices[split.ends(device)] if slot.device == device else ():
+            if choice.formats == split.formats[device]:
+                return number, choice
     raise KeyError(device)
 
 

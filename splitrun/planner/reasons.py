@@ -15,7 +15,7 @@ from splitrun.planner.alike import classes_of
 from splitrun.planner.facts import Cluster, Device, ModelProfile, Workload
 from splitrun.planner.many import least_possible
 from splitrun.planner.placement import Placement
-from splitrun.planner.problem import INFINITE, Split, Tables, choice_of, excess_of, used_devices
+from splitrun.planner.problem import INFINITE, Split, Tables, busy_s, excess_of, used_devices
 from splitrun.planner.search import Outcome, fastest
 from splitrun.planner.tables import build_tables
 from splitrun.quantities import format_bytes, format_rate, format_seconds
@@ -181,9 +181,5 @@ def _without_limit(tables: Tables, members: tuple[int, ...]) -> Tables:
 
 def slowest(tables: Tables, split: Split, devices: Sequence[Device]) -> str:
     """The name of the device that computes longest."""
-    busy = dict.fromkeys(used_devices(split), 0.0)
-    bounds = dict.fromkeys(busy, (0, 0)) | {device: (start, stop) for device, start, stop in split.runs}
-    for device, run in bounds.items():
-        choice = choice_of(tables, device, split.formats[device])
-        busy[device] = float(choice.seconds(device == split.embed, device == split.head)[run])
-    return devices[max(busy, key=busy.__getitem__)].name
+    busy = busy_s(tables, split)
+    return devices[max(sorted(busy), key=busy.__getitem__)].name

@@ -1,10 +1,10 @@
 """Exact search for the best contiguous split: dynamic programming over ranges of layers, device order and subsets.
 
 A plan here is: a device for ``embed``, a device for ``head``, a chain of distinct devices that share the layers, one
-run each, and one weight format per device. Devices of embed and head are enumerated; then bytes of a device are known
-exactly as soon as its run closes, so budgets are checked without rounding and the quickest format that fits is taken at
-once. Devices that share one memory are tried under every way to divide it: the caps of all but one member run through
-the byte counts that its runs can have.
+run each, and a weight format for embed, layers and head of each device (``choices.py``). Devices of embed and head are
+enumerated; then bytes of a device are known exactly as soon as its run closes, so budgets are checked without rounding
+and the quickest formats that fit are taken at once. Devices that share one memory are tried under every way to divide
+it: the caps of all but one member run through the byte counts that its runs can have.
 
 Exponential in devices that differ (``alike.py``: at most ``MAX_SUBSETS`` sets of them), polynomial in layers. Knows
 numbers only: no formats' names, no messages.
@@ -68,8 +68,8 @@ class Problem:
     sets: Sequence[DeviceSet]
 
 
-Price = Callable[[Choice, bool, bool, int], Floats]
-"""What a choice costs per run: (choice, holds embed, holds head, bytes it may take) -> shape (n + 1, n + 1)."""
+Price = Callable[[Choice, int], Floats]
+"""What a choice costs per run: (choice, bytes it may take) -> shape (n + 1, n + 1)."""
 
 
 def fastest(tables: Tables, bottleneck: bool, ends: Iterable[int] | None = None) -> Outcome:
@@ -89,9 +89,8 @@ def fastest(tables: Tables, bottleneck: bool, ends: Iterable[int] | None = None)
 def seconds_within(ceiling: float) -> Price:
     """Seconds of runs that keep the cap and take no longer than ``ceiling``."""
 
-    def price(choice: Choice, embed: bool, head: bool, cap: int) -> Floats:
-        seconds = choice.seconds(embed, head)
-        return numpy.where((choice.run_bytes[embed, head] <= cap) & (seconds <= ceiling), seconds, INFINITE)
+    def price(choice: Choice, cap: int) -> Floats:
+        return numpy.where((choice.bytes <= cap) & (choice.seconds <= ceiling), choice.seconds, INFINITE)
 
     return price
 
@@ -101,10 +100,10 @@ def least_excess(tables: Tables) -> Outcome:
     return best_of(tables, excess, False, False, None)
 
 
-def excess(choice: Choice, embed: bool, head: bool, cap: int) -> Floats:
+def excess(choice: Choice, cap: int) -> Floats:
     """Bytes beyond the cap; infinite for what is no run."""
-    beyond = numpy.maximum(choice.run_bytes[embed, head] - cap, 0).astype(numpy.float64)
-    return numpy.where(numpy.isinf(choice.seconds(embed, head)), INFINITE, beyond)
+    beyond = numpy.maximum(choice.bytes - cap, 0).astype(numpy.float64)
+    return numpy.where(numpy.isinf(choice.seconds), INFINITE, beyond)
 
 
 def best_of(
@@ -134,7 +133,7 @@ def problems(
     def charge_of(slot: int, embed: bool, head: bool, cap: int) -> Floats:
         key = (slot, embed, head, cap)
         if key not in prices:
-            each = [price(choice, embed, head, cap) for choice in tables.slots[slot].choices]
+            each = [price(choice, cap) for choice in tables.slots[slot].choices[embed, head]]
             prices[key] = each[0] if len(each) == 1 else numpy.minimum.reduce(each)
         return prices[key]
 
@@ -142,7 +141,7 @@ def problems(
         if allowed is not None and not {device[embed], device[head]} <= allowed:
             continue
         if (device[embed] == device[head] and embed != head) or (device[embed], device[head]) not in pairs:
-            continue  # one format per device, and of devices that are alike the first
+            continue  # one size of activations per device, and of devices that are alike the first
         others = apart(classes, {device[embed], device[head]})
         sets = sets_of(others)
         hop, start, end = still, still[embed], still[:, head]
@@ -153,7 +152,7 @@ def problems(
             charge = numpy.stack(
                 [charge_of(slot, slot == embed, slot == head, int(caps[device[slot]])) for slot in range(count)]
             )
-            for slot in range(count):  # the other slots of a device that holds an end: one format per device
+            for slot in range(count):  # the other slots of a device that holds an end
                 if device[slot] in (device[embed], device[head]) and slot not in (embed, head):
                     charge[slot] = INFINITE
             yield Problem(Chain(charge, device, hop, start, end, embed, head, bottleneck), caps, others, sets)
@@ -186,7 +185,7 @@ def _sizes(tables: Tables, device: int, embed: bool, head: bool) -> Integers:
     """Every byte count that the device can have, in any format."""
     runs = numpy.triu(numpy.ones((tables.layers + 1,) * 2, dtype=numpy.bool_))
     slots = (slot for slot in tables.slots if slot.device == device)
-    found = [choice.run_bytes[embed, head][runs] for slot in slots for choice in slot.choices]
+    found = [choice.bytes[runs] for slot in slots for choice in slot.choices[embed, head]]
     return numpy.unique(numpy.concatenate(found)) if found else numpy.zeros(0, dtype=numpy.int64)
 
 
@@ -261,15 +260,13 @@ def _trace(
 def with_formats(
     chain: Chain, tables: Tables, price: Price, caps: Integers, found: Sequence[tuple[int, int, int]]
 ) -> Split:
-    """The split of those runs, each device in the cheapest format; of equals in the most precise."""
+    """The split of those runs, each device in the cheapest formats; of equals in the most precise."""
     bounds: dict[int, Bounds] = dict.fromkeys((chain.embed, chain.head), (0, 0))
     bounds |= {slot: (start, stop) for slot, start, stop in found}
     formats = {}
     for slot, (start, stop) in bounds.items():
-        device, embed, head = chain.device[slot], slot == chain.embed, slot == chain.head
-        costs = [
-            float(price(choice, embed, head, int(caps[device]))[start, stop]) for choice in tables.slots[slot].choices
-        ]
-        formats[device] = tables.slots[slot].choices[costs.index(min(costs))].number
+        device, choices = chain.device[slot], tables.slots[slot].choices[slot == chain.embed, slot == chain.head]
+        costs = [float(price(choice, int(caps[device]))[start, stop]) for choice in choices]
+        formats[device] = choices[costs.index(min(costs))].formats
     runs = tuple((chain.device[slot], start, stop) for slot, start, stop in found)
     return Split(chain.device[chain.embed], chain.device[chain.head], runs, formats)

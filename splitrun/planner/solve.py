@@ -1,8 +1,9 @@
-"""Find the placement: the fastest split under the budgets, each device in the weight format that suits it best.
+"""Find the placement: the fastest split under the budgets, each stage in the weight format that suits it best.
 
-Under "auto" every device may take any of its formats, within a limit on what the whole plan loses in precision. The
-answer carries its estimate, the constraint that binds, the runner-up, and what was left out and why. Raises DoesNotFit
-(``refuse.py``) when nothing fits.
+Under "auto" every stage may take any of its device's formats, within a limit on what the whole plan loses in precision:
+embedding, layers and head of one device may differ, layers of one device do not, since only the ends may come back to
+a device. The answer carries its estimate, the constraint that binds, the runner-up, and what was left out and why.
+Raises DoesNotFit (``refuse.py``) when nothing fits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from splitrun.planner.within import fastest_within
 from splitrun.quantities import format_bytes, format_seconds
 
 QUANTIZED = ("int8", "nf4")
+EMBED, LAYERS, HEAD = range(3)
+"""Parts of a device, each with a format of its own."""
 
 
 def solve(
@@ -90,6 +93,7 @@ def _solve(
         raise does_not_fit(profile, cluster, workload, tried)
     plan = build_placement(profile, devices, workload, outcome.split)
     if weights == "auto" and placement_loss(profile, plan) > most:
+        tables = build_tables(profile, cluster, formats, workload, losses=True)
         outcome = fastest_within(tables, profile, bottleneck, most)
         if outcome.split is None:
             raise _too_lossy(profile, cluster, plan, quality)
@@ -213,22 +217,24 @@ def allowed_formats(profile: ModelProfile, weights: str = "auto") -> tuple[str, 
 
 
 def build_placement(profile: ModelProfile, devices: Sequence[Device], workload: Workload, split: Split) -> Placement:
-    """The placement of a split: embed and head join the run beside them when it is on the same device."""
+    """The placement of a split: embed and head join the run beside them where device and format are the same."""
 
-    def stage(number: int, start: int, stop: int, embed: bool = False, head: bool = False) -> StageSpec:
-        device, weights = devices[number], FORMATS[split.formats[number]]
+    def stage(number: int, part: int, start: int, stop: int, embed: bool = False, head: bool = False) -> StageSpec:
+        device, weights = devices[number], FORMATS[split.formats[number][part]]
         kv = KVSpec(dtype=kv_dtype_on(device, weights))
         return StageSpec(device.name, embed, (start, stop), head, weights, kv)
 
-    stages = [stage(*run) for run in split.runs]
-    if split.runs[0][0] == split.embed:
+    stages = [stage(number, LAYERS, start, stop) for number, start, stop in split.runs]
+    embed = stage(split.embed, EMBED, 0, 0, embed=True)
+    head = stage(split.head, HEAD, profile.layers, profile.layers, head=True)
+    if _together(embed, stages[0]):
         stages[0] = replace(stages[0], embed=True)
     else:
-        stages.insert(0, stage(split.embed, 0, 0, embed=True))
-    if split.runs[-1][0] == split.head:
+        stages.insert(0, embed)
+    if _together(head, stages[-1]):
         stages[-1] = replace(stages[-1], head=True)
     else:
-        stages.append(stage(split.head, profile.layers, profile.layers, head=True))
+        stages.append(head)
     return Placement(
         version=1,
         model=ModelRef(profile.source, profile.revision, profile.layers, profile.fingerprint or None),
@@ -236,6 +242,10 @@ def build_placement(profile: ModelProfile, devices: Sequence[Device], workload: 
         stages=tuple(stages),
         devices={devices[number].name: devices[number].budget_bytes for number in used_devices(split)},
     )
+
+
+def _together(end: StageSpec, run: StageSpec) -> bool:
+    return (end.device, end.weights) == (run.device, run.weights)
 
 
 def _check(profile: ModelProfile, cluster: Cluster, workload: Workload) -> None:

@@ -8,7 +8,6 @@ beats in both. Both are exact. It takes longer, and is asked only when the faste
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 
 import numpy
@@ -44,9 +43,8 @@ def fastest_within(tables: Tables, profile: ModelProfile, bottleneck: bool, most
 
 def _lowest_ceiling(tables: Tables, losses: Losses, most: float) -> Outcome:
     """By halving the seconds that runs can take."""
-    ends = list(itertools.product((False, True), repeat=2))
-    choices = [choice for slot in tables.slots for choice in slot.choices]
-    every = numpy.unique(numpy.concatenate([choice.seconds(*each).ravel() for choice in choices for each in ends]))
+    choices = (choice for slot in tables.slots for found in slot.choices.values() for choice in found)
+    every = numpy.unique(numpy.concatenate([choice.seconds.ravel() for choice in choices]))
     every = every[every < INFINITE]
     low, high, outcome = 0, len(every) - 1, Outcome()
     while low <= high:

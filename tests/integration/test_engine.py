@@ -60,6 +60,25 @@ def test_int8_keys_and_values_answer_the_same(weights: str) -> None:
     assert tuple(completion.text for completion in completions) == ANSWERS
 
 
+def test_parts_of_one_device_in_formats_of_their_own() -> None:
+    """Embedding in bf16, layers in nf4, head in int8: with sampling, the very tokens of a head on another device."""
+    sampled = splitrun.SamplingParams(max_tokens=30, temperature=4.0, seed=7, ignore_eos=True)
+
+    def tokens(head: str) -> list[tuple[int, ...]]:
+        stages = (
+            StageSpec("cpu", True, (0, 0), False, "bf16"),
+            StageSpec("cpu", False, (0, LAYERS), False, "nf4"),
+            StageSpec(head, False, (LAYERS, LAYERS), True, "int8"),
+        )
+        plan = Placement(1, ModelRef("demo", layers=LAYERS), Workload(context=128, sessions=4), stages)
+        with splitrun.Engine(plan) as engine:
+            answers = engine.generate([chat(engine, question) for question in QUESTIONS], greedy())
+            assert tuple(answer.text for answer in answers) == ANSWERS
+            return [answer.token_ids for answer in engine.generate([chat(engine, QUESTIONS[0])], sampled)]
+
+    assert tokens("cpu") == tokens("cpu:1")
+
+
 def test_the_same_seed_gives_the_same_text_in_any_company(engine: splitrun.Engine) -> None:
     sampled = splitrun.SamplingParams(max_tokens=20, temperature=6.0, seed=11, ignore_eos=True)
     prompts = [chat(engine, question) for question in QUESTIONS]

@@ -9,9 +9,11 @@ import pytest
 from planner_models import GIB, MIB, device, formats_of, model, unit
 
 from splitrun.errors import DoesNotFit, InvalidPlacement
+from splitrun.planner.cost import score
 from splitrun.planner.facts import Cluster, Workload
 from splitrun.planner.memory import placement_memory
 from splitrun.planner.placement import Placement
+from splitrun.planner.quality import loss_limit, placement_loss
 from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds
 from splitrun.planner.solve import allowed_formats, solve
 
@@ -65,16 +67,16 @@ def test_auto_takes_the_fastest_format_within_the_quality() -> None:
     for quality in ("nf4", "int8", "0.5"):
         placement = solve(profile, cluster, workload, quality=quality)
         assert placement.estimate is not None
-        formats[quality] = (placement.stages[0].weights, placement.estimate.notes[-1])
+        formats[quality] = ([stage.weights for stage in placement.stages], placement.estimate.notes[-1])
     assert formats["nf4"] == (
-        "nf4",
+        ["nf4"],
         "weights lose 100% of what nf4 throughout loses; --quality, such as int8, keeps more",
     )
     assert formats["int8"] == (
-        "int8",
+        ["int8"],
         "weights lose 9% of what nf4 throughout loses; --quality, such as int8, keeps more",
     )
-    assert formats["0.5"] == formats["int8"]
+    assert formats["0.5"][0] == ["nf4", "int8", "nf4"]  # the ends, which are a fifth of the weights
     with pytest.raises(DoesNotFit, match=r"no plan within --quality bf16 fits; .* allow that with --quality 1.00"):
         solve(profile, cluster, workload, quality="bf16")
 
@@ -83,7 +85,24 @@ def test_formats_may_differ_between_devices() -> None:
     card = device("cuda:0", budget=150 * MIB, bandwidth=300e9, context_bytes=0)
     cluster = Cluster((device(budget=GIB), card))
     placement = solve(model(layers=8, values=40 * MIB), cluster, Workload(context=512), quality="0.5")
-    assert {stage.device: stage.weights for stage in placement.stages} == {"cuda:0": "nf4", "cpu": "int8"}
+    found = {stage.device: stage.weights for stage in placement.stages if stage.layers[0] < stage.layers[1]}
+    assert found == {"cpu": "int8", "cuda:0": "nf4"}
+
+
+def test_formats_may_differ_between_stages_of_one_device() -> None:
+    """Within 0.9 of what nf4 loses all but an end may be nf4; in one format for the device nothing could."""
+    profile = model(layers=8, values=40 * MIB)
+    cluster = Cluster((device(),))
+    placement = solve(profile, cluster, Workload(context=512), quality="0.9")
+    embed, rest = placement.stages
+    assert (embed.units_text, rest.units_text, rest.weights) == ("embed", "layers 0–7 + head", "nf4")
+    assert embed.weights != "nf4"
+    assert placement.estimate is not None
+    bills = placement_memory(profile, cluster, placement)
+    sizes = profile.units[0].weight_bytes[embed.weights], 9 * profile.units[1].weight_bytes["nf4"]
+    assert bills[0].weight_bytes == sum(sizes)
+    assert placement_loss(profile, placement) <= loss_limit(profile, "0.9")
+    assert score(profile, cluster, placement) == pytest.approx(placement.estimate.step_s)
 
 
 def test_int8_keys_and_values_where_a_device_asks_for_them() -> None:
