@@ -45,7 +45,7 @@ from splitrun.stage.batch import Traits
 from splitrun.stage.generic import RangeStage
 from splitrun.stage.load import StageSize, load_stage
 from splitrun.transport.journal import Journal
-from splitrun.transport.local import FromHost, Hop, Worker, hop, torch_device
+from splitrun.transport.local import DeviceToHost, FromHost, Hop, Worker, hop, torch_device
 
 if TYPE_CHECKING:
     from splitrun.stage.stream_card import StreamCard
@@ -258,6 +258,8 @@ def make_links(
             behind = loaded.stages.get(index + 1)
             reads_host = behind is not None and behind.reads_host
             onward = None if following is None else ring.hop(spec, following, reads_host)
+            if isinstance(onward, DeviceToHost):
+                stage.gives_host = ring.depth <= stage.most_left
             worker = loaded.workers[_worker_device(placement, index, loaded)]
             links.append(Link(stage, worker, name, onward, relief(placement, spec.device)))
         else:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from splitrun.kernels.gpu.products import ROWS
 from splitrun.kernels.gpu.rows import norm
+from splitrun.kernels.gpu.slots import SLOTS
 from splitrun.model.cut import CutModel
 from splitrun.schedule.step import RowTokens, Step, Tokens
 from splitrun.stage.batch import BatchRules
@@ -28,6 +29,7 @@ class CardStage(RangeStage):
     """A range of a common model on a GPU, loaded and ready."""
 
     reads_host = True
+    most_left = SLOTS
 
     def __init__(
         self,
@@ -70,7 +72,8 @@ class CardStage(RangeStage):
         computed = Computed()
         if not self.model.cut.head and self.any_thread(step):
             self._graphs.run(step, range(step.rows), incoming)
-            computed.activation = self._graphs.hidden(step.rows).clone()
+            graphs = self._graphs
+            computed.activation = graphs.left(step.rows) if self.gives_host else graphs.hidden(step.rows).clone()
             return computed
         if incoming is not None:
             incoming = incoming.to(self.model.device, non_blocking=True)

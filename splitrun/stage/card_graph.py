@@ -17,13 +17,11 @@ from splitrun.kernels.gpu.products import ROWS, Products
 from splitrun.kernels.gpu.rows import norm
 from splitrun.kernels.gpu.unpack import PromptProducts, gather
 from splitrun.schedule.step import Step
-from splitrun.stage.card_inputs import DecodeInputs, PromptInputs
+from splitrun.stage.card_inputs import DecodeSlots, PromptInputs
 from splitrun.stage.card_model import CardModel
 
 SIZES = (1, 2, 4, 8, 16)
 """Numbers of decoding rows that graphs are captured for; a step takes the next larger one."""
-FIRST_BLOCKS = 64
-"""Blocks of a row that there is room for at first."""
 LEAST_TOKENS = 32
 """The smallest number of prompt tokens that graphs are captured for; others are its doubles."""
 
@@ -73,7 +71,6 @@ class DecodeGraphs:
         self._card, self._device, self._groups, self._captures = card, device, tuple(groups), captures
         self.products = Products(device)
         self.products.reserve(card.matrices, dtype)
-        self._inputs = DecodeInputs(self._groups, FIRST_BLOCKS, device)
         self._hidden = torch.zeros((ROWS, card.hidden), dtype=dtype, device=device)
         layers = [layer for layer, _ in card.layers]
         self._memory = DecodeMemory(layers[0].weights, layers[0].heads, self.products, dtype) if layers else None
@@ -81,8 +78,8 @@ class DecodeGraphs:
         outputs = card.head.matrix.rows if card.head is not None else 0
         self._logits = torch.zeros((ROWS, outputs), dtype=dtype, device=device)
         self._chosen = torch.zeros(ROWS, dtype=torch.int64, device=device)
-        self._chosen_here = torch.zeros(ROWS, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._done = torch.cuda.Event() if device.type == "cuda" else None
+        leaving = self._hidden if card.head is None else self._chosen
+        self._slots = DecodeSlots(groups, self._hidden, card.embedding is None, leaving)
 
     def run(self, step: Step, rows: Sequence[int], incoming: Tensor | None, offset: int = 0) -> None:
         """Compute rows of a step, each with its new token at ``offset``; what comes out stays here.
@@ -95,12 +92,17 @@ class DecodeGraphs:
         self._make_room(step)
         size = 1 if count == 1 else next(size for size in SIZES if size >= count)
         if not self._captures.has(("decode", size)):
-            self._inputs.lengths.fill_(-1)  # the first run must not write into anybody's blocks
-            self._captures.capture(("decode", size), lambda: self._launch(size))
-        self._inputs.write(step, rows, offset)
-        if incoming is not None:
-            self._hidden[:count].copy_(incoming, non_blocking=True)
+            self._capture(size)
+        self._slots.write(step, rows, incoming, offset)
         self._captures.run(("decode", size), lambda: self._launch(size))
+        self._slots.launched()
+
+    def _capture(self, size: int) -> None:
+        self._slots.write_absent()
+        try:
+            self._captures.capture(("decode", size), lambda: self._launch(size))
+        finally:
+            self._slots.recount()
 
     def hidden(self, rows: int) -> Tensor:
         """The activation behind the last layer. Shape: (rows, hidden); changes with the next run."""
@@ -110,37 +112,41 @@ class DecodeGraphs:
         """Shape: (rows, vocabulary); changes with the next run."""
         return self._logits[:rows]
 
+    def left(self, rows: int) -> Tensor:
+        """The same in pinned memory, once the work in the current stream is done; written anew after SLOTS runs."""
+        return self._slots.left(rows)
+
     def chosen(self, rows: int) -> list[int]:
         """The most likely token of each row, -1 where its logits are not finite. Waits for the GPU."""
-        self._chosen_here[:rows].copy_(self._chosen[:rows], non_blocking=True)
-        if self._done is not None:
-            self._done.record()
-            self._done.synchronize()
-        return [int(token) for token in self._chosen_here[:rows].tolist()]
+        self._slots.wait()
+        return [int(token) for token in self._slots.left(rows).tolist()]
 
     def _make_room(self, step: Step) -> None:
         """Wider tables for longer histories; graphs read them in place and are captured anew."""
         widest = max((table.shape[1] for table in step.block_tables.values()), default=0)
-        if widest > self._inputs.blocks:
+        if widest > self._slots.blocks:
             self._captures.forget()
-            self._inputs = DecodeInputs(self._groups, 1 << (widest - 1).bit_length(), self._device)
+            self._slots.wait()
+            self._slots.set_blocks(1 << (widest - 1).bit_length())
 
     def _launch(self, rows: int) -> None:
         """The launches of one step; nothing is allocated that must outlive it."""
-        card, hidden = self._card, self._hidden[:rows]
+        card, slots, hidden = self._card, self._slots, self._hidden[:rows]
+        slots.take(rows)
         if card.embedding is not None:
-            gather(card.embedding, self._inputs.ids[:rows], hidden)
+            gather(card.embedding, slots.ids[:rows], hidden)
         if card.layers:
             assert self._memory is not None
-            turns = card.turns(self._inputs.lengths[:rows].clamp(min=0))
+            turns = card.turns(slots.lengths[:rows].clamp(min=0))
             for layer, group in card.layers:
-                layer.decode(hidden, self._memory, self._inputs.history(group, rows), turns)
+                layer.decode(hidden, self._memory, slots.history(group, rows), turns)
         if card.head is not None:
             normed, logits = self._normed[:rows], self._logits[:rows]
             norm(hidden, card.head.norm, card.head.epsilon, normed)
             self.products(normed, card.head.matrix, logits)
             best = logits.max(dim=-1)
             self._chosen[:rows] = torch.where(best.values.isfinite(), best.indices, -1)
+        slots.deliver(rows)
 
 
 class PromptGraphs:

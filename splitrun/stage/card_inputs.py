@@ -1,6 +1,6 @@
-"""What a step tells the GPU kernels, packed into one copy: ids, lengths, block tables, positions.
+"""What a step tells the GPU kernels: ids, lengths, block tables, positions, packed on the host.
 
-Index arithmetic on the host and one transfer; knows steps and nothing of models.
+Decoding's graphs read it where it was written; a prompt's goes over in one copy. Knows steps and nothing of models.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from torch import Tensor
 
 from splitrun.kernels.gpu.products import ROWS
 from splitrun.kernels.gpu.shapes import History
+from splitrun.kernels.gpu.slots import SLOTS, deliver, take
 from splitrun.schedule.step import IntArray, Step
 
 IN_FLIGHT = 8
 """Copies to the device that may be under way at once."""
+FIRST_BLOCKS = 64
+"""Blocks of a row that there is room for at first."""
 
 
 class StagingRing:
@@ -45,23 +48,38 @@ class StagingRing:
             event.record()
 
 
-class DecodeInputs:
-    """The memory that decoding kernels and graphs read a step from: 16 rows of one token each."""
+class DecodeSlots:
+    """What decoding takes from a step and gives back, in pinned memory that graphs read and write: a token a row."""
 
-    def __init__(self, groups: Sequence[str], blocks: int, device: torch.device) -> None:
-        self._groups = tuple(groups)
+    def __init__(self, groups: Sequence[str], hidden: Tensor, arrives: bool, leaving: Tensor) -> None:
+        """``hidden``: the activation on the device, and ``leaving``: what is delivered, Shape: (16, …). ``arrives``:
+        whether activations come from elsewhere."""
+        self._groups, self._hidden, self._leaving, device = tuple(groups), hidden, leaving, hidden.device
+        self._pinned = device.type == "cuda"
+        self._turn, self._next, self._latest = torch.zeros(1, dtype=torch.int32, device=device), 0, 0
+        self._done = [torch.cuda.Event() if self._pinned else None for _ in range(SLOTS)]
+        self._arriving = self._ring(hidden) if arrives else None
+        self._left = self._ring(leaving)
+        self._token_rows = torch.arange(ROWS, dtype=torch.int32, device=device)
+        self._positions = torch.zeros(ROWS, dtype=torch.int32, device=device)
+        self.set_blocks(FIRST_BLOCKS)
+
+    def _ring(self, rows: Tensor) -> Tensor:
+        return torch.zeros((SLOTS, *rows.shape), dtype=rows.dtype, pin_memory=self._pinned)
+
+    def set_blocks(self, blocks: int) -> None:
+        """Make tables that wide; graphs that read the former ones are of no use any more."""
         self.blocks = blocks
         numbers = ROWS * (2 + len(self._groups) * blocks)
-        self._device = torch.zeros(numbers, dtype=torch.int32, device=device)
-        self._ring = StagingRing(numbers, device)
-        self.ids, self.lengths = self._device[:ROWS], self._device[ROWS : 2 * ROWS]
-        self.lengths.fill_(-1)
-        self._token_rows = torch.arange(ROWS, dtype=torch.int32, device=device)
-        self.positions = torch.zeros(ROWS, dtype=torch.int32, device=device)
+        self._numbers = torch.zeros(numbers, dtype=torch.int32, device=self._hidden.device)
+        self._slots = torch.zeros((SLOTS, numbers + 1), dtype=torch.int32, pin_memory=self._pinned)
+        self._views: IntArray = self._slots.numpy()
+        self.ids, self.lengths = self._numbers[:ROWS], self._numbers[ROWS : 2 * ROWS]
 
-    def write(self, step: Step, rows: Sequence[int], offset: int = 0) -> None:
-        """Take up rows of a step, each with its new token at ``offset``; rows beyond them are marked as absent."""
-        host, count, blocks = self._ring.take(), len(rows), self.blocks
+    def write(self, step: Step, rows: Sequence[int], incoming: Tensor | None, offset: int = 0) -> None:
+        """Fill the next slot with rows of a step, each with its new token at ``offset``; rows beyond them are marked as
+        absent. ``incoming``: their activation, here or on the device."""
+        host, count, blocks = self._free(), len(rows), self.blocks
         picked: slice | IntArray = slice(None)
         if count == len(step.token_ids):  # every row with its one token
             host[:count] = step.token_ids
@@ -70,21 +88,65 @@ class DecodeInputs:
             host[:count] = step.token_ids[step.query_starts[picked] + offset]
         host[ROWS + count : 2 * ROWS] = -1
         host[ROWS : ROWS + count] = step.context_lengths[picked] + offset
-        end = 2 * ROWS
         for place, group in enumerate(self._groups):
             table = step.block_tables[group][picked]
-            width = table.shape[1]
             start = 2 * ROWS + place * ROWS * blocks
-            cells = host[start : start + ROWS * blocks].reshape(ROWS, blocks)
-            cells[:count, :width] = table[:, :width]
-            end = start + count * blocks
-        self._ring.send(end, self._device)
+            host[start : start + ROWS * blocks].reshape(ROWS, blocks)[:count, : table.shape[1]] = table
+        here = incoming is not None and incoming.device.type == "cpu"
+        host[-1] = here
+        if incoming is None:
+            return
+        target = self._hidden if not here or self._arriving is None else self._arriving[self._next]
+        target[:count].copy_(incoming, non_blocking=True)
+
+    def write_absent(self) -> None:
+        """Fill the next slot with no row at all: a first run must not write into anybody's blocks."""
+        host = self._free()
+        host[ROWS : 2 * ROWS] = -1
+        host[-1] = 0
+
+    def take(self, rows: int) -> None:
+        """The first launch of a run of that many rows."""
+        take(self._slots, self._arriving, self._turn, self._numbers, self._hidden, rows, len(self._groups))
+
+    def deliver(self, rows: int) -> None:
+        """The last launch of a run of that many rows."""
+        deliver(self._leaving[:rows], self._left, self._turn)
+
+    def launched(self) -> None:
+        """A run was launched: the next slot's turn comes."""
+        self._latest, self._next = self._next, (self._next + 1) % SLOTS
+        event = self._done[self._latest]
+        if event is not None:
+            event.record()
+
+    def recount(self) -> None:
+        """Ask the device whose turn it is: a launch may have failed half way."""
+        self._next = int(self._turn.item())
+
+    def left(self, rows: int) -> Tensor:
+        """What the latest run delivers, once it is done. Shape: (rows, …); written anew after SLOTS runs."""
+        return self._left[self._latest, :rows]
+
+    def wait(self) -> None:
+        """Wait until the latest run is done."""
+        event = self._done[self._latest]
+        if event is not None:
+            event.synchronize()
+
+    def _free(self) -> IntArray:
+        """The next slot, once the run that read it last is done."""
+        event = self._done[self._next]
+        if event is not None:
+            event.synchronize()
+        slot: IntArray = self._views[self._next]
+        return slot
 
     def history(self, group: str, rows: int) -> History:
         """Where the first rows' tokens stand, for the layers of a KV group."""
         start = 2 * ROWS + self._groups.index(group) * ROWS * self.blocks
-        table = self._device[start : start + ROWS * self.blocks].view(ROWS, self.blocks)
-        return History(self.lengths[:rows], table[:rows], self.positions[:rows], self._token_rows, self._token_rows)
+        table = self._numbers[start : start + ROWS * self.blocks].view(ROWS, self.blocks)
+        return History(self.lengths[:rows], table[:rows], self._positions[:rows], self._token_rows, self._token_rows)
 
 
 class PromptInputs:

@@ -48,6 +48,11 @@ class RangeStage(ABC):
 
     reads_host = False
     """Whether activations from the processor may come in pinned memory, to be copied by the stage."""
+    most_left = 0
+    """How many activations of decoded rows the stage can have left in pinned memory at once, where they are when the
+    work in the current stream is done."""
+    gives_host = False
+    """Whether it is to do so: the stage behind is on the processor. Set by who puts stages in a row."""
 
     def __init__(self, model: CutModel, stores: dict[int, BlockStore], rules: BatchRules, weight_bytes: int) -> None:
         self.model = model

@@ -176,6 +176,7 @@ class PinnedRing:
     def __init__(self, depth: int, tokens: int, hidden: int, dtype: torch.dtype) -> None:
         pin = torch.cuda.is_available()
         self._buffers = [torch.empty((tokens, hidden), dtype=dtype, pin_memory=pin) for _ in range(depth)]
+        self._events = [torch.cuda.Event() for _ in range(depth)] if pin else []
         self._next = 0
 
     def take(self, tokens: int) -> Tensor:
@@ -183,6 +184,12 @@ class PinnedRing:
         buffer = self._buffers[self._next]
         self._next = (self._next + 1) % len(self._buffers)
         return buffer[:tokens]
+
+    def mark(self) -> torch.cuda.Event:
+        """An event of the turn's own, recorded behind the current stream's work."""
+        event = self._events[self._next]
+        event.record()
+        return event
 
 
 class DeviceToHost:
@@ -192,14 +199,15 @@ class DeviceToHost:
         self._ring = ring
 
     def send(self, activation: Tensor) -> Parcel:
-        """Copy on the source's stream and mark its end. Devices other than CUDA's have no such events: they wait."""
-        if activation.device.type != "cuda":
+        """Copy on the source's stream and mark its end; one that the stage leaves in pinned memory needs but the mark.
+        Devices other than CUDA's have no such events: they wait."""
+        if activation.device.type not in ("cuda", "cpu"):
             return Parcel(activation.to("cpu"))
         buffer = self._ring.take(activation.shape[0])
+        if activation.device.type == "cpu":
+            return Parcel(activation, self._ring.mark())
         buffer.copy_(activation, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-        return Parcel(buffer, ready)
+        return Parcel(buffer, self._ring.mark())
 
     def receive(self, parcel: Parcel) -> Tensor:
         """Wait for that copy alone."""

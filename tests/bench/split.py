@@ -7,7 +7,8 @@ Random weights in the shape of DeepSeek-R1-Distill-Qwen-1.5B, or of --model; emb
 the cards with --second). "isolated" is the sum of the stages' own times for one token, each run alone on its worker
 again and again; "cold" is that with caches as cold as another stage leaves them, which has read its weights: 256 MiB
 are read before every run. "seams" is what a token takes beyond the isolated stages: hops, scheduling and handing out.
-"hop" is what one takes by itself: a row of activations passed along the same workers and hops with nothing computed.
+"hop" is what one takes by itself: a row of activations passed along the same workers, hops and graphs with nothing in
+them computed.
 "beyond" is what is left of a token beside cold stages and hops, as a share of the cold stages. Ends with one JSON line.
 """
 
@@ -34,6 +35,9 @@ from splitrun.engine.pipeline import Link, Outcome, Pipeline
 from splitrun.measure.unit_steps import Point, make_step
 from splitrun.model.structure import inspect
 from splitrun.schedule.step import RowTokens, Step, Tokens
+from splitrun.stage.card import CardStage
+from splitrun.stage.card_graph import Captures, DecodeGraphs
+from splitrun.stage.card_model import card_model
 from splitrun.stage.generic import RangeStage
 
 FILE = """version: 1
@@ -231,9 +235,15 @@ def isolated(engine: Engine, behind: int, cold: bool = False) -> list[float]:
 class Passing:
     """A stage that computes nothing: it has an activation, or takes up that of the stage before."""
 
-    def __init__(self, hidden: int, dtype: torch.dtype, device: torch.device, last: bool) -> None:
-        self._activation = torch.zeros((1, hidden), dtype=dtype, device=device)
+    def __init__(self, stage: RangeStage, last: bool) -> None:
+        model = stage.model
+        hidden = model.structure.hidden
+        self._activation = torch.zeros((1, hidden), dtype=model.dtype, device=model.device)
         self._last = last
+        between = isinstance(stage, CardStage) and not model.cut.embed and not model.cut.head
+        empty = card_model(model, {}) if between else None
+        groups = tuple(group.name for group in stage.rules.groups)
+        self._graphs = empty and DecodeGraphs(empty, groups, model.dtype, model.device, Captures(model.device))
 
     def any_thread(self, step: Step) -> bool:
         """Always."""
@@ -243,6 +253,9 @@ class Passing:
         """As a stage does."""
         if self._last:
             return Tokens(step.index, step.epoch, (RowTokens((1,)),))
+        if self._graphs:
+            self._graphs.run(step, range(step.rows), incoming)
+            return self._graphs.left(step.rows)
         if incoming is not None:
             self._activation.copy_(incoming, non_blocking=True)
         return self._activation
@@ -254,13 +267,12 @@ class Passing:
 def passing(engine: Engine, behind: int) -> float:
     """Seconds of all hops of a token: of one that goes through the engine's own workers and hops, but not its stages.
     As in earnest, the worker that has the last stage sends the next one off."""
-    hidden, step = inspect(engine.files.config).hidden, _step(engine, behind)
+    step = _step(engine, behind)
     links = [link for link in engine.core.pipeline.links if isinstance(link, Link)]
     empty = []
     for link in links:
         assert isinstance(link.stage, RangeStage)
-        model = link.stage.model
-        stage = Passing(hidden, model.dtype, model.device, link.onward is None)
+        stage = Passing(link.stage, link.onward is None)
         empty.append(Link(stage, link.worker, link.name, link.onward))
     moments: list[float] = []
     done = threading.Event()

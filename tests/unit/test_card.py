@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from splitrun.kernels.formats import DTYPES
 from splitrun.kernels.gpu import attention, products
+from splitrun.kernels.gpu.slots import SLOTS
 from splitrun.kernels.int8 import Int8Weight
 from splitrun.kernels.nf4 import Nf4Weight
 from splitrun.kernels.weight import Weight, install
@@ -115,6 +116,8 @@ class Run:
         for row, ids in rows.items():
             self.lengths[row] = self.lengths.get(row, 0) + len(ids)
         if computed.activation is not None:
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
             return computed.activation.float().cpu()
         self.scores = computed.prompt_logprobs
         return {row: computed.logits[place].float().cpu() for place, row in enumerate(rows)}
@@ -201,6 +204,18 @@ def test_a_cut_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
             activation = part.feed(rows, arriving)
         wanted = whole.feed(rows)
         assert all(torch.equal(activation[row], wanted[row]) for row in rows)
+
+
+def test_what_is_left_for_the_processor_is_what_lies_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, kept = (make("llama", "dense", TYPE, monkeypatch, CutRange(False, 0, 1, False)) for _ in range(2))
+    given.stage.gives_host = True
+    hidden = SIZES["hidden_size"]
+    for turn in range(SLOTS + 2):  # every slot, and some again
+        rows = {row: [1] for row in range(1 + turn % 2)}
+        noise = torch.randn((len(rows), hidden), generator=torch.Generator().manual_seed(turn)).to(DTYPES[TYPE])
+        found = given.feed(rows, noise)
+        assert torch.equal(found, kept.feed(rows, noise.to(DEVICE)))
+        assert not torch.equal(found, noise.float())
 
 
 def test_scored_prompts_report_every_token(monkeypatch: pytest.MonkeyPatch) -> None:

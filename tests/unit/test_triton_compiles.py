@@ -21,6 +21,8 @@ KERNELS = {
     "_unpack",
     "_unpack_tiled",
     "_gather",
+    "_take",
+    "_deliver",
 }
 
 
