@@ -1,8 +1,8 @@
 """The engine: one loop that schedules steps, sends them through the pipeline and hands out the tokens.
 
 Token ids in, token events out; text is somebody else's business. Requests may come from any thread. A step that a
-stage cannot finish costs the requests in it, or the newest of them when a device was full; all others are computed
-again from their tokens.
+stage cannot finish costs the requests in it, or the newest of them when a device was full; all others go on where they
+were.
 """
 
 from __future__ import annotations

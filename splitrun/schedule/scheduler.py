@@ -21,7 +21,7 @@ from splitrun.schedule.sequence import Sequence, State
 from splitrun.schedule.step import RowTokens, Step, Tokens
 
 NO_TOKEN = "the logits hold NaN or infinity: the model's values overflow this format; plan with --weights bf16 or fp32"
-"""Why a row that wanted a token has none."""
+"""Why a row has no token that it wanted, or no scores of its prompt."""
 
 __all__ = ["GroupSpec", "Held", "Limits", "Scheduler", "Statistics"]
 
@@ -145,7 +145,7 @@ class Scheduler:
         """Accept the tokens of the oldest step in flight; returns an event for every request that got any.
 
         Tokens of an older epoch are passed over, and so are rows whose request has ended meanwhile. A row that wanted a
-        token and has none ends its request with an error.
+        token, or scores of its prompt, and has none ends its request with an error.
         """
         if tokens.epoch != self.epoch:
             return []
@@ -159,13 +159,14 @@ class Scheduler:
                 continue
             sequence.in_flight -= 1
             sequence.confirmed = slice_.end
+            scored = len(sequence.prompt_targets(slice_) or ()) == len(row.prompt_logprobs)
             if sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs.extend(row.prompt_logprobs)
-            if slice_.end == sequence.known:
-                if row.token_ids:
-                    events.append(self._accept(sequence, row))
-                else:
-                    events += self.fail([sequence.request.request_id], NO_TOKEN)
+            last = slice_.end == sequence.known
+            if not scored or (last and not row.token_ids):
+                events += self.fail([sequence.request.request_id], NO_TOKEN)
+            elif last:
+                events.append(self._accept(sequence, row))
         return events
 
     def _accept(self, sequence: Sequence, row: RowTokens) -> TokenEvent:
@@ -208,7 +209,8 @@ class Scheduler:
         return self.fail(list(self._roster.live), error)
 
     def fail_step(self, index: int, error: str, *, newest_only: bool = False) -> list[TokenEvent]:
-        """End the requests of a step in flight that a stage could not finish; the others are computed again.
+        """End the requests of a step in flight that a stage could not finish; the others keep what has come through all
+        stages, and go on behind it.
 
         ``newest_only``: of the step's requests just the newest ends, as is right when there was no room for all.
         """
@@ -217,7 +219,7 @@ class Scheduler:
         if newest_only and ending:
             ending = [max(ending, key=lambda sequence: sequence.arrival)]
         events = self.fail([sequence.request.request_id for sequence in ending], error)
-        self.recompute_all()
+        self.halt()
         return events
 
     def recompute_all(self) -> None:
@@ -230,7 +232,8 @@ class Scheduler:
             self._roster.suspend(sequence)
 
     def halt(self) -> None:
-        """Begin a new epoch after a stage was lost: what has not come through all stages counts as not computed."""
+        """Begin a new epoch after a step or a stage was lost: what has not come through all stages counts as not
+        computed."""
         self._forget_flights()
         for sequence in list(self._roster.running):
             self._go_back(sequence, sequence.confirmed)

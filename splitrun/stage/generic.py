@@ -34,7 +34,8 @@ class Computed:
     activation       Shape: (tokens, hidden); None when the stage has the head
     logits           row -> logits behind its last token, for the rows that want one. Shape: (vocabulary,)
     chosen           row -> its most likely token (-1 when its logits are not finite), instead of logits
-    prompt_logprobs  row -> log-probabilities of the prompt tokens that follow its slice
+    prompt_logprobs  row -> log-probabilities of the prompt tokens that follow its slice; too few when logits are not
+                     finite
     """
 
     activation: Tensor | None = None
@@ -249,12 +250,7 @@ def choose(step: Step, logits: dict[int, Tensor]) -> dict[int, RowTokens]:
     rows = {row: wanted for row in sorted(logits) if (wanted := step.sampling[row]) is not None}
     if not rows:
         return {}
-    try:
-        return dict(zip(rows, sample(torch.stack([logits[row] for row in rows]), list(rows.values())), strict=True))
-    except StageError:
-        finite = {row: wanted for row, wanted in rows.items() if bool(torch.isfinite(logits[row].max()))}
-        chosen = {row: sample(logits[row].unsqueeze(0), [wanted])[0] for row, wanted in finite.items()}
-        return {row: chosen.get(row, RowTokens()) for row in rows}
+    return dict(zip(rows, sample(torch.stack([logits[row] for row in rows]), list(rows.values())), strict=True))
 
 
 def _rows_of(activation: Tensor, batch: Batch) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from splitrun.errors import StageError
 from splitrun.schedule.request import SamplingParams, TokenLogprob
 from splitrun.schedule.step import RowSampling, RowTokens
 from splitrun.stage.draw import draw
@@ -22,11 +21,11 @@ GROUP_VALUES = 2**19
 
 
 def sample(logits: Tensor, rows: Sequence[RowSampling]) -> list[RowTokens]:
-    """The next token of each row, with log-probabilities where asked for.
+    """The next token of each row, with log-probabilities where asked for; none where the row's largest logit is NaN or
+    infinite.
 
     ``logits``, shape (rows, vocabulary), any floating type, are not modified. Order: log-probabilities from the logits
     as they are; then logit_bias, repetition, presence and frequency penalty, temperature, top_k, top_p, min_p.
-    Raises StageError when a row's largest logit is NaN or infinite.
     """
     assert len(logits) == len(rows), f"{len(logits)} rows of logits for {len(rows)} to choose"
     if not rows:
@@ -34,8 +33,7 @@ def sample(logits: Tensor, rows: Sequence[RowSampling]) -> list[RowTokens]:
     if all(map(is_plain, rows)):
         best = logits.max(dim=-1)
         chosen = torch.where(best.values.isfinite(), best.indices, -1).tolist()
-        _check_finite(chosen)
-        return [RowTokens((token,)) for token in chosen]
+        return [RowTokens((token,)) if token >= 0 else RowTokens() for token in chosen]
     top = min(max(row.params.logprobs or 0 for row in rows), logits.shape[1])
     packed: list[Tensor] = []
     for first, last in _groups(logits):
@@ -46,7 +44,8 @@ def sample(logits: Tensor, rows: Sequence[RowSampling]) -> list[RowTokens]:
 def prompt_logprobs(logits: Tensor, targets: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
     """The log-probability of each target under its row of logits, and the ``top`` most likely tokens there.
 
-    ``logits`` has shape (count, vocabulary) with one row per target. Raises StageError as ``sample`` does.
+    ``logits`` has shape (count, vocabulary) with one row per target. Nothing when the largest logit of one is NaN or
+    infinite.
     """
     assert len(logits) == len(targets), f"{len(logits)} rows of logits for {len(targets)} targets"
     if not targets:
@@ -56,7 +55,10 @@ def prompt_logprobs(logits: Tensor, targets: Sequence[int], top: int) -> tuple[T
     for first, last in _groups(logits):
         group = logits[first:last].float()
         packed.append(_pack(group, chosen[first:last], top, wanted=True))
-    return tuple(_logprob(numbers, top) for numbers in _bring_back(packed))
+    found = _bring_back(packed)
+    if any(int(numbers[0]) < 0 for numbers in found):
+        return ()
+    return tuple(_logprob(numbers, top) for numbers in found)
 
 
 def is_plain(row: RowSampling) -> bool:
@@ -157,23 +159,16 @@ def _pack(logits: Tensor, chosen: Tensor, top: int, *, wanted: bool) -> Tensor:
 
 def _bring_back(packed: Sequence[Tensor]) -> list[Tensor]:
     """The one copy to the host: a tensor of numbers per row."""
-    numbers = torch.cat(list(packed)).cpu()
-    _check_finite(numbers[:, 0].tolist())
-    return list(numbers)
-
-
-def _check_finite(chosen: Sequence[int]) -> None:
-    if min(chosen) < 0:
-        raise StageError(
-            f"head: the logits of row {list(chosen).index(-1)} hold NaN or infinity: a weight is corrupt, or fp16 is "
-            "too narrow for this model (plan with --weights bf16)"
-        )
+    return list(torch.cat(list(packed)).cpu())
 
 
 def _unpack(numbers: Tensor, params: SamplingParams) -> RowTokens:
+    token = int(numbers[0])
+    if token < 0:
+        return RowTokens()
     if params.logprobs is None:
-        return RowTokens((int(numbers[0]),))
-    return RowTokens((int(numbers[0]),), logprobs=(_logprob(numbers, params.logprobs),))
+        return RowTokens((token,))
+    return RowTokens((token,), logprobs=(_logprob(numbers, params.logprobs),))
 
 
 def _logprob(numbers: Tensor, top: int) -> TokenLogprob:

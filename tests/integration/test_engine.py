@@ -147,26 +147,35 @@ def test_a_text_that_cannot_be_made_ends_the_wait(engine: splitrun.Engine, monke
     assert engine.generate([chat(engine, QUESTIONS[0])], greedy())[0].text == ANSWERS[0]
 
 
+@pytest.mark.parametrize("scored", [False, True], ids=["chosen", "scored"])
 def test_logits_that_are_not_finite_end_one_request_only(
-    engine: splitrun.Engine, monkeypatch: pytest.MonkeyPatch
+    engine: splitrun.Engine, monkeypatch: pytest.MonkeyPatch, scored: bool
 ) -> None:
+    """Whether a token is to be chosen from them or the prompt is to be scored, in the middle of it or at its end."""
     stage = engine.core.pipeline.links[1].stage
-    compute = stage.compute
+    forward, ids = stage.model.forward, 2 * tuple(chat(engine, QUESTIONS[0]))
+    bad_ids = (9, *ids)
+    assert ids[0] != bad_ids[0]
 
-    def spoil(step: Any, incoming: Any) -> Any:
-        computed = compute(step, incoming)
-        for row, wanted in enumerate(step.sampling):
-            if wanted is not None and wanted.params.top_k == 7:
-                computed.logits[row] = computed.logits[row] * float("nan")
-        return computed
+    def spoil(tokens: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        logits = forward(tokens, *arguments)
+        logits[tokens[:, 0] == bad_ids[0]] = float("nan")
+        return logits
 
-    monkeypatch.setattr(stage, "compute", spoil)
+    monkeypatch.setattr(stage.model, "forward", spoil)
     bad, good = queue.SimpleQueue(), queue.SimpleQueue()
-    ids = tuple(chat(engine, QUESTIONS[0]))
-    engine.core.submit(splitrun.schedule.request.Request(10**9 + 1, ids, greedy(top_k=7)), bad.put)
-    engine.core.submit(splitrun.schedule.request.Request(10**9 + 2, ids, greedy(max_tokens=1)), good.put)
-    assert "NaN or infinity" in bad.get(timeout=60).error
-    assert good.get(timeout=60).finish_reason == "length"
+    request = splitrun.schedule.request.Request
+    wanted = greedy(prompt_logprobs=1) if scored else greedy(top_k=7, logprobs=0)
+    engine.core.submit(request(10**9 + 1, bad_ids, wanted), bad.put)
+    engine.core.submit(request(10**9 + 2, ids, greedy(max_tokens=1, prompt_logprobs=1)), good.put)
+    ended = bad.get(timeout=60)
+    assert ended.finish_reason == "error"
+    assert ended.error is not None
+    assert "NaN or infinity" in ended.error
+    assert "\n" not in ended.error
+    scores = good.get(timeout=60)
+    assert scores.finish_reason == "length"
+    assert len(scores.prompt_logprobs) == len(ids)
     assert engine.core.status().healthy
 
 

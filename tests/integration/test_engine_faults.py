@@ -62,32 +62,45 @@ def test_health_returns_by_itself_after_a_fault(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_full_device_costs_the_newest_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two requests fit into a step, a third does not: it ends with what mends it, and the others give their answers."""
+    """Two requests fit into a step, a third does not: it ends with what mends it, and the others give their answers
+    without a token being computed again."""
     with splitrun.Engine(demo_placement(), depth=1) as engine:
         stage = engine.core.pipeline.links[0].stage
         run = stage.run
+        computed: list[tuple[int, int]] = []
 
         def run_two(step: Any, incoming: Any) -> Any:
             if step.rows > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            computed.extend(zip(step.requests, step.context_lengths.tolist(), strict=True))
             return run(step, incoming)
 
         monkeypatch.setattr(stage, "run", run_two)
-        ends: dict[int, tuple[str, str]] = {}
-        done = threading.Semaphore(0)
+        expected = [completion.token_ids for completion in engine.generate(asked(engine)[:2], greedy())]
+        computed.clear()
+        found: dict[int, list[TokenEvent]] = {901: [], 902: [], 903: []}
+        begun, done = threading.Semaphore(0), threading.Semaphore(0)
 
-        def deliver(event: Any) -> None:
-            if event.finish_reason is not None:
-                ends[event.request_id] = (event.finish_reason, event.error or "")
-                done.release()
+        def deliver(event: TokenEvent) -> None:
+            found[event.request_id].append(event)
+            (begun if event.finish_reason is None else done).release()
 
-        for number, question in zip((901, 902, 903), QUESTIONS, strict=False):
-            request = splitrun.schedule.request.Request(number, tuple(chat(engine, question)), greedy())
-            engine.core.submit(request, deliver)
+        for number, prompt in zip(found, asked(engine), strict=True):
+            engine.core.submit(Request(number, tuple(prompt), greedy(), tuple(engine.tokenizer.eos_token_ids)), deliver)
+            if number == 901:
+                assert begun.acquire(timeout=60)  # it has keys and values to lose
         for _ in range(3):
             assert done.acquire(timeout=60)
-        assert [ends[number][0] for number in (901, 902, 903)] == ["length", "length", "error"]
-        assert "ran out of memory: plan again with --context " in ends[903][1]
+        assert [events[-1].finish_reason for events in found.values()] == ["stop", "stop", "error"]
+        assert "ran out of memory: plan again with --context " in (found[903][-1].error or "")
+        answers = [tuple(id_ for event in found[number] for id_ in event.token_ids) for number in (901, 902)]
+        assert answers == expected
+        assert len(set(computed)) == len(computed)
+
+
+def asked(engine: splitrun.Engine) -> list[list[int]]:
+    """Three prompts."""
+    return [chat(engine, question) for question in QUESTIONS[:3]]
 
 
 def test_one_fault_after_the_other_costs_only_the_steps_that_met_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as processors
 
-from splitrun.errors import StageError
 from splitrun.schedule.request import SamplingParams
-from splitrun.schedule.step import RowSampling
+from splitrun.schedule.step import RowSampling, RowTokens
 from splitrun.stage import draw as draw_module
 from splitrun.stage import sampling as sampling_module
 from splitrun.stage.sampling import prompt_logprobs, sample
@@ -291,13 +290,12 @@ def test_prompt_logprobs(top: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 0.0, "logprobs": 1}, {}, {"top_p": 0.5}])
-def test_logits_that_are_not_finite_name_head_and_row(bad: float, params: dict[str, Any]) -> None:
+def test_logits_that_are_not_finite_give_no_token_and_no_scores(bad: float, params: dict[str, Any]) -> None:
     logits = make_logits(3)
+    well = sample(logits, [row(**params)] * 3)
     logits[1, 7] = bad
-    with pytest.raises(StageError, match="head: the logits of row 1 hold NaN or infinity"):
-        sample(logits, [row(**params)] * 3)
-    with pytest.raises(StageError, match="head: the logits of row 1"):
-        prompt_logprobs(logits, [0, 0, 0], 1)
+    assert sample(logits, [row(**params)] * 3) == [well[0], RowTokens(), well[2]]
+    assert prompt_logprobs(logits, [0, 0, 0], 1) == ()
 
 
 def test_excluded_tokens_may_be_minus_infinity_and_are_no_alternatives() -> None:
