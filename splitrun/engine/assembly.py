@@ -15,7 +15,7 @@ from splitrun.cluster.process import machine_of
 from splitrun.engine.core import EngineCore
 from splitrun.engine.lineup import LineUp, require_nodes
 from splitrun.engine.loading import Load, pool_sizes, stage_name
-from splitrun.engine.remote import Patience
+from splitrun.engine.patience import Patience
 from splitrun.engine.succession import Succession
 from splitrun.errors import InvalidPlacement
 from splitrun.measure.profile import max_context
@@ -61,12 +61,12 @@ def assemble(
     lineup = LineUp(files, structure, traits, load, depth, chunk_tokens, patience, trace)
     succession = Succession(lineup, placement, rebalance)
     with ExitStack() as undo:
-        line = lineup.bring_up(placement, succession.replace)
+        line = lineup.bring_up(placement, succession)
         undo.callback(line.close)
         core = EngineCore(scheduler, line)
         undo.pop_all()
         undo.callback(core.close)
-        succession.attach(core)
+        succession.attach(core, line)
         core.warm_up()
         undo.pop_all()
     return core

@@ -17,7 +17,8 @@ from dataclasses import replace
 from splitrun.engine.interface import BlockUse, EngineStatus
 from splitrun.engine.lineup import Line
 from splitrun.engine.outbox import Outbox
-from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Restarted, Resumed
+from splitrun.engine.outcome import Failure, Interruption, Outcome, Restarted, Resumed
+from splitrun.engine.pipeline import Pipeline
 from splitrun.engine.record import Span
 from splitrun.errors import DeviceOutOfMemory, InvalidRequest, QueueFull, SplitrunError, StageLost
 from splitrun.schedule.limits import check_request
@@ -61,8 +62,7 @@ class EngineCore:
         self._closed = False
         self._replacing = False
         self.closed = threading.Event()
-        self._prompt_tokens = 0
-        self._completion_tokens = 0
+        self._prompt_tokens = self._completion_tokens = 0
         self._pipeline = line.make_pipeline(self._come_back)
         self._thread = threading.Thread(target=self._loop, name="splitrun engine", daemon=True)
         self._thread.start()
@@ -81,6 +81,11 @@ class EngineCore:
     def pipeline(self) -> Pipeline:
         """The stages as they are now, for whoever measures them; `replace` puts another in its place."""
         return self._pipeline
+
+    def show(self, line: Line) -> None:
+        """The status is of these stages from now on: some have been taken over."""
+        with self._lock:
+            self._line = line
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         """Queue a request; see TokenEngine."""

@@ -6,11 +6,13 @@ who runs which stage, nothing of how processes start or end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from splitrun.engine.pipeline import Outcome, Pipeline
+from splitrun.engine.outcome import Outcome
+from splitrun.engine.pipeline import Pipeline
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.schedule.step import Step, Tokens
 from splitrun.transport.frames import Frame
@@ -47,6 +49,11 @@ class Exchange:
         """Steps of this epoch that were sent and not settled."""
         epoch = max(self._firsts, default=0)
         return sum(1 for index in list(self._rows) if index >= self._firsts.get(epoch, 0))
+
+    def adopt(self, stages: Collection[int]) -> None:
+        """This process runs these stages from now on."""
+        peers = (self._own if stage in stages else peer for stage, peer in enumerate(self.route.peers))
+        self.route = replace(self.route, peers=tuple(peers))
 
     def settle(self, outcome: Outcome) -> None:
         """Note what came of a step. Whatever is no token ends the epoch, and with it all that is under way."""

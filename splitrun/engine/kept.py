@@ -70,6 +70,14 @@ class KeptKV:
                 gone = held.pop(request, None)
                 self._bytes[stage] -= 0 if gone is None else gone.nbytes
 
+    def drop(self, stages: Collection[int]) -> None:
+        """Keep nothing of these stages any more."""
+        with self._lock:
+            for stage in stages:
+                self._limits.pop(stage, None)
+                self._rows.pop(stage, None)
+                self._bytes.pop(stage, None)
+
     def take(self, stage: int, request: int, start: int, rows: Tensor) -> None:
         """Keep the rows of a request's tokens from ``start`` on, in place of what was kept of them and later ones."""
         with self._lock:

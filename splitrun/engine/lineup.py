@@ -6,9 +6,10 @@ Knows the model's files and how to start processes and nodes, nothing of request
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import yaml
@@ -22,9 +23,11 @@ from splitrun.engine.exchange import COORDINATOR
 from splitrun.engine.interface import StageStatus
 from splitrun.engine.loading import (
     Load,
+    LoadedStages,
     Ring,
     StageLoading,
     cpu_workers,
+    load_more,
     load_stages,
     make_journals,
     make_links,
@@ -32,9 +35,11 @@ from splitrun.engine.loading import (
     stage_name,
     worker_threads,
 )
-from splitrun.engine.pipeline import Outcome, Pipeline
+from splitrun.engine.outcome import Outcome
+from splitrun.engine.patience import LOOPBACK, Listening, Patience, Successor
+from splitrun.engine.pipeline import Link, Pipeline, RemoteLink
 from splitrun.engine.record import JSON_LOG_VARIABLE
-from splitrun.engine.remote import LOOPBACK, Listening, Patience, RemoteStages
+from splitrun.engine.remote import RemoteStages
 from splitrun.engine.room import journals_fit, kept_room, require_room
 from splitrun.errors import ClusterError, InvalidPlacement
 from splitrun.model.files import ModelFiles
@@ -43,17 +48,20 @@ from splitrun.planner.placement import Placement
 from splitrun.planner.placement_file import dump
 from splitrun.stage.batch import Traits
 
-Replace = Callable[[str, Collection[str]], None]
-
 
 @dataclass(frozen=True)
 class Line:
-    """Stages that are loaded and wait for a pipeline, and how the status shows them and their plan."""
+    """Stages that are loaded and wait for a pipeline, and how the status shows them and their plan.
+
+    ``take_over``: load these stages here, where a placement has them now, and let the pipeline that runs go on with
+    them; gives the new line, or raises as `LineUp.bring_up`. Nothing may run meanwhile.
+    """
 
     make_pipeline: Callable[[Callable[[Outcome], None]], Pipeline]
     stages: tuple[StageStatus, ...]
     placement: Mapping[str, Any]
     close: Callable[[], None]
+    take_over: Callable[[Placement, Collection[int]], Line] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,10 +77,10 @@ class LineUp:
     patience: Patience
     trace: bool = False
 
-    def bring_up(self, placement: Placement, replace_lost: Replace | None = None) -> Line:
+    def bring_up(self, placement: Placement, successor: Successor | None = None) -> Line:
         """Load the placement's stages wherever they belong. Nothing stays behind when one of them fails.
 
-        ``replace_lost``: see `RemoteStages`. Raises InvalidPlacement, ModelError, DeviceOutOfMemory or StageLost.
+        ``successor``: see `RemoteStages`. Raises InvalidPlacement, ModelError, DeviceOutOfMemory or StageLost.
         """
         blocks = pool_sizes(placement, self.structure)
         require_room(placement, self.structure, blocks)
@@ -80,7 +88,7 @@ class LineUp:
         loading = StageLoading(placement, self.files, self.structure, blocks, self.load, self.traits)
         journaled = journals_fit(placement, self.structure, blocks)
         kept = kept_room(placement, self.structure, blocks, journaled)
-        remote = self._remote_stages(placement, kept, journaled, replace_lost)
+        remote = self._remote_stages(placement, kept, journaled, successor)
         with ExitStack() as undo:
             if remote is not None:
                 remote.start()
@@ -88,28 +96,12 @@ class LineUp:
             loaded = load_stages(loading, placement, threads)
             undo.callback(loaded.close)
             ring = Ring.of(placement, self.structure.hidden, self.depth, self.chunk_tokens)
-            links = make_links(placement, loaded, remote.send if remote is not None else None, ring)
-            memory = {index: loaded.memory_bytes(index) for index in loaded.stages}
-            memory |= remote.memory_bytes if remote is not None else {}
-            close = undo.pop_all().close
-
-        def make_pipeline(deliver: Callable[[Outcome], None]) -> Pipeline:
-            if remote is None:
-                return Pipeline(links, deliver)
-            peers = stage_peers(placement)
-            journals = make_journals(placement, peers, loaded.stages) if journaled else {}
-            pipeline = Pipeline(links, remote.outcome, remote, journals=journals)
-            remote.run(pipeline, deliver)
-            return pipeline
-
-        statuses = tuple(
-            StageStatus(spec.device, spec.units_text, memory[index], node=machine_of(spec.device))
-            for index, spec in enumerate(placement.stages)
-        )
-        return Line(make_pipeline, statuses, yaml.safe_load(dump(placement)), close)
+            joined = _Joined(loading, loaded, ring, remote, journaled)
+            links = joined.links(placement)
+            return joined.line(placement, links, undo.pop_all().close)
 
     def _remote_stages(
-        self, placement: Placement, kept: Mapping[int, int], journals: bool, replace_lost: Replace | None
+        self, placement: Placement, kept: Mapping[int, int], journals: bool, successor: Successor | None
     ) -> RemoteStages | None:
         """The stages that are not in this process, not started; None when there are none. ``kept`` and ``journals``:
         see there."""
@@ -145,7 +137,57 @@ class LineUp:
         peers = stage_peers(placement)
         far = any(machine_of(name) for name in devices)
         starter = _Starter(nodes, self.files)
-        return RemoteStages(peers, jobs, starter, self.patience, here, replace_lost if far else None, kept, journals)
+        return RemoteStages(peers, jobs, starter, self.patience, here, successor if far else None, kept, journals)
+
+
+class _Joined:
+    """Stages in their places, here and elsewhere (``remote``), as the placements of one after the other have them.
+
+    ``journaled``: what is sent to processes elsewhere is kept.
+    """
+
+    def __init__(
+        self, loading: StageLoading, loaded: LoadedStages, ring: Ring, remote: RemoteStages | None, journaled: bool
+    ) -> None:
+        self._loading = loading
+        self._loaded = loaded
+        self._ring = ring
+        self._remote = remote
+        self._journaled = journaled
+        self._pipeline: Pipeline | None = None
+
+    def links(self, placement: Placement) -> list[Link | RemoteLink]:
+        """The pipeline's links."""
+        return make_links(placement, self._loaded, self._remote.send if self._remote else None, self._ring)
+
+    def line(self, placement: Placement, links: Sequence[Link | RemoteLink], close: Callable[[], None]) -> Line:
+        """How it looks with these links; ``close`` undoes everything, for a line that never runs."""
+        memory = self._remote.memory_bytes if self._remote else {}
+        memory = memory | {index: self._loaded.memory_bytes(index) for index in self._loaded.stages}
+        statuses = tuple(
+            StageStatus(spec.device, spec.units_text, memory[index], node=machine_of(spec.device))
+            for index, spec in enumerate(placement.stages)
+        )
+        run, take_over = partial(self._run, placement, links), partial(self._take_over, close)
+        return Line(run, statuses, yaml.safe_load(dump(placement)), close, take_over)
+
+    def _run(
+        self, placement: Placement, links: Sequence[Link | RemoteLink], deliver: Callable[[Outcome], None]
+    ) -> Pipeline:
+        if self._remote is None:
+            self._pipeline = Pipeline(links, deliver)
+            return self._pipeline
+        journals = make_journals(placement, stage_peers(placement), self._loaded.stages) if self._journaled else {}
+        self._pipeline = Pipeline(links, self._remote.outcome, self._remote, journals=journals)
+        self._remote.run(self._pipeline, deliver)
+        return self._pipeline
+
+    def _take_over(self, close: Callable[[], None], placement: Placement, stages: Collection[int]) -> Line:
+        assert self._pipeline is not None, "stages are lost while they run"
+        self._loaded = load_more(self._loading, placement, self._loaded, stages)
+        links = self.links(placement)
+        self._pipeline.relink(links)
+        return self.line(placement, links, close)
 
 
 def stage_peers(placement: Placement) -> tuple[str, ...]:

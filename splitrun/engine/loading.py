@@ -60,7 +60,7 @@ def compute_dtype(device: str, weights: str) -> str:
 
 
 class StageLoading:
-    """Loads the stages of one placement, one after the other."""
+    """Loads the stages of ``placement``, one after the other."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class StageLoading:
         load: Load,
         traits: Traits,
     ) -> None:
-        self._placement = placement
+        self.placement = placement
         self._files = files
         self._structure = structure
         self._blocks = blocks
@@ -81,15 +81,15 @@ class StageLoading:
 
     def stage(self, index: int) -> RangeStage:
         """The stage of that index, loaded; runs on the stage's worker."""
-        spec = self._placement.stages[index]
+        spec = self.placement.stages[index]
         dtype = compute_dtype(spec.device, spec.weights)
         size = StageSize(
             device=torch_device(spec.device),
             dtype=dtype,
             kv_dtype=spec.kv.dtype or dtype,
             blocks=self._blocks,
-            block_tokens=self._placement.workload.block_tokens,
-            slots=self._placement.workload.sessions,
+            block_tokens=self.placement.workload.block_tokens,
+            slots=self.placement.workload.sessions,
         )
         cut = CutRange(spec.embed, spec.layers[0], spec.layers[1], spec.head)
         name = stage_name(spec)
@@ -101,13 +101,13 @@ class StageLoading:
                 size,
                 lambda model: self._filling.fill(model, spec.weights, name),
                 self._traits,
-                self._stream_card() if streams(spec, self._placement.workload) else None,
+                self._stream_card() if streams(spec, self.placement.workload) else None,
                 spec.stream_from_tokens,
             )
         except SplitrunError:
             raise
         except (RuntimeError, MemoryError, OSError) as error:
-            raise translated(error, name, relief(self._placement, spec.device)) from error
+            raise translated(error, name, relief(self.placement, spec.device)) from error
 
     def close(self) -> None:
         """Give back what stages share; for a load that failed."""
@@ -116,7 +116,7 @@ class StageLoading:
 
     def _stream_card(self) -> StreamCard | None:
         """The card of this process with slabs for the processor's weights; the processor's stages share it."""
-        specs = [spec for spec in self._placement.stages if spec.stream_buffer_bytes and "/" not in spec.device]
+        specs = [spec for spec in self.placement.stages if spec.stream_buffer_bytes and "/" not in spec.device]
         if not specs or not usable(specs[0].device):
             return None
         if self._prompt_card is None:
@@ -238,6 +238,29 @@ def load_stages(
         undo.pop_all()
     drop_ahead()
     return LoadedStages(stages, workers)
+
+
+def load_more(
+    loading: StageLoading, placement: Placement, loaded: LoadedStages, indexes: Collection[int]
+) -> LoadedStages:
+    """Beside what is loaded, further stages of ``placement``, which ``loading`` loads from now on. When one of them
+    fails, nothing of them stays behind, and those before are as they were. Raises ModelError or DeviceOutOfMemory."""
+    loading.placement = placement
+    workers = {name: worker for name, worker in loaded.workers.items() if worker.alive}
+    names = {placement.stages[index].device for index in indexes} - workers.keys()
+    stages: dict[int, RangeStage] = {}
+    with ExitStack() as undo:
+        fresh = {name: Worker(name, worker_threads(placement, name)) for name in sorted(names)}
+        for worker in fresh.values():
+            undo.callback(worker.close)
+        _hold_budgets(placement, fresh)
+        workers |= fresh
+        for index in indexes:
+            stages[index] = workers[placement.stages[index].device].call(partial(loading.stage, index))
+            undo.callback(stages[index].close)
+        undo.pop_all()
+    drop_ahead()
+    return LoadedStages({**loaded.stages, **stages}, workers)
 
 
 def make_links(

@@ -18,7 +18,8 @@ from torch import Tensor
 from splitrun.engine.core import EngineCore
 from splitrun.engine.interface import StageStatus
 from splitrun.engine.lineup import Line
-from splitrun.engine.pipeline import Link, Outcome, Pipeline
+from splitrun.engine.outcome import Outcome
+from splitrun.engine.pipeline import Link, Pipeline
 from splitrun.engine.process_bytes import process_bytes
 from splitrun.measure.cache import Cache
 from splitrun.measure.engine_cost import FIGURES, EngineCost, cost_key, cost_of

@@ -10,19 +10,21 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from splitrun.engine.outcome import Failure, Outcome
 from splitrun.engine.record import Record, Span, StageClock
 from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageLost, StageTimeout
 from splitrun.schedule.scheduler import Held
-from splitrun.schedule.step import RowTokens, Step, Tokens
+from splitrun.schedule.step import IntArray, RowTokens, Step, Tokens
 from splitrun.transport.journal import Journal
 from splitrun.transport.local import Hop, Parcel, Worker
+from splitrun.transport.messages import KVRows
 
 LESS = "fewer layers there"
 """What mends a full device where the plan is not at hand."""
@@ -43,41 +45,12 @@ class Stage(Protocol):
         """Give the memory back."""
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A step that a stage could not finish."""
+@runtime_checkable
+class RestorableStage(Protocol):
+    """A stage that may have been in another process and lost with it."""
 
-    step: int
-    epoch: int
-    error: SplitrunError
-
-
-@dataclass(frozen=True)
-class Interruption:
-    """Stages were lost with their KV. Nothing can run until ``Resumed``, which a ``final`` interruption never gets."""
-
-    error: SplitrunError
-    final: bool = False
-
-
-@dataclass(frozen=True)
-class Restarted:
-    """All stages are there again. `Pipeline.restore` fills those that have lost their KV, and then comes `Resumed`.
-    ``loss``: which loss they come back from."""
-
-    loss: int
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Steps can run again. ``ends``: request -> how many of its first tokens every stage has KV of. ``refill``: the
-    stages that compute what is behind; empty: all."""
-
-    ends: Mapping[int, int] = field(default_factory=dict)
-    refill: Collection[int] = ()
-
-
-Outcome = Tokens | Failure | Interruption | Restarted | Resumed
+    def restore(self, tables: Mapping[str, IntArray], start: int, rows: Tensor) -> None:
+        """Put KV of one sequence into its blocks, from the token ``start`` on. Shape: (tokens, values)."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +151,28 @@ class Pipeline:
         if self._elsewhere is not None:
             self._elsewhere.restore(loss, held)
 
+    def restore_here(
+        self, index: int, kv: KVRows, placed: Callable[[], None], failed: Callable[[Exception], None]
+    ) -> None:
+        """Put KV into its place in a stage of this process; ``placed`` or ``failed`` is called behind it."""
+        link = self._links[index]
+        assert isinstance(link, Link), f"{link.name} is elsewhere"
+        stage = link.stage
+        assert isinstance(stage, RestorableStage), f"{link.name} keeps no KV"
+
+        def place() -> None:
+            stage.restore(kv.tables, kv.start, kv.rows)
+            placed()
+
+        link.worker.post(place, failed)
+
+    def relink(self, links: Sequence[Link | RemoteLink]) -> None:
+        """Go on with these links: the same stages, some of which have come from elsewhere. Nothing may run meanwhile
+        but steps of an epoch that has ended."""
+        assert len(links) == len(self._links), "stages change their place, not their number"
+        self._links = tuple(links)
+        self._local = tuple(link for link in self._links if isinstance(link, Link))
+
     def work(self, index: int, task: Callable[[], None], failed: Callable[[Exception], None]) -> None:
         """Run something on the worker of a stage that is here."""
         link = self._links[index]
@@ -244,17 +239,28 @@ class Pipeline:
     def _send(self, index: int, link: RemoteLink, step: Step, parcel: Parcel | None) -> None:
         """Send a step to another process, with what was kept for it where the stage before has only passed it on."""
         journal = self._journals.get(index)
-        passed = bool(step.refill) and index - 1 not in step.refill
         activation = self._received(index, parcel)
         if step.refill and index not in step.refill:
             link.send(step, None)
-        elif passed and index:
+        elif self._passed_on(index, step):
             assert journal is not None, f"nothing was kept for {link.name}"
             link.send(step, journal.read(step))
         else:
             link.send(step, activation)
         if journal is not None and activation is not None:
             journal.keep(step, activation)
+
+    def _arriving(self, index: int, step: Step, parcel: Parcel | None) -> Tensor | None:
+        """The activation for a stage here: what was kept of it where the stage before has only passed the step on."""
+        if parcel is None and index in self._journals and self._passed_on(index, step):
+            hop = self._links[index - 1].onward
+            assert hop is not None, "a stage with another behind it has a hop"
+            parcel = hop.send(self._journals[index].read(step))
+        return self._received(index, parcel)
+
+    def _passed_on(self, index: int, step: Step) -> bool:
+        """Whether the stage before has not computed the step."""
+        return bool(index) and bool(step.refill) and index - 1 not in step.refill
 
     def _received(self, index: int, parcel: Parcel | None) -> Tensor | None:
         """The activation for stage ``index``, None for the first stage."""
@@ -284,7 +290,7 @@ class Pipeline:
 
     def _compute(self, index: int, link: Link, step: Step, parcel: Parcel | None) -> Parcel | Tokens:
         started = time.monotonic()
-        result = link.stage.run(step, self._received(index, parcel))
+        result = link.stage.run(step, self._arriving(index, step, parcel))
         if isinstance(result, Tokens):
             self._note(index, step, started)
             return result

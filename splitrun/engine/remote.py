@@ -12,21 +12,22 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from splitrun import errors
 from splitrun.cluster.nodes import NodeLost
 from splitrun.cluster.process import StageHandle
 from splitrun.engine.exchange import COORDINATOR, Exchange, Route
 from splitrun.engine.kept import KeptKV
-from splitrun.engine.pipeline import Failure, Interruption, Outcome, Pipeline, Restarted, Resumed
+from splitrun.engine.outcome import Failure, Interruption, Outcome, Restarted, Resumed
+from splitrun.engine.patience import LOOPBACK, Listening, Successor
+from splitrun.engine.patience import Patience as Patience
+from splitrun.engine.pipeline import Pipeline
 from splitrun.engine.record import StageClock
 from splitrun.engine.restoring import Restoration
-from splitrun.engine.signs import Signs
-from splitrun.errors import SplitrunError, StageError, StageLost
+from splitrun.engine.signs import Signs, told_error
+from splitrun.errors import SplitrunError, StageLost
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.schedule.scheduler import Held
 from splitrun.schedule.step import Step, Tokens
@@ -39,42 +40,13 @@ Starter = Callable[[str, Mapping[str, Any]], StageHandle]
 """Starts the process of a device with its job."""
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How often signs of life come, and when they are missed.
-
-    beat_s        between two heartbeats of a stage process
-    dead_after_s  silence after which a running process is given up
-    start_s       silence after which one that is being started is given up
-    stall_s       time without any stage at work after which a step that is under way counts as lost
-    starts        attempts to start a lost process; also how often one may be lost before a token has come through
-    """
-
-    beat_s: float = 0.5
-    dead_after_s: float = 2.0
-    start_s: float = 20.0
-    stall_s: float = 10.0
-    starts: int = 3
-
-
-@dataclass(frozen=True)
-class Listening:
-    """An address of a machine, and the ports to choose from there."""
-
-    host: str
-    ports: tuple[int, int]
-
-
-LOOPBACK = Listening("127.0.0.1", (49152, 65535))
-
-
 class RemoteStages:
     """All stage processes of a placement. ``peers``: per stage the device's name, or COORDINATOR for one that is here.
 
     ``jobs`` has one entry per device in a process of its own: what ``stage_host`` needs, less what is decided here.
-    ``here`` is where the coordinator listens. ``replace`` is told, from the watching thread, what was lost for good
-    with which devices, and sees to the rest; without it the requests end. ``kept``: stage with KV -> most bytes to keep
-    of it here. ``journals``: stages keep what they send to other processes.
+    ``here`` is where the coordinator listens. ``successor`` is asked, from the watching thread, what becomes of devices
+    that are lost for good; without one the requests end. ``kept``: stage with KV -> most bytes to keep of it here.
+    ``journals``: stages keep what they send to other processes.
     """
 
     def __init__(
@@ -84,13 +56,13 @@ class RemoteStages:
         starter: Starter,
         patience: Patience,
         here: Listening = LOOPBACK,
-        replace: Callable[[str, Collection[str]], None] | None = None,
+        successor: Successor | None = None,
         kept: Mapping[int, int] | None = None,
         journals: bool = False,
     ) -> None:
         self._patience = patience
         self._starter = starter
-        self._replace = replace
+        self._successor = successor
         session = secrets.randbits(64)
         decided = {"session": session, "peers": peers, "beat_s": patience.beat_s}
         self._jobs = {device: {**job, **decided, "device": device} for device, job in jobs.items()}
@@ -148,6 +120,7 @@ class RemoteStages:
         self._restoration.begin(loss, held)
 
     def _resume(self, ends: Mapping[int, int], refill: Collection[int]) -> None:
+        self._kept.drop([stage for stage, peer in enumerate(self._exchange.route.peers) if peer == COORDINATOR])
         self.outcome(Resumed(ends, tuple(refill)))
 
     def outcome(self, outcome: Outcome) -> None:
@@ -169,13 +142,10 @@ class RemoteStages:
             self._stopping.set()
             processes = list(self._processes.values())
         for process in processes:
-            with suppress(NodeLost):
-                process.kill()
+            _end(process)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._mailbox.close()
-
-    # ---- starting ----
 
     def _bring_up(self, devices: set[str]) -> dict[str, SplitrunError]:
         """Start these processes, and tell all of them who the peers are. Returns what failed; empty: all run."""
@@ -192,7 +162,8 @@ class RemoteStages:
         failures = self._each(self._jobs, lambda device: self._processes[device].expect("connected", patience))
         self._signs.forgive()
         self._stalled_s = 0.0
-        self.loading_s = time.monotonic() - began
+        if devices:
+            self.loading_s = time.monotonic() - began
         return failures
 
     def _each(self, devices: Iterable[str], action: Callable[[str], object]) -> dict[str, SplitrunError]:
@@ -224,8 +195,6 @@ class RemoteStages:
     def _await_loading(self, device: str, silence_s: float) -> None:
         loaded = self._processes[device].expect("loaded", silence_s)
         self.memory_bytes |= {int(index): int(count) for index, count in loaded.items()}
-
-    # ---- watching ----
 
     def _watch(self) -> None:
         """Notice what is lost. Silence is counted in this thread's own ticks: when the whole machine stood still, or
@@ -259,23 +228,28 @@ class RemoteStages:
         return known
 
     def _recovered(self, faults: dict[str, str]) -> bool:
-        """Start lost processes again; False when they do not come back, and all requests have been told so."""
+        """Start lost processes again, or compute here what they did; False when neither is possible, and all requests
+        have been told so."""
         self._losses += 1
         reason = "; ".join(f"{device} {fault}" for device, fault in faults.items())
         attempts = 0
         while not self._stopping.is_set():
-            if self._losses > self._patience.starts or attempts == self._patience.starts:
-                return self._given_up(reason, faults)
             self._interrupt(reason, faults)
-            failures = self._bring_up(set(faults))
-            if not failures:
-                break
-            attempts += 1
-            reason = "; ".join(f"{device}: {error}" for device, error in failures.items())
-            gone = [device for device, error in failures.items() if isinstance(error, NodeLost)]
+            if self._losses > self._patience.starts or attempts == self._patience.starts:
+                failures, gone = dict[str, SplitrunError](), set(faults)
+            else:
+                failures = self._bring_up(set(faults))
+                if not failures:
+                    break
+                attempts += 1
+                reason = "; ".join(f"{device}: {error}" for device, error in failures.items())
+                gone = {device for device, error in failures.items() if isinstance(error, NodeLost)}
             if gone:
-                return self._given_up(reason, gone)
-            faults = dict.fromkeys({*failures, *(name for name, process in self._processes.items() if process.end)}, "")
+                if not self._taken_over(gone):
+                    return self._given_up(reason, gone)
+                attempts, self._losses = 0, 1
+            ended = (name for name, process in self._processes.items() if process.end)
+            faults = dict.fromkeys({*failures, *ended} - gone, "")
         while not self._reports.empty():
             self._reports.get()  # of the epoch that has ended
         self.outcome(Restarted(self._restoration.losses))
@@ -289,18 +263,31 @@ class RemoteStages:
         interruption = Interruption(StageLost(f"lost: {reason}: it is being started again"))
         self._restoration.lose(lost, lambda: self.outcome(interruption))
 
+    def _taken_over(self, devices: Collection[str]) -> bool:
+        """Let this process compute from now on what these devices did, if it can."""
+        began = time.monotonic()
+        if self._successor is None or self._stopping.is_set() or not self._successor.take_over(devices):
+            return False
+        for device in devices:
+            threading.Thread(target=_end, args=(self._processes.pop(device),), daemon=True).start()
+            del self._jobs[device]
+            self._mailbox.forget(device)
+            self._addresses[device] = self._mailbox.address  # where its peers send from now on
+            self._exchange.adopt(self._signs.stages_of(device))
+            self._signs.forget(device)
+        self.loading_s = time.monotonic() - began
+        return True
+
     def _given_up(self, reason: str, devices: Collection[str]) -> bool:
         """Leave what is lost for good to whoever plans again, or end the requests; returns False."""
         if self._stopping.is_set():
             return False
-        if self._replace is not None:
-            self._replace(reason, devices)
+        if self._successor is not None:
+            self._successor.replace(reason, devices)
             return False
         again = "restart the server, or plan without that device"
         self.outcome(Interruption(StageLost(f"lost for good: {reason}: {again}"), final=True))
         return False
-
-    # ---- frames ----
 
     def _receive(self, frame: Frame) -> None:
         """Take what stages send. Runs on the mailbox's thread; raises MalformedMessage."""
@@ -317,8 +304,7 @@ class RemoteStages:
             kv = kv_of(frame)
             self._kept.take(frame.stage, kv.request, kv.start, kv.rows)
         elif frame.kind is Kind.RESTORED:
-            self._stalled_s = 0.0
-            self._restoration.placed(frame)
+            self._placed(frame)
         else:
             self._take(frame)
 
@@ -337,13 +323,27 @@ class RemoteStages:
             self._reports.put((self._exchange.route.peers[sender], "lost a step on its way"))
 
     def _send_to(self, stage: int, frame: Frame) -> bool:
-        return self._mailbox.send(self._exchange.route.peers[stage], frame)
+        peer, pipeline = self._exchange.route.peers[stage], self._exchange.pipeline
+        if peer != COORDINATOR or pipeline is None:
+            return self._mailbox.send(peer, frame)
+        pipeline.restore_here(stage, kv_of(frame), lambda: self._placed(frame), self._unrestored)
+        return True
+
+    def _unrestored(self, error: Exception) -> None:
+        self.outcome(Interruption(StageLost(f"KV could not be restored: {error}"), final=True))
+
+    def _placed(self, frame: Frame) -> None:
+        self._stalled_s = 0.0
+        self._restoration.placed(frame)
 
     def _failure(self, device: str, frame: Frame) -> None:
         message = str(frame.control.get("message", ""))
         if frame.control.get("lost"):
             self._reports.put((device, message))
             return
-        kind = getattr(errors, str(frame.control.get("kind")), StageError)
-        known = kind if isinstance(kind, type) and issubclass(kind, StageError) else StageError
-        self.outcome(Failure(frame.step, frame.epoch, known(f"{device}: {message}")))  # which calls itself cpu alone
+        self.outcome(Failure(frame.step, frame.epoch, told_error(device, frame)))
+
+
+def _end(process: StageHandle) -> None:
+    with suppress(NodeLost):
+        process.kill()

@@ -8,7 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from splitrun import errors
 from splitrun.engine.record import Record, Span, StageClock
+from splitrun.errors import StageError
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.transport.frames import Frame
 
@@ -25,6 +27,12 @@ class Signs:
     def forgive(self) -> None:
         """Count silence from now on."""
         self.silence_s = dict.fromkeys(self.silence_s, 0.0)
+
+    def forget(self, device: str) -> None:
+        """Nothing is heard of that device from now on, and nobody misses it."""
+        self._peers = tuple("" if peer == device else peer for peer in self._peers)
+        del self.silence_s[device]
+        self._busy.pop(device, None)
 
     @property
     def busy(self) -> bool:
@@ -69,3 +77,10 @@ class Signs:
                     record.keep(span)
         except (KeyError, TypeError, ValueError) as error:
             raise MalformedMessage(f"these are no spans: {error}") from error
+
+
+def told_error(device: str, frame: Frame) -> StageError:
+    """The error in a frame that tells of a failure. The process calls its device by another name."""
+    kind = getattr(errors, str(frame.control.get("kind")), StageError)
+    known = kind if isinstance(kind, type) and issubclass(kind, StageError) else StageError
+    return known(f"{device}: {frame.control.get('message', '')}")

@@ -28,7 +28,8 @@ from splitrun.engine.loading import (
     make_links,
     pool_sizes,
 )
-from splitrun.engine.pipeline import Failure, Outcome, Pipeline
+from splitrun.engine.outcome import Failure, Outcome
+from splitrun.engine.pipeline import Pipeline
 from splitrun.engine.shipping import Shipping
 from splitrun.model.files import resolve
 from splitrun.model.structure import inspect

@@ -129,9 +129,20 @@ class SocketMailbox:
             if earlier is not None and earlier.address == address:
                 return
             self._peers[peer] = _Peer(self._context, address, self._keys)
-            self._allowed = frozenset(known.address.public_key.encode() for known in self._peers.values())
+            self._let_in_peers()
         if earlier is not None:
             earlier.close()
+
+    def forget(self, peer: str) -> None:
+        """Send that peer nothing any more, and refuse its next handshake."""
+        with self._lock:
+            earlier = self._peers.pop(peer, None)
+            self._let_in_peers()
+        if earlier is not None:
+            earlier.close()
+
+    def _let_in_peers(self) -> None:
+        self._allowed = frozenset(known.address.public_key.encode() for known in self._peers.values())
 
     def send(self, peer: str, frame: Frame) -> bool:
         """See `Mailbox`."""

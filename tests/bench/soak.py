@@ -2,12 +2,14 @@
 
     python tests/bench/soak.py [--minutes 10] [--every 20] [--tokens 2000] [--weights fp32|nf4] [--nodes]
     python tests/bench/soak.py --model DIR --weights nf4 --prompt-tokens 1940 --tokens 60 --minutes 0.1 --decoding
+    python tests/bench/soak.py --plug --minutes 0.1 --every 10
 
 Four streams of the demo, two greedy and two sampled, over two stages in processes of their own (or on two Ray
 nodes of this machine, with --nodes) and one between them here; of another model in two halves. A fault is SIGKILL,
 sometimes SIGSTOP, of one of the two stages at a moment that the clock decides. Printed per fault: the longest pause
-that a client saw, how much of it was starting and loading, and the tokens of the streams then. One line of JSON at the
-end, and with -o FILE a table; status 1 when an answer differs or something has grown.
+that a client saw, how much of it was starting and loading, and the tokens of the streams then. With --plug there is one
+fault: every process of the second node is killed at once, and it does not come back. One line of JSON at the end, and
+with -o FILE a table; status 1 when an answer differs or something has grown.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class Watch:
             now = time.monotonic()
             self.longest_s, self.last_s = max(self.longest_s, now - self.last_s), now
 
-    def until_after(self, happened: Callable[..., bool], most_s: float = 60.0) -> float:
+    def until_after(self, happened: Callable[..., bool], most_s: float = 300.0) -> float:
         """Wait for the first token after something has happened; the longest pause until then."""
         began = time.monotonic()
         while not happened() and time.monotonic() - began < most_s:
@@ -145,6 +147,8 @@ def engine_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[split
         engine = stack.enter_context(splitrun.Engine(placement(options, names)))
 
         def stages(device: str) -> list[int]:
+            if nodes is not None and options.plug:
+                return [process.pid for process in nodes.processes(device.partition("/")[0])]
             if nodes is not None:
                 return [process.pid for process in nodes.stages(device.partition("/")[0])]
             remote = engine.core._pipeline._elsewhere
@@ -165,9 +169,11 @@ def main() -> None:
     parser.add_argument("--weights", default="fp32", choices=["fp32", "nf4", "int8"])
     parser.add_argument("--decoding", action="store_true", help="faults wait until all streams are past their prompts")
     parser.add_argument("--nodes", action="store_true", help="on two Ray nodes instead of processes")
+    parser.add_argument("--plug", action="store_true", help="on two Ray nodes, the second of which is lost for good")
     parser.add_argument("--expected", type=Path, help="file of the undisturbed answers; made, and no more, without one")
     parser.add_argument("-o", "--output", type=Path, help="file for a table")
     options = parser.parse_args()
+    options.nodes |= options.plug
     with tempfile.TemporaryDirectory(prefix="splitrun-soak-") as folder:
         sys.exit(soak(options, Path(folder)))
 
@@ -181,15 +187,16 @@ def soak(options: argparse.Namespace, folder: Path) -> int:
         if expected is None:
             return 0
         ended, rounds, wrong = threading.Event(), 0, 0
+        far = [spec.device for spec in engine.placement.stages if "/" in spec.device]
         pauses: list[tuple[float, float]] = []
         uses: list[dict[str, float]] = []
         table: list[list[str | float]] = []
 
         def disturb() -> None:
-            while not ended.wait(options.every):
+            while not ended.wait(options.every) and not (options.plug and pauses):
                 while options.decoding and not all_decode(engine, options) and not ended.wait(0.02):
                     continue
-                device = chance.choice([spec.device for spec in engine.placement.stages if "/" in spec.device])
+                device = engine.placement.stages[-1].device if options.plug else chance.choice(far)
                 number = signal.SIGSTOP if len(pauses) % 4 == 3 else signal.SIGKILL
                 epoch, _, held = engine.core.status().epoch, watch.take(), held_tokens(engine)
                 for process in stages(device):
@@ -257,8 +264,7 @@ def held_tokens(engine: splitrun.Engine) -> list[int]:
 def loading_s(engine: splitrun.Engine) -> float:
     """Seconds from the start of the newest stage process until it had loaded and was connected."""
     remote = engine.core._pipeline._elsewhere
-    assert isinstance(remote, RemoteStages)
-    return remote.loading_s
+    return remote.loading_s if isinstance(remote, RemoteStages) else 0.0
 
 
 def report(

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from splitrun import Engine, Placement, SamplingParams
 from splitrun.engine.loading import Load
-from splitrun.engine.pipeline import Link, Outcome, Pipeline
+from splitrun.engine.outcome import Outcome
+from splitrun.engine.pipeline import Link, Pipeline
 from splitrun.measure.unit_steps import Point, make_step
 from splitrun.model.structure import inspect
 from splitrun.schedule.step import RowTokens, Step, Tokens

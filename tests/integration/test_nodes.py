@@ -20,6 +20,7 @@ from cut_models import NEW_TOKENS, TinyModel, tiny_model
 from node_clusters import TestCluster, cluster, listening
 from pauses import MOST_S, Pause
 from test_processes import GREEDY, SAMPLED, at_step, cut_everywhere, demo, plan, remote_of, restarts, run
+from test_recovery import IN_FLIGHT, OUTPUTS, PROMPTS, computed
 
 import splitrun
 from splitrun.cluster import node, runtime
@@ -292,15 +293,23 @@ def after_steps(engine: splitrun.Engine, count: int, deed: Callable[[], None]) -
 def test_a_whole_node_is_lost_and_comes_back(
     nodes: TestCluster, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
-    """The streams go on here, and move back under load when the node has joined again; no token is lost."""
+    """The streams go on here, the other stage computes nothing again, and the lost one moves back under load when the
+    node has joined again; no token is lost."""
     monkeypatch.setattr(succession, "RETURN_S", 0.3)
     nodes.start("three")
     (left,) = runtime._temporary().glob(f"splitrun-ray-{nodes.processes('three')[0].pid}-*")
     placement = demo("cpu", "three/cpu")
     with splitrun.Engine(placement, chunk_tokens=16, patience=PATIENCE, rebalance=True) as engine:
+        first, pipeline = engine.core.pipeline.links[0].stage, engine.core.pipeline
         after_steps(engine, 9, lambda: nodes.lose("three") if killed else node.stop(nodes.homes["three"]))
         assert run(engine, SAMPLED) == expected["sampled"]
-        assert [stage.device for stage in engine.core.status().stages] == ["cpu"]
+        assert [stage.device for stage in engine.core.status().stages] == ["cpu", "cpu"]
+        assert [spec["device"] for spec in engine.core.status().placement["stages"]] == ["cpu", "cpu"]
+        assert engine.core.pipeline is pipeline
+        assert engine.core.pipeline.links[0].stage is first
+        assert 0 <= computed(engine, 0) - PROMPTS - OUTPUTS <= IN_FLIGHT
+        assert run(engine) == expected["greedy"]
+        assert remote_of(engine)._kept.nbytes == 0
         assert engine.core.status().healthy
         assert left.is_dir() == killed
         nodes.start("three")
@@ -311,6 +320,7 @@ def test_a_whole_node_is_lost_and_comes_back(
             assert run(engine) == expected["greedy"]
         assert run(engine) == expected["greedy"]
         assert engine.core.status().healthy
+    node.stop(nodes.homes["three"])
 
 
 def test_what_fits_nowhere_else_ends_with_503(nodes: TestCluster) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from splitrun.engine.exchange import COORDINATOR, Exchange, Route
-from splitrun.engine.pipeline import Failure, Link, Outcome, Pipeline, RemoteLink
+from splitrun.engine.outcome import Failure, Outcome
+from splitrun.engine.pipeline import Link, Pipeline, RemoteLink
 from splitrun.errors import StageError
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.schedule.step import RowTokens, Step, Tokens

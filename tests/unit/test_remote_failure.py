@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from splitrun.engine.exchange import COORDINATOR
-from splitrun.engine.pipeline import Failure
+from splitrun.engine.outcome import Failure
 from splitrun.engine.remote import Patience, RemoteStages
 from splitrun.errors import DeviceOutOfMemory, StageError
 from splitrun.transport.frames import Frame, Kind

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from splitrun.engine.outbox import Outbox
-from splitrun.engine.pipeline import Link, Outcome, Pipeline
+from splitrun.engine.outcome import Outcome
+from splitrun.engine.pipeline import Link, Pipeline
 from splitrun.schedule.request import SamplingParams
 from splitrun.schedule.step import RowSampling, RowTokens, Step, Tokens
 from splitrun.transport.local import SameMemory, Worker
