@@ -108,13 +108,20 @@ class UnitBench:
                 self.load_bytes = max(self.load_bytes, peak)
             if setting.settles and setting.threads is not None:
                 self._worker.call(partial(settle_threads, self._stages, setting.block_tokens, setting.threads))
+            for stage in self._stages:  # or pages of KV that come while steps run would count as theirs
+                self._worker.call(stage.clear_kv)
             undo.pop_all()
         self._held = self._worker.call(partial(held_bytes, setting.kind, setting.device))
 
     def time(self, points: Sequence[Point], spend_s: float | None = None, peaks: bool = True) -> dict[Point, Sample]:
         """Seconds of a stage of the range for each point, in about ``spend_s`` each; with ``peaks``, bytes too."""
         spend_s = POINT_SECONDS if spend_s is None else spend_s
-        return {point: self._worker.call(partial(self._time, point, spend_s, peaks)) for point in points}
+        found: dict[Point, int] = {}
+        if peaks:  # before the other copies run, each of which keeps buffers of its own; small steps before large ones
+            ordered = sorted(points, key=lambda point: (point.context + point.tokens, point.rows))
+            found = {point: self._worker.call(partial(self._peak, point)) for point in ordered}
+        times = {point: self._worker.call(partial(self._time, point, spend_s)) for point in points}
+        return {point: replace(sample, peak_bytes=found.get(point, 0)) for point, sample in times.items()}
 
     def close(self) -> None:
         """Give the memory back."""
@@ -125,7 +132,18 @@ class UnitBench:
         if self._setting.kind != "cpu":
             release(torch, self._setting.kind)
 
-    def _time(self, point: Point, spend_s: float, peaks: bool) -> Sample:
+    def _peak(self, point: Point) -> int:
+        run = partial(self._runner(point), self._stages[0])
+        return peak_of(run, self._setting.kind, self._setting.device, self._held)
+
+    def _time(self, point: Point, spend_s: float) -> Sample:
+        run = self._runner(point)
+        for stage in self._stages:
+            run(stage)
+        return sample(run, self._stages, spend_s)
+
+    def _runner(self, point: Point) -> Callable[[RangeStage], None]:
+        """What runs the step of that point on a stage, and waits for it."""
         step = make_step(point, self._structure.groups, self._setting.block_tokens, self._blocks)
         incoming = _activation(self._stages[0], self._structure.hidden, point)
 
@@ -133,15 +151,7 @@ class UnitBench:
             stage.run(step, incoming)
             self._settle()
 
-        first = partial(run, self._stages[0])
-        if peaks:
-            peak = peak_of(first, self._setting.kind, self._setting.device, self._held)
-        else:
-            first()
-            peak = 0
-        for stage in self._stages[1:]:
-            run(stage)
-        return replace(sample(run, self._stages, spend_s), peak_bytes=peak)
+        return run
 
 
 def copies_needed(unit_bytes: int, kind: str) -> int:

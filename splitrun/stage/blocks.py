@@ -56,6 +56,11 @@ class BlockStore:
         self.keys = _zeros((blocks, key[0], block_tokens, key[1]), dtype, device)
         self.values = _zeros((blocks, value[0], block_tokens, value[1]), dtype, device)
 
+    def clear(self) -> None:
+        """Zeros everywhere: whatever page was not there yet is."""
+        for pool in (self.keys, self.values, *(self.scales or ())):
+            pool.zero_()
+
     @property
     def nbytes(self) -> int:
         """Bytes of both tensors."""
@@ -188,6 +193,11 @@ class StateStore:
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def clear(self) -> None:
+        """Zeros in all slots."""
+        for tensor in self.tensors.values():
+            tensor.zero_()
 
     def read(self, name: tuple[str, int], slots: Tensor) -> Tensor:
         """A copy of some slots. Shape: (rows, *state)."""

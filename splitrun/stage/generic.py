@@ -72,6 +72,11 @@ class RangeStage(ABC):
         """Bytes of KV blocks and state slots that the stage holds."""
         return sum(store.nbytes for store in self._stores.values())
 
+    def clear_kv(self) -> None:
+        """Zeros in all KV blocks and state slots. Main memory is made when it is first written: all of it is, then."""
+        for store in self._stores.values():
+            store.clear()
+
     @property
     def kv_width(self) -> int:
         """Values of K and V of one token in all layers; 0 where nothing is stored."""
@@ -200,6 +205,12 @@ class GenericStage(RangeStage):
     def kv_bytes(self) -> int:
         """Bytes of KV blocks and state slots that the stage holds."""
         return super().kv_bytes + sum(store.nbytes for store in self._states.values())
+
+    def clear_kv(self) -> None:
+        """As `RangeStage.clear_kv`."""
+        super().clear_kv()
+        for states in self._states.values():
+            states.clear()
 
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """As `RangeStage.run`, without logits where nobody needs them."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from planner_models import MIB, device, model
 from tiny_models import ARCHITECTURES, COMMON
+from torch import Tensor
 from transformers import AutoConfig
 
 from splitrun.measure import timing, unit_seconds
@@ -27,6 +29,7 @@ from splitrun.planner.cost import decode_s, prefill_s, stage_s
 from splitrun.planner.facts import Cluster, KVGroup, Workload
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
 from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds, interpolated
+from splitrun.schedule.step import Step
 
 
 @pytest.mark.parametrize(
@@ -161,6 +164,42 @@ def test_every_kind_of_unit_can_be_timed(name: str, weights: str, monkeypatch: p
         bench.close()
         assert set(found) == set(POINTS)
         assert all(each.seconds > 0 for each in found.values())
+
+
+class Keeping:
+    """A stage whose KV comes when it is first written, and that keeps a buffer as large as its longest step so far."""
+
+    def __init__(self, held: list[int]) -> None:
+        self.model = SimpleNamespace(cut=CutRange(True, 0, 0, False))
+        self._held, self._longest, self._kv = held, 0, 5 * MIB
+
+    def clear_kv(self) -> None:
+        self._held[0] += self._kv
+        self._kv = 0
+
+    def run(self, step: Step, incoming: Tensor | None) -> None:
+        self.clear_kv()
+        longest = int((step.context_lengths + step.query_starts[1:] - step.query_starts[:-1]).max()) * MIB
+        self._held[0] += max(0, longest - self._longest)
+        self._longest = max(longest, self._longest)
+
+    def close(self) -> None:
+        pass
+
+
+def test_temporary_bytes_are_those_of_one_stage_and_of_no_longer_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither KV nor what the other copies keep counts, in whatever order points are named."""
+    held = [0]
+    monkeypatch.setattr(timing, "POINT_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "load_stage", lambda *arguments: Keeping(held))
+    monkeypatch.setattr(timing, "held_bytes", lambda kind, device: held[0])
+    monkeypatch.setattr(timing, "peak_of", lambda run, kind, device, before: (run(), held[0] - before)[1])
+    points = [Point(1, 1, 99), Point(1, 1, 7), Point(2, 1, 7), Point(1, 32, 0)]
+    setting = Setting("cpu", "cpu", "bf16", "bf16", 16, copies=4)
+    bench = UnitBench(None, inspect(tiny()), CutRange(True, 0, 0, False), setting, points)
+    found = bench.time(points)
+    bench.close()
+    assert [found[point].peak_bytes // MIB for point in points] == [100, 8, 8, 32]
 
 
 @pytest.fixture
