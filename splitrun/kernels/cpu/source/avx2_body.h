@@ -61,7 +61,7 @@ ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, int64_t column
         __m256i dots[4][2];
         for (int row = 0; row < rows; row++) dots[row][0] = dots[row][1] = first_sum(x, row, group);
         for (int line = 0; line < 8; line++) {
-            _mm_prefetch((const char *)lines + line * LINE + LOOK_AHEAD, _MM_HINT_T0);
+            fetch_both(lines + line * LINE);
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
                 __m256i both = _mm256_loadu_si256((const __m256i *)(lines + line * LINE + half * 32));
@@ -75,6 +75,7 @@ ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, int64_t column
                 }
             }
         }
+        fetch_both(lines + 8 * LINE);
         for (int row = 0; row < rows; row++) {
             const float *scales = (const float *)(lines + 8 * LINE);
             __m256 scale = _mm256_set1_ps(x->scales[row * x->group_stride + group]);
@@ -93,7 +94,7 @@ ALWAYS_INLINE void int8_rows(const int rows, const uint8_t *lines, int64_t colum
         __m256i dots[4][2];
         for (int row = 0; row < rows; row++) dots[row][0] = dots[row][1] = first_sum(x, row, start / GROUP);
         for (int line = 0; line < count; line++, lines += LINE) {
-            _mm_prefetch((const char *)lines + LOOK_AHEAD, _MM_HINT_T0);
+            fetch_both(lines);
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
                 __m256i four = _mm256_loadu_si256((const __m256i *)(lines + half * 32));

@@ -69,7 +69,8 @@ ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, int64_t column
             odd[row] = _mm512_setzero_si512();
         }
 #pragma GCC unroll 8
-        for (int line = 0; line < 8; line++) { /* one stream: prefetching would slow it down */
+        for (int line = 0; line < 8; line++) {
+            fetch_both(lines + line * LINE);
             __m512i both = _mm512_loadu_si512(lines + line * LINE);
             __m512i low = look_up(book, both), high = look_up(book, _mm512_srli_epi16(both, 4));
 #pragma GCC unroll 8
@@ -80,6 +81,7 @@ ALWAYS_INLINE void nf4_rows(const int rows, const uint8_t *lines, int64_t column
                 *second = _mm512_dpbusd_epi32(*second, high, four_columns(eight + 4));
             }
         }
+        fetch_both(lines + 8 * LINE);
         __m512 scales = _mm512_loadu_ps(lines + 8 * LINE);
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
@@ -105,7 +107,8 @@ ALWAYS_INLINE void int8_rows(const int rows, const uint8_t *lines, int64_t colum
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++)
             dots[row] = _mm512_set1_epi32(x->offsets[row * x->group_stride + start / GROUP]);
-        for (int line = 0; line < count; line++, lines += LINE) { /* one stream here too */
+        for (int line = 0; line < count; line++, lines += LINE) {
+            fetch_both(lines);
             __m512i four = _mm512_xor_si512(_mm512_loadu_si512(lines), shift);
 #pragma GCC unroll 8
             for (int row = 0; row < rows; row++)

@@ -1,13 +1,13 @@
 /* Products with bf16 matrices by AVX-512 BF16: activations rounded to bf16, 32 products an instruction, fp32 sums. Lines
  * of a matrix row go to four partial sums in turn, which are added pairwise, then the lanes as ever: the same for any
- * number of rows. The instruction takes numbers below fp32's normal range as zeros. Memory is read in one line after the
- * other, which processors foresee by themselves; prefetching only takes its place. */
+ * number of rows. The instruction takes numbers below fp32's normal range as zeros. */
 #ifndef SPLITRUN_DENSE_DOTS_H
 #define SPLITRUN_DENSE_DOTS_H
 
 #include <immintrin.h>
 
 #include "lanes.h"
+#include "x86_words.h"
 
 #define DOTS 32 /* columns of a line */
 #define CHAINS 4
@@ -36,6 +36,7 @@ ALWAYS_INLINE void dot_row(const int rows, const uint16_t *weights, int64_t colu
 #pragma GCC unroll 4
         for (int chain = 0; chain < CHAINS; chain++) {
             int64_t at = column + chain * DOTS;
+            fetch_both((const uint8_t *)(weights + at));
             add_line(rows, _mm512_loadu_si512(weights + at), 0xffffffff, x + at, stride, parts, chain);
         }
 #pragma GCC unroll 4

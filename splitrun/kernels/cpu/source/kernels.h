@@ -3,7 +3,7 @@
  * Layout of a matrix (rows, columns): tiles of 16 rows; in a tile, "lines" of 64 bytes, four bytes for each of its rows.
  *   nf4   a line holds 8 columns: byte i of a row has column i in its low half, column 4 + i in its high half. Behind
  *         the eight lines of a group of 64 columns a ninth has its scales, fp32, one for each row: memory is read as one
- *         stream, which processors foresee by themselves.
+ *         stream.
  *   int8  a line holds 4 columns. Scales: fp32, one for each row.
  * A last tile of fewer rows has shorter lines (4 bytes for each row that exists): no byte is padding.
  *   bf16, fp16  no lines: the plain matrix, row by row, without scales.
@@ -26,6 +26,8 @@
 #define GROUP_LINES 9    /* of a group in nf4: the last has the scales */
 #define MOST_ROWS 16     /* activation rows of one product */
 #define LOOK_AHEAD 8192  /* bytes between what is read and what is prefetched */
+#define NEXT_AHEAD 512   /* the same on x86, where matrices are read as one stream: to the first cache, */
+#define FAR_AHEAD 3456   /* and to the second; a page of 4 KiB ahead, or more, is slower than none */
 #define MOST_HEADS 64    /* query heads that share a KV head */
 #define ROUNDING 12582912.0f /* 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even */
 
