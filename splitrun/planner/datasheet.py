@@ -23,6 +23,9 @@ SPREAD = 0.4
 OVERHEAD_S: Mapping[str, float] = {"cpu": 0.5e-3, "cuda": 0.4e-3, "xpu": 0.8e-3}
 CONTEXT_BYTES: Mapping[str, int] = {"cpu": 490 << 20, "cuda": 300 << 20, "xpu": 150 << 20}
 """Of a processor: the process itself, Python and torch, as measured on one; of a card: what its driver takes."""
+CARD_PROCESS_BYTES = 500 << 20
+"""Main memory that the process takes more once it uses a CUDA card: driver, libraries, the compiler of kernels. No
+sheet says it; it is what was measured beside another card."""
 USABLE = {"cpu": 0.75, "cuda": 0.93, "xpu": 0.75}
 """The share of a device's memory that a plan may use: the system, and the screen, need the rest."""
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from splitrun.errors import InvalidPlacement
-from splitrun.planner.datasheet import Sheet, find_device, find_link
+from splitrun.planner.datasheet import CARD_PROCESS_BYTES, Sheet, find_device, find_link
 from splitrun.planner.facts import Cluster, Device, Link
 from splitrun.quantities import format_bytes, parse_bytes
 
@@ -34,7 +34,8 @@ def changed(cluster: Cluster, changes: Changes) -> tuple[Cluster, list[str]]:
     for name in changes.drop:
         devices.remove(_named(devices, name, "--drop: there is no"))
     links = {pair: link for pair, link in cluster.links.items() if all(_has(devices, end) for end in pair)}
-    notes = []
+    notes: list[str] = []
+    process_bytes = cluster.card_process_bytes
     for text in changes.add:
         sheet = find_device(text, "--add")
         if sheet.kind == "cpu":
@@ -43,6 +44,12 @@ def changed(cluster: Cluster, changes: Changes) -> tuple[Cluster, list[str]]:
         links |= _links(sheet, device, [other for other in devices if "/" not in other.name])
         devices.append(device)
         notes += [f"{device.name}: {sheet.note}"] if sheet.note else []
+        if device.kind == "cuda" and process_bytes == 0:
+            process_bytes = CARD_PROCESS_BYTES
+            notes.append(
+                f"{device.name}: a card in use takes main memory too; its {format_bytes(process_bytes)} were measured "
+                "beside another card"
+            )
     for number, text in enumerate(changes.add_node, start=1):
         sheet = find_device(text, "--add-node")
         node = f"node{number}"
@@ -53,7 +60,7 @@ def changed(cluster: Cluster, changes: Changes) -> tuple[Cluster, list[str]]:
         notes += [f"{device.name}: {sheet.note}"] if sheet.note else []
     if not devices:
         raise InvalidPlacement("no device is left; drop fewer, or add one")
-    return replace(cluster, devices=tuple(devices), links=links), notes
+    return replace(cluster, devices=tuple(devices), links=links, card_process_bytes=process_bytes), notes
 
 
 def machine_of(name: str) -> Cluster:

@@ -33,6 +33,11 @@ def test_a_ready_placement(name: str) -> None:
     assert set(placement.device_names) <= set(placement.devices)
 
 
+def test_the_plan_in_the_readme_is_that_of_the_file() -> None:
+    shown = Placement.load(ROOT / "placements" / "deepseek-1.5b-4gib-card.yaml").explain()
+    assert f"```\n{shown.rstrip()}\n```" in (ROOT / "README.md").read_text("utf-8")
+
+
 def test_what_they_show() -> None:
     plans = {name: Placement.load(ROOT / "placements" / f"{name}.yaml") for name in READY}
     assert plans["demo-cpu"].device_names == ("cpu",)

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planner_models import GIB, device, model, random_seconds
+from planner_models import GIB, MIB, device, model, random_seconds
 
 from splitrun.errors import InvalidPlacement, SplitrunError
-from splitrun.planner.datasheet import SPREAD, device_names, find_device, find_link
+from splitrun.planner.datasheet import CARD_PROCESS_BYTES, SPREAD, device_names, find_device, find_link
 from splitrun.planner.facts import Cluster, Link, Workload
 from splitrun.planner.facts_file import Facts, read_facts, write_facts
+from splitrun.planner.memory import placement_memory
 from splitrun.planner.peaks import RowsPeak, UnitPeak
 from splitrun.planner.picture import draw, save_picture
+from splitrun.planner.placement import StageSpec
 from splitrun.planner.profile_table import distinct, profile_lines
 from splitrun.planner.solve import solve
 from splitrun.planner.what_if import Changes, changed, machine_of, with_budgets
@@ -48,7 +50,7 @@ def test_a_card_joins_its_machine_and_a_node_the_network() -> None:
     assert cluster.link("cpu", "cuda:1") == find_link("PCIe 3.0 x16")
     assert cluster.link("cuda:0", "node1/cuda:0") == find_link("2.5gbe")
     assert cluster.device("xpu:0").memory_pool == "host"
-    assert notes == ["xpu:0: torch does not compute on it: the plan shows the split, it cannot be run"]
+    assert notes[1:] == ["xpu:0: torch does not compute on it: the plan shows the split, it cannot be run"]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,22 @@ def test_a_card_joins_its_machine_and_a_node_the_network() -> None:
 def test_changes_refused(changes: Changes, why: str) -> None:
     with pytest.raises(InvalidPlacement, match=why):
         changed(HERE, changes)
+
+
+def test_a_card_from_a_sheet_is_paid_for_in_main_memory() -> None:
+    """With what was measured here, where a card was used here; else with the figure that the sheets come with."""
+    laptop, card = machine_of("laptop DDR4 CPU"), Changes(add=("RTX 3050 4GB", "GTX 1060 3GB"))
+    cluster, notes = changed(laptop, card)
+    assert cluster.card_process_bytes == CARD_PROCESS_BYTES
+    assert notes == ["cuda:0: a card in use takes main memory too; its 500 MiB were measured beside another card"]
+    plan = solve(model(values=100 * MIB), cluster, Workload(context=512), "bf16", stream=True)
+    stages = (StageSpec("cpu", True, (0, 0), False), StageSpec("cuda:0", False, (0, 8), True))
+    bills = placement_memory(model(), cluster, replace(plan, stages=stages))
+    assert [bill.context_bytes - cluster.device(bill.device).context_bytes for bill in bills] == [CARD_PROCESS_BYTES, 0]
+    known, notes = changed(replace(HERE, card_process_bytes=GIB), card)
+    assert (known.card_process_bytes, notes) == (GIB, [])
+    node, notes = changed(laptop, Changes(add_node=("RTX 3050 4GB",)))
+    assert (node.card_process_bytes, notes) == (0, [])
 
 
 def test_a_machine_is_a_processor() -> None:
