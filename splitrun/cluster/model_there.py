@@ -1,8 +1,8 @@
 """A model on a node: from the same path, from the node's own Hub cache, or received from the coordinator.
 
-What is received is kept as files of the true size with holes: headers first, then each tensor when it is read, so that
-a node stores what its stages need and nothing twice; ranges that arrived are noted, so that a later start goes on
-where this one ended. Runs in a node's process. Knows nothing of stages.
+What is received is kept as files of the true size with holes: headers first, then each tensor when it is read, piece by
+piece, so that a node stores what its stages need and nothing twice; pieces that arrived are noted, so that a later
+start goes on where this one ended. Runs in a node's process. Knows nothing of stages.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +28,8 @@ from splitrun.model.quantized_checkpoint import with_quantization
 from splitrun.model.source import SafetensorsSource, WeightSource
 
 RECEIVED = "received.txt"
+PIECE_BYTES = 64 << 20
+"""Most bytes of a tensor that are asked for, and after a cut perhaps received again."""
 _LOG = logging.getLogger(__name__)
 Fetch = Callable[[str, int, int], None]
 
@@ -55,10 +59,12 @@ class ReceivedSource(SafetensorsSource):
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The values, fetched if they are not here yet."""
         file, entry = self._find(name)
-        if (file.name, entry.start, entry.stop) not in self._here and entry.stop > entry.start:
-            self._fetch(file.name, entry.start, entry.stop)
-            note_received(self.path, file.name, entry.start, entry.stop)
-            self._here.add((file.name, entry.start, entry.stop))
+        for start in range(entry.start, entry.stop, PIECE_BYTES):
+            piece = (file.name, start, min(start + PIECE_BYTES, entry.stop))
+            if piece not in self._here:
+                self._fetch(*piece)
+                note_received(self.path, *piece)
+                self._here.add(piece)
         return super().read(name, rows)
 
 
@@ -121,15 +127,23 @@ def describe_model(files: ModelFiles) -> dict[str, Any]:
 
 
 def write_description(folder: Path, described: dict[str, Any]) -> None:
-    """The inverse of ``describe_model``: files of the true size, with holes for the tensors."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The inverse of ``describe_model``: files of the true size, with holes for the tensors. The folder appears whole;
+    one that is there already stays, for another process may have received something by then."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     for name, text in described["whole"].items():
-        (folder / Path(name).name).write_bytes(base64.b64decode(text))
+        (fresh / Path(name).name).write_bytes(base64.b64decode(text))
     for name, (size, start) in described["shards"].items():
-        with (folder / Path(name).name).open("wb") as file:
+        with (fresh / Path(name).name).open("wb") as file:
             file.write(base64.b64decode(start))
             file.truncate(int(size))
-    (folder / RECEIVED).touch()
+    (fresh / RECEIVED).touch()
+    try:
+        fresh.rename(folder)
+    except OSError:
+        shutil.rmtree(fresh)
+        if not (folder / RECEIVED).is_file():
+            raise
 
 
 def note_received(folder: Path, file: str, start: int, stop: int) -> None:

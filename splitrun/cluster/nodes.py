@@ -129,7 +129,10 @@ class NodeProcess:
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """See `StageHandle`."""
-        self._actor.tell.remote(dict(message))
+        from ray.exceptions import RaySystemError
+
+        with contextlib.suppress(RaySystemError):
+            _asked(self._actor.tell, dict(message))
 
     def expect(self, key: str, silence_s: float) -> Any:
         """See `StageHandle`. A node that does not even start the process in ``contact_s`` raises NodeLost then."""
@@ -151,7 +154,7 @@ class NodeProcess:
         reached = True
         if self._contacted.is_set():
             try:
-                ray.get(self._actor.kill.remote(), timeout=KILL_S)
+                _waited(_asked(self._actor.kill), KILL_S)
             except GetTimeoutError:
                 reached = False
             except RayError:
@@ -163,16 +166,20 @@ class NodeProcess:
         self._thread.join(2 * POLL_S)
 
     def store(self, folder: str, file: str, start: int, data: bytes) -> Any:
-        """Send a piece of a file there; returns what ``await_stored`` waits for."""
-        return self._actor.store.remote(folder, file, start, data)
+        """Send a piece of a file there; returns what ``await_stored`` waits for. Raises ClusterError."""
+        from ray.exceptions import RaySystemError
+
+        try:
+            return _asked(self._actor.store, folder, file, start, data)
+        except RaySystemError as error:
+            raise ClusterError(str(error)) from error
 
     def await_stored(self, piece: Any) -> None:
         """Wait until a piece is written. Raises ClusterError when it is not."""
-        import ray
         from ray.exceptions import RayError
 
         try:
-            ray.get(piece, timeout=STORE_S)
+            _waited(piece, STORE_S)
         except RayError as error:
             raise ClusterError(f"{self.name} does not take the model's files: {type(error).__name__}") from error
 
@@ -188,13 +195,12 @@ class NodeProcess:
 
     def _listen(self) -> None:
         """Ask the keeper for news until one of them ends."""
-        import ray
         from ray.exceptions import GetTimeoutError, RayError
 
         began = time.monotonic()
         while not self._closing.is_set():
             try:
-                for message in ray.get(self._actor.said.remote(POLL_S), timeout=4 * POLL_S):
+                for message in _waited(_asked(self._actor.said, POLL_S), 4 * POLL_S):
                     if "ended" in message:
                         self.end = str(message["ended"]) or "has ended"
                     elif "wants" in message or "lacks_model" in message:
@@ -212,6 +218,29 @@ class NodeProcess:
                 break
         self._said.add(None)
         self._asked.put(None)
+
+
+def _asked(method: Any, *arguments: object) -> Any:
+    """Call an actor's method; gives what ``_waited`` waits for. Raises RaySystemError once this process has left the
+    cluster."""
+    import ray
+    from ray.exceptions import RaySystemError
+
+    if not ray.is_initialized():
+        raise RaySystemError("this process has left the cluster")
+    return method.remote(*arguments)
+
+
+def _waited(reference: Any, most_s: float) -> Any:
+    """What a call gives. Raises RayError, GetTimeoutError after ``most_s``. When this process leaves the cluster, Ray
+    lets every thread that waits for it exit: whoever waits for that thread would not learn why."""
+    import ray
+    from ray.exceptions import RaySystemError
+
+    try:
+        return ray.get(reference, timeout=most_s)
+    except SystemExit as left:
+        raise RaySystemError("this process has left the cluster") from left
 
 
 @cache

@@ -44,6 +44,8 @@ def ray_environment(token_file: Path, host: str) -> dict[str, str]:
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_failure_threshold": "10",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # A call after this process has left the cluster is an error, and starts no cluster of Ray's own.
+        "RAY_ENABLE_AUTO_CONNECT": "0",
     }
 
 

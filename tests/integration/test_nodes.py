@@ -17,13 +17,13 @@ from typing import Any
 import psutil
 import pytest
 from cut_models import NEW_TOKENS, TinyModel, tiny_model
-from node_clusters import TestCluster, cluster, listening
+from node_clusters import TestCluster, cluster, disconnect, listening
 from pauses import MOST_S, Pause
 from test_processes import GREEDY, SAMPLED, at_step, cut_everywhere, demo, plan, remote_of, restarts, run
 from test_recovery import IN_FLIGHT, OUTPUTS, PROMPTS, computed
 
 import splitrun
-from splitrun.cluster import node, runtime
+from splitrun.cluster import links, node, runtime
 from splitrun.cluster.home import Home
 from splitrun.cluster.nodes import Membership, Nodes
 from splitrun.cluster.versions import own_versions
@@ -350,6 +350,25 @@ def test_the_check_names_every_node(nodes: TestCluster) -> None:
     lines = {name: (line, fault) for name, line, fault in check_nodes(Nodes())}
     assert lines["one"] == ("here", False)
     assert lines["two"][0].startswith("good: ")
+
+
+def test_leaving_the_cluster_ends_what_waits_for_it(nodes: TestCluster) -> None:
+    """Ray makes threads that wait exit then, and a later call would start a cluster of its own."""
+    import ray  # the nodes have set its environment
+
+    found = Nodes()
+    job = {"session": 1, "own": "two", "host": "127.0.0.1", "ports": [49152, 65535]}
+    processes = [found.start("two/cpu", job, links.MODULE) for _ in range(3)]
+    for process in processes:
+        process.expect("address", 60)
+    disconnect()
+    for process in processes:
+        process._thread.join(timeout=10)
+        assert not process._thread.is_alive()
+        assert process.end
+        process.tell({"peers": {}})
+        process.kill()
+    assert not ray.is_initialized()
 
 
 def test_without_the_token_no_job_runs(job_without_token: subprocess.Popen[str]) -> None:

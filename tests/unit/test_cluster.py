@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_models import make_model
 
-from splitrun.cluster import runtime
+from splitrun.cluster import model_there, runtime
 from splitrun.cluster.facts import joined
 from splitrun.cluster.home import Home, NodeRecord
 from splitrun.cluster.lines import Parent
@@ -150,30 +150,72 @@ def test_clusters_are_joined_by_measured_links() -> None:
     assert found.link("a/cpu", "b/cpu") == far  # not measured: as far as the farthest
 
 
+class Sender:
+    """The coordinator's side of a received model: sends pieces, until the line is cut."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self.sent: list[tuple[str, int, int]] = []
+        self.cut_after = sys.maxsize
+        self._source = source
+        self._folder = folder
+
+    def __call__(self, name: str, start: int, stop: int) -> None:
+        if len(self.sent) == self.cut_after:
+            raise ClusterError("the line is cut")
+        self.sent.append((name, start, stop))
+        with (self._folder / name).open("r+b") as target:
+            target.seek(start)
+            target.write((self._source / name).read_bytes()[start:stop])
+
+
 def test_a_received_model_is_fetched_tensor_by_tensor_and_once(tmp_path: Path) -> None:
     source = tmp_path / "source"
     make_model("llama").save_pretrained(source)
     files, folder = resolve(str(source)), tmp_path / "received"
     write_description(folder, describe_model(files))
     assert resolve(str(folder)).fingerprint == files.fingerprint
-    fetched: list[tuple[str, int, int]] = []
-
-    def fetch(name: str, start: int, stop: int) -> None:
-        fetched.append((name, start, stop))
-        data = (source / name).read_bytes()[start:stop]
-        with (folder / name).open("r+b") as target:
-            target.seek(start)
-            target.write(data)
-
+    fetch = Sender(source, folder)
     there = ReceivedSource(folder, fetch)
     first, second, *_ = there.names()
     assert torch.equal(there.read(first), files.source.read(first))
     there.read(first)
-    assert len(fetched) == 1
+    assert len(fetch.sent) == 1
     assert torch.equal(ReceivedSource(folder, fetch).read(first), files.source.read(first))
-    assert len(fetched) == 1
+    assert len(fetch.sent) == 1
     there.read(second)
-    assert len(fetched) == 2
+    assert len(fetch.sent) == 2
+
+
+def test_a_tensor_that_was_cut_in_the_middle_goes_on_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    make_model("llama").save_pretrained(source)
+    files, folder = resolve(str(source)), tmp_path / "received"
+    write_description(folder, describe_model(files))
+    name = max(files.source.names(), key=files.source.nbytes)
+    monkeypatch.setattr(model_there, "PIECE_BYTES", files.source.nbytes(name) // 4 + 1)
+    fetch = Sender(source, folder)
+    fetch.cut_after = 2
+    with pytest.raises(ClusterError, match="cut"):
+        ReceivedSource(folder, fetch).read(name)
+    fetch.cut_after = sys.maxsize
+    assert torch.equal(ReceivedSource(folder, fetch).read(name), files.source.read(name))
+    assert len(fetch.sent) == len(set(fetch.sent)) == 4
+    assert sum(stop - start for _, start, stop in fetch.sent) == files.source.nbytes(name)
+
+
+def test_a_description_that_comes_twice_takes_nothing_away(tmp_path: Path) -> None:
+    """Stages of two devices of a node start at once."""
+    source = tmp_path / "source"
+    make_model("llama").save_pretrained(source)
+    files, folder = resolve(str(source)), tmp_path / "received"
+    write_description(folder, describe_model(files))
+    fetch = Sender(source, folder)
+    there = ReceivedSource(folder, fetch)
+    first = next(iter(there.names()))
+    there.read(first)
+    write_description(folder, describe_model(files))
+    assert torch.equal(ReceivedSource(folder, fetch).read(first), files.source.read(first))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("received")] == ["received"]
 
 
 def test_another_model_under_the_same_path_is_named_on_both_sides(
