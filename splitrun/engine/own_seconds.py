@@ -28,17 +28,17 @@ from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
 from splitrun.schedule.step import RowTokens, Step, Tokens
 from splitrun.transport.local import SameMemory, Worker
 
-TOKENS, ROUNDS = 40, 3
+TOKENS, REQUESTS, ROUNDS = 40, 5, 3
 READ_BYTES = 48 << 20
 """More than the last cache of most processors."""
 
 
 class ReadingStage:
-    """Reads memory, and returns a token where it is the last."""
+    """Reads memory, or none, and returns a token where it is the last."""
 
-    def __init__(self, last: bool) -> None:
+    def __init__(self, last: bool, read_bytes: int) -> None:
         self._last = last
-        self._memory = torch.ones(READ_BYTES // 4)
+        self._memory = torch.ones(read_bytes // 4)
 
     def any_thread(self, step: Step) -> bool:
         """No: the hop to another thread is what is measured."""
@@ -59,11 +59,16 @@ def engine_cost(kept: Cache, card: str | None = None) -> EngineCost:
     """What the engine takes beside stages, with ``card`` in use or none: seconds and main memory."""
 
     def measure() -> dict[str, float]:
-        alone, two = (median(_beside_stages(stages) for _ in range(ROUNDS)) for stages in (1, 2))
+        (alone, request), (two, _), (warm, _) = (
+            map(median, zip(*(_beside_stages(*shape) for _ in range(ROUNDS)), strict=True))
+            for shape in ((1, READ_BYTES), (2, READ_BYTES), (1, 0))
+        )
         own = process_bytes(None)
         both = process_bytes(card) if card else own
         return {
             "step_s": alone,
+            "warm_step_s": min(warm, alone),
+            "request_s": max(0.0, request - alone),
             "hop_s": max(0.0, two - alone),
             "process_bytes": own.host,
             "card_process_bytes": both.host - own.host,
@@ -73,12 +78,12 @@ def engine_cost(kept: Cache, card: str | None = None) -> EngineCost:
     return cost_of(kept.get_or_measure(cost_key(card), FIGURES, measure))
 
 
-def _beside_stages(count: int) -> float:
-    """Seconds per token beyond what the stages' clocks show."""
+def _beside_stages(count: int, read_bytes: int) -> tuple[float, float]:
+    """Seconds per further token, and of a request's first one, beyond what the stages' clocks show."""
     workers = [Worker("cpu") for _ in range(count)]
     onward = [SameMemory() if index + 1 < count else None for index in range(count)]
     links = [
-        Link(ReadingStage(hop is None), worker, f"stage {index}", hop)
+        Link(ReadingStage(hop is None, read_bytes), worker, f"stage {index}", hop)
         for index, (worker, hop) in enumerate(zip(workers, onward, strict=True))
     ]
     limits = Limits(context=128, sessions=1, vocabulary=2, chunk_tokens=64, block_tokens=64, depth=count)
@@ -92,23 +97,28 @@ def _beside_stages(count: int) -> float:
         Scheduler((GroupSpec("full", None, 2),), limits),
         Line(make, (StageStatus("cpu", ""),) * count, {}, lambda: None),
     )
+
+    def beside(tokens: int) -> tuple[float, float]:
+        before = [clock.total_s for clock in pipelines[0].clocks]
+        first_s, rest_s = _generate(core, tokens)
+        inside = sum(clock.total_s - total for total, clock in zip(before, pipelines[0].clocks, strict=True)) / tokens
+        return max(0.0, first_s - inside), max(0.0, rest_s / max(tokens - 1, 1) - inside)
+
     try:
         _generate(core, 2)
-        before = [(clock.total_s, clock.steps) for clock in pipelines[0].clocks]
-        spent = _generate(core, TOKENS)
-        clocks = zip(before, pipelines[0].clocks, strict=True)
-        inside = sum((clock.total_s - total) / (clock.steps - steps) for (total, steps), clock in clocks)
-        return max(0.0, spent - inside)
+        firsts = [beside(1)[0] for _ in range(REQUESTS)]
+        return beside(TOKENS)[1], median(firsts)
     finally:
         core.close()
 
 
-def _generate(core: EngineCore, count: int) -> float:
-    """Seconds per token after the first."""
+def _generate(core: EngineCore, count: int) -> tuple[float, float]:
+    """Seconds to the first token, and from there to the last."""
     moments: queue.SimpleQueue[tuple[float, TokenEvent]] = queue.SimpleQueue()
     sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+    start = time.perf_counter()
     core.submit(Request(count, (1,), sampling), lambda event: moments.put((time.perf_counter(), event)))
     found: list[tuple[float, TokenEvent]] = []
     while not found or found[-1][1].finish_reason is None:
         found.append(moments.get())
-    return (found[-1][0] - found[0][0]) / max(len(found) - 1, 1)
+    return found[0][0] - start, found[-1][0] - found[0][0]

@@ -16,7 +16,8 @@ from splitrun.measure.cache import Cache, Figures
 from splitrun.measure.code import code_digest
 from splitrun.planner.facts import Cluster, Device, Link
 
-FIGURES = ("step_s", "hop_s", "process_bytes", "card_process_bytes", "card_context_bytes")
+SECONDS = ("step_s", "warm_step_s", "request_s", "hop_s")
+FIGURES = (*SECONDS, "process_bytes", "card_process_bytes", "card_context_bytes")
 RUNNING = ("splitrun.engine", "splitrun.schedule", "splitrun.transport")
 MEMORY_BYTES_PER_S = 1e15
 """Where nothing is copied."""
@@ -27,6 +28,8 @@ class EngineCost:
     """What the engine itself takes.
 
     step_s              seconds per step beside stages and hops
+    warm_step_s         the same where no stage on the processor has read so much that the caches hold nothing else
+    request_s           seconds that the first token of a request takes more than a step
     hop_s               seconds of handing a step from one worker to the next
     process_bytes       main memory of its process before any model
     card_process_bytes  what it takes more once a card is in use
@@ -34,6 +37,8 @@ class EngineCost:
     """
 
     step_s: float
+    warm_step_s: float
+    request_s: float
     hop_s: float
     process_bytes: int
     card_process_bytes: int = 0
@@ -54,9 +59,9 @@ def cost_key(card: str | None) -> str:
 
 def cost_of(found: Figures) -> EngineCost:
     """The figures as the cache has them."""
-    step_s, hop_s, *sizes = (found[name] for name in FIGURES)
-    own, more, context = (max(0, int(size)) for size in sizes)
-    return EngineCost(step_s, hop_s, own, more, context)
+    step_s, warm_step_s, request_s, hop_s = (found[name] for name in SECONDS)
+    own, more, context = (max(0, int(found[name])) for name in FIGURES[len(SECONDS) :])
+    return EngineCost(step_s, warm_step_s, request_s, hop_s, own, more, context)
 
 
 def with_engine(cluster: Cluster, cost: EngineCost) -> Cluster:
@@ -77,5 +82,11 @@ def with_engine(cluster: Cluster, cost: EngineCost) -> Cluster:
     workers = [device.name for device in devices if device.kind == "cpu" and "/" not in device.name]
     links |= dict.fromkeys(permutations(workers, 2), own)
     return replace(
-        cluster, devices=devices, links=links, step_s=cost.step_s, card_process_bytes=cost.card_process_bytes
+        cluster,
+        devices=devices,
+        links=links,
+        step_s=cost.step_s,
+        warm_step_s=cost.warm_step_s,
+        request_s=cost.request_s,
+        card_process_bytes=cost.card_process_bytes,
     )

@@ -170,14 +170,22 @@ def busy_s(profile: ModelProfile, cluster: Cluster, placement: Placement, rows: 
 
 def pass_s(profile: ModelProfile, cluster: Cluster, placement: Placement, prefill: bool, rows: int = 1) -> float:
     """Seconds from the engine through all stages and back, the engine's own included."""
-    count = _chunks(placement.workload) if prefill else 1
     stages = (stage_s(profile, cluster, placement, stage, prefill, rows) for stage in placement.stages)
-    return sum(stages) + sum(path_s(profile, cluster, placement, prefill, rows)) + count * cluster.step_s
+    own = engine_s(cluster, placement.workload, prefill, warm=not _reads_memory(cluster, placement))
+    return sum(stages) + sum(path_s(profile, cluster, placement, prefill, rows)) + own
 
 
-def steps(workload: Workload) -> int:
-    """Steps in what the objective minimises: one token, or the chunks of the reference prompt."""
-    return _chunks(workload) if workload.objective == "first-token" else 1
+def engine_s(cluster: Cluster, workload: Workload, prefill: bool, warm: bool = False) -> float:
+    """Seconds of the engine itself for a step, or for the reference prompt; ``warm`` where no stage on the processor
+    reads so much that the engine finds empty caches."""
+    step_s = cluster.warm_step_s if warm and cluster.warm_step_s is not None else cluster.step_s
+    return _chunks(workload) * step_s + cluster.request_s if prefill else step_s
+
+
+def _reads_memory(cluster: Cluster, placement: Placement) -> bool:
+    """Whether layers or the head lie on a processor: embeddings are but looked up."""
+    on_processor = (stage for stage in placement.stages if cluster.device(stage.device).kind == "cpu")
+    return any(stage.head or stage.layers[0] < stage.layers[1] for stage in on_processor)
 
 
 def _chunks(workload: Workload) -> int:

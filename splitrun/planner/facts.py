@@ -71,7 +71,9 @@ class Link:
 class Cluster:
     """The devices at hand and the links between them. Pairs that are not listed use ``default_link``.
 
-    ``step_s`` is what the engine itself takes per step: scheduling, hand-overs between threads, handing out tokens.
+    ``step_s`` is what the engine itself takes per step: scheduling, hand-overs between threads, handing out tokens;
+    ``warm_step_s`` the same where all layers and the head are on accelerators, so that the processor's caches keep what
+    it needs; None: as much. ``request_s`` is what the first token of a request takes more than that.
     ``card_process_bytes`` is the main memory that the process takes more once it uses a CUDA card of this machine:
     driver, libraries, the compiler of kernels.
     """
@@ -80,6 +82,8 @@ class Cluster:
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
     default_link: Link = Link(latency_s=20e-6, bandwidth_bytes_per_s=5e9)
     step_s: float = 0.0
+    warm_step_s: float | None = None
+    request_s: float = 0.0
     card_process_bytes: int = 0
 
     def local_cards(self) -> tuple[str, ...]:

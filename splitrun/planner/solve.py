@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from splitrun.errors import DoesNotFit, InvalidPlacement
 from splitrun.planner.alike import MAX_SUBSETS, classes_of, subsets
-from splitrun.planner.cost import best_streams, estimate, steps
+from splitrun.planner.cost import best_streams, engine_s, estimate
 from splitrun.planner.facts import FORMATS, VALUE_BYTES, Cluster, Device, ModelProfile, Workload
 from splitrun.planner.many import fastest_of_many
 from splitrun.planner.memory import kv_dtype_on
@@ -100,7 +100,8 @@ def _solve(
         plan = build_placement(profile, devices, workload, outcome.split)
     unable = [device.name for device in cluster.devices if device not in devices]
     notes = [f"{name} was left out: it does not compute {' or '.join(tried)}" for name in unable]
-    found = Findings(tables, outcome, devices, workload, steps(workload) * cluster.step_s)
+    own_s = engine_s(cluster, workload, prefill=workload.objective == "first-token")
+    found = Findings(tables, outcome, devices, workload, own_s)
     notes += left_out(found)
     if outcome is quickest:
         notes += runner_up(found) + more_context(found, profile, cluster, formats)

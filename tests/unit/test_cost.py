@@ -122,3 +122,22 @@ def test_a_short_context_shortens_the_reference_prompt() -> None:
     found = solve(model(), Cluster((CPU,)), Workload(context=100)).estimate
     assert found is not None
     assert (found.prompt_tokens, found.history_tokens) == (100, 50)
+
+
+def test_the_engine_takes_less_where_the_processor_reads_no_weights_and_more_for_a_first_token() -> None:
+    profile, card = model(layers=2), device("cuda:0")
+    cluster = Cluster((CPU, card), step_s=3e-4, warm_step_s=1e-4, request_s=5e-4)
+
+    def own_s(*stages: StageSpec, prefill: bool = False, of: Cluster = cluster) -> float:
+        placement = Placement(1, ModelRef("m", layers=2), WORKLOAD, stages)
+        bare = replace(of, step_s=0.0, warm_step_s=0.0, request_s=0.0)
+        return pass_s(profile, of, placement, prefill) - pass_s(profile, bare, placement, prefill)
+
+    embedding = StageSpec("cpu", True, (0, 0), False, "bf16")
+    split = (StageSpec("cpu", True, (0, 1), False, "bf16"), StageSpec("cuda:0", False, (1, 2), True, "bf16"))
+    assert own_s(embedding, StageSpec("cuda:0", False, (0, 2), True, "bf16")) == pytest.approx(1e-4)
+    assert own_s(*split) == pytest.approx(3e-4)
+    assert own_s(*split, prefill=True) == pytest.approx(8e-4)
+    assert own_s(
+        StageSpec("cuda:0", True, (0, 2), True, "bf16"), of=replace(cluster, warm_step_s=None)
+    ) == pytest.approx(3e-4)

@@ -24,6 +24,8 @@ def test_it_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     found = engine_cost(Cache(tmp_path), "cuda:0")
     assert 0 <= found.step_s < 0.5
     assert 0 <= found.hop_s < 0.5
+    assert 0 <= found.warm_step_s <= found.step_s
+    assert 0 <= found.request_s < 0.5
     assert (found.process_bytes, found.card_process_bytes, found.card_context_bytes) == (
         400 << 20,
         500 << 20,
@@ -37,9 +39,9 @@ def test_where_it_goes() -> None:
     links = {("cpu", "cuda:0"): Link(1e-3, 1e9)}
     cluster = with_engine(
         Cluster((device(), device("cpu:1"), device("cuda:0"), device("cuda:1", context_bytes=100 << 20)), links),
-        EngineCost(2e-4, 1e-4, 500 << 20, 400 << 20, 300 << 20),
+        EngineCost(2e-4, 5e-5, 3e-4, 1e-4, 500 << 20, 400 << 20, 300 << 20),
     )
-    assert cluster.step_s == 2e-4
+    assert (cluster.step_s, cluster.warm_step_s, cluster.request_s) == (2e-4, 5e-5, 3e-4)
     assert cluster.link("cpu", "cuda:0").latency_s == pytest.approx(1.1e-3)
     assert cluster.link("cpu", "cpu:1").latency_s == 1e-4
     # The first card was measured with its kernels loaded: so much more is taken of every card.
