@@ -20,7 +20,7 @@ from splitrun.measure.code import code_digest
 from splitrun.measure.host import logical_processors, read_processor
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.measure.versions import versions
-from splitrun.stage.generic import RangeStage
+from splitrun.stage.generic import RangeStage, ThreadCounts
 
 LEAST_BYTES = 64 << 20
 """Stages with fewer weights than this keep the cores: they stay in the caches, and any count is done in a moment."""
@@ -57,10 +57,11 @@ def fastest(timed: Callable[[int], tuple[float, float]], counts: Sequence[int]) 
 
 
 def settle_threads(stages: Sequence[RangeStage], block_tokens: int, given: int, kept: Cache | None = None) -> int:
-    """Let the calling thread compute these stages with the count that is fastest, and return it.
+    """Let the calling thread decode through these stages with the count that is fastest, and return it.
 
-    ``given``: the cores it may use. They stay where there is nothing to choose, and where operators of torch compute,
-    whose bits may depend on the number. To be called before the first request: the step writes into the first block.
+    ``given``: the cores it may use, as prompts do. They stay where there is nothing to choose, and where operators of
+    torch compute, whose bits may depend on the number. To be called before the first request: the step writes into the
+    first block.
     """
     counts = thread_counts(given, logical_processors())
     large = sum(stage.weight_bytes for stage in stages) >= LEAST_BYTES
@@ -73,6 +74,8 @@ def settle_threads(stages: Sequence[RangeStage], block_tokens: int, given: int, 
     if found is not None and not known and kept is not None:
         kept.put(key, {"threads": found})
     torch.set_num_threads(found or given)
+    for stage in stages:
+        stage.thread_counts = ThreadCounts(decoding=found or given, prompts=given)
     return found or given
 
 

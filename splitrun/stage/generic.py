@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from splitrun.errors import StageError
+from splitrun.kernels.cpu.library import MOST_ROWS
 from splitrun.model.cut import CutModel
 from splitrun.schedule.request import TokenLogprob
 from splitrun.schedule.step import IntArray, RowTokens, Step, Tokens
@@ -44,6 +45,20 @@ class Computed:
     prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ThreadCounts:
+    """CPU threads to compute with: a few read memory as fast as it can be read, and a prompt wants all cores."""
+
+    decoding: int
+    prompts: int
+
+    def use(self, tokens: int) -> None:
+        """Let the calling thread compute a step of that many new tokens."""
+        wanted = self.decoding if tokens <= MOST_ROWS else self.prompts
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
+
+
 class RangeStage(ABC):
     """One stage, loaded and ready. ``run`` is called with steps in order, by one thread at a time."""
 
@@ -54,6 +69,8 @@ class RangeStage(ABC):
     work in the current stream is done."""
     gives_host = False
     """Whether it is to do so: the stage behind is on the processor. Set by who puts stages in a row."""
+    thread_counts: ThreadCounts | None = None
+    """On a processor: what was found to be fastest. None: what the calling thread has."""
 
     def __init__(self, model: CutModel, stores: dict[int, BlockStore], rules: BatchRules, weight_bytes: int) -> None:
         self.model = model
@@ -214,6 +231,8 @@ class GenericStage(RangeStage):
 
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """As `RangeStage.run`, without logits where nobody needs them."""
+        if self.thread_counts is not None:
+            self.thread_counts.use(len(step.token_ids))
         if self.model.chooser is None:
             return super().run(step, incoming)
         return self._result(step, self._compute(step, incoming, may_choose=True))

@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import make_config
 
+from splitrun.kernels.cpu.library import MOST_ROWS
 from splitrun.measure import thread_count
 from splitrun.measure.cache import Cache
 from splitrun.measure.thread_count import LEAST_BYTES, fastest, settle_threads, thread_counts
+from splitrun.measure.timing import Setting, UnitBench
+from splitrun.measure.unit_steps import Point
+from splitrun.model.cut import CutRange
+from splitrun.model.structure import inspect
 from splitrun.planner.facts import KVGroup
+from splitrun.stage.generic import ThreadCounts
 
 BLOCK_TOKENS = 4
 
@@ -74,6 +81,7 @@ class _Stage:
         self.rules = SimpleNamespace(groups=(KVGroup("full"),), groups_again=again)
         self.model = SimpleNamespace(cut=cut, dtype=dtype, structure=SimpleNamespace(hidden=8))
         self.threads: list[int] = []
+        self.thread_counts: ThreadCounts | None = None
 
     def run(self, step: Any, incoming: torch.Tensor) -> None:
         assert step.rows == 1
@@ -92,6 +100,7 @@ def test_real_steps_decide_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     assert settle(stage, Cache(tmp_path)) == torch.get_num_threads() == 4
     assert stage.threads == [2, 4, 1]
+    assert stage.thread_counts == ThreadCounts(decoding=4, prompts=2)
     torch.set_num_threads(2)
     monkeypatch.setattr(thread_count, "fastest", lambda timed, counts: pytest.fail("measured twice"))
     assert settle(stage, Cache(tmp_path)) == torch.get_num_threads() == 4
@@ -106,6 +115,30 @@ def test_where_nothing_is_chosen_the_cores_stay(stage: _Stage, tmp_path: Path) -
     torch.set_num_threads(2)
     assert settle(stage, Cache(tmp_path)) == torch.get_num_threads() == 2
     assert stage.threads == []
+
+
+def test_prompts_take_all_cores_and_decoding_what_was_found() -> None:
+    counts = ThreadCounts(decoding=3, prompts=2)
+    found = []
+    for tokens in (1, MOST_ROWS, MOST_ROWS + 1, 512, 1):
+        counts.use(tokens)
+        found.append(torch.get_num_threads())
+    assert found == [3, 3, 2, 2, 3]
+
+
+def test_a_stage_computes_with_its_own_counts() -> None:
+    config = make_config("llama")
+    points = [Point(1, 20, 0), Point(1, 1, 20)]
+    setting = Setting("cpu", "cpu", "bf16", "nf4", BLOCK_TOKENS, threads=3)
+    bench = UnitBench(config, inspect(config), CutRange(False, 0, 1, False), setting, points)
+    try:
+        (stage,) = bench._stages
+        stage.thread_counts = ThreadCounts(decoding=1, prompts=2)
+        for point, expected in zip(points, (2, 1), strict=True):
+            bench.time([point], 0.0)
+            assert bench._worker.call(torch.get_num_threads) == expected
+    finally:
+        bench.close()
 
 
 def test_what_is_not_decided_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
