@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE_HOME = Path(__file__).resolve().parent.parent
+SECRETS = ("SPLITRUN_TOKEN", "SPLITRUN_API_KEY")
+"""What the command line takes from its environment. Children are told by pipes and files what they need of it."""
 
 
 def child_command(module: str) -> list[str]:
@@ -21,10 +23,11 @@ def child_command(module: str) -> list[str]:
 
 
 def child_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of such a process: it finds the package that runs here, installed or not."""
+    """The environment of such a process: it finds the package that runs here, installed or not, and no secrets."""
     # An empty entry would mean the current folder.
     entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE_HOME), *entries]), **(changes or {})}
+    passed = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    return passed | {"PYTHONPATH": os.pathsep.join([str(PACKAGE_HOME), *entries])} | dict(changes or {})
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def _start(home: Home, settings: NodeSettings) -> NodeRecord:
             stderr=log,
             start_new_session=True,
             cwd="/",
-            env=child_environment({}),
+            env=child_environment(),
         )
     assert process.stdin is not None
     assert process.stdout is not None

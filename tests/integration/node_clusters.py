@@ -8,8 +8,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -87,6 +87,15 @@ def command(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+def shown(processes: Iterable[psutil.Process]) -> str:
+    """What others may see of processes: command lines, and environments for those of the same user."""
+    seen = []
+    for process in processes:
+        with suppress(psutil.Error):
+            seen += [*process.cmdline(), *process.environ().values()]
+    return "\n".join(seen)
 
 
 def free_ports(taken: object = ()) -> int:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
+from node_clusters import listening, shown
+from test_processes import demo
 
 import splitrun
 from splitrun.serve.launcher import ServeOptions, Server
@@ -74,3 +83,34 @@ def test_a_client_that_hangs_up_frees_its_blocks(client: openai.OpenAI, server: 
     while (shown := httpx.get(f"{server.url}/placement").json())["running"]:
         continue
     assert all(use["used"] == 0 for use in shown["blocks"].values())
+
+
+def test_a_server_with_processes_opens_nothing_to_others_and_shows_no_key(tmp_path: Path) -> None:
+    """The command as typed, with a stage in a process of its own: ports, command lines, environments and logs."""
+    file, key, token = tmp_path / "placement.yaml", secrets.token_hex(20), secrets.token_hex(24)
+    demo("cpu", "process/cpu").save(file)
+    with (tmp_path / "log").open("w+b") as log:
+        command = [sys.executable, "-m", "splitrun", "serve", str(file), "--port", "0"]
+        environment = {**os.environ, "SPLITRUN_API_KEY": key, "SPLITRUN_TOKEN": token, "SPLITRUN_LOG": "json"}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True) as server:
+            try:
+                assert server.stdout is not None
+                url = next(word for line in server.stdout for word in line.split() if word.startswith("http://"))
+                url = url.rstrip("/.,").removesuffix("/v1")
+                headers = {"authorization": f"Bearer {key}"}
+                body = {"model": "demo", "prompt": "What is", "max_tokens": 4}
+                assert httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
+                assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 401
+                children = psutil.Process(server.pid).children(recursive=True)
+                ours = {server.pid, *(child.pid for child in children)}
+                open_to = [addresses for number, addresses in listening().items() if number in ours]
+                assert len(open_to) >= 3  # HTTP, the coordinator's frames and the stage's
+                assert set().union(*open_to) == {"127.0.0.1"}
+                assert "stage_process" in shown(children)
+                assert not {key, token} & set(shown(children).split("\n"))
+            finally:
+                server.terminate()
+        log.seek(0)
+        lines = log.read().decode().splitlines()
+    assert any(json.loads(line)["message"] == "step" for line in lines if line.startswith("{"))
+    assert not any(secret in line for secret in (key, token) for line in lines)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from cut_models import TinyModel, tiny_model
-from node_clusters import TestCluster, cluster
+from node_clusters import TestCluster, cluster, shown
 from test_nodes import answers
 from test_processes import plan
 
@@ -59,6 +59,16 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, model: TinyModel) -> Iterato
         hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(model.path.parent)]
         subprocess.run([*hidden, *join], env=environment, check=True, capture_output=True, timeout=120)
         yield made
+
+
+def test_a_token_from_the_environment_goes_no_further(nodes: TestCluster) -> None:
+    """It was there when the node joined. Its home keeps it, and neither its processes nor their logs show it."""
+    token, home = nodes.homes["one"].token(), nodes.homes["far"]
+    assert home.token() == token
+    seen = shown(nodes.processes("far"))
+    assert "raylet" in seen
+    assert token not in seen
+    assert token not in home.log_file.read_text()
 
 
 def cache_of(nodes: TestCluster) -> Path:
