@@ -28,7 +28,9 @@ from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
 from splitrun.schedule.step import RowTokens, Step, Tokens
 from splitrun.transport.local import SameMemory, Worker
 
-TOKENS, REQUESTS, ROUNDS = 40, 5, 3
+TOKENS, REQUESTS, ROUNDS = 40, 3, 3
+IDLE_S = 0.3
+"""How long nothing was asked for before a request: threads, caches and clocks have gone to sleep."""
 READ_BYTES = 48 << 20
 """More than the last cache of most processors."""
 
@@ -61,7 +63,7 @@ def engine_cost(kept: Cache, card: str | None = None) -> EngineCost:
     def measure() -> dict[str, float]:
         (alone, request), (two, _), (warm, _) = (
             map(median, zip(*(_beside_stages(*shape) for _ in range(ROUNDS)), strict=True))
-            for shape in ((1, READ_BYTES), (2, READ_BYTES), (1, 0))
+            for shape in ((1, READ_BYTES, REQUESTS), (2, READ_BYTES), (1, 0))
         )
         own = process_bytes(None)
         both = process_bytes(card) if card else own
@@ -78,8 +80,9 @@ def engine_cost(kept: Cache, card: str | None = None) -> EngineCost:
     return cost_of(kept.get_or_measure(cost_key(card), FIGURES, measure))
 
 
-def _beside_stages(count: int, read_bytes: int) -> tuple[float, float]:
-    """Seconds per further token, and of a request's first one, beyond what the stages' clocks show."""
+def _beside_stages(count: int, read_bytes: int, requests: int = 0) -> tuple[float, float]:
+    """Seconds per further token beyond what the stages' clocks show; and of the first one, the median of that many
+    requests that each come when nothing has been asked for."""
     workers = [Worker("cpu") for _ in range(count)]
     onward = [SameMemory() if index + 1 < count else None for index in range(count)]
     links = [
@@ -106,8 +109,11 @@ def _beside_stages(count: int, read_bytes: int) -> tuple[float, float]:
 
     try:
         _generate(core, 2)
-        firsts = [beside(1)[0] for _ in range(REQUESTS)]
-        return beside(TOKENS)[1], median(firsts)
+        step_s, firsts = beside(TOKENS)[1], [0.0]
+        for _ in range(requests):
+            time.sleep(IDLE_S)
+            firsts.append(beside(1)[0])
+        return step_s, median(firsts[1:] or firsts)
     finally:
         core.close()
 

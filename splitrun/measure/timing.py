@@ -32,7 +32,10 @@ from splitrun.stage.load import StageSize, load_stage
 from splitrun.transport.local import Worker
 
 COLD_BYTES = 96 << 20
-"""Weights that copies of a unit hold together at least, or one and a half times the last cache where that is more."""
+"""Weights that copies of a unit hold together at least; more where the last cache is large."""
+PROCESSOR_CACHES, CARD_CACHES = 1.5, 4.0
+"""How many last caches they fill. A card's drops lines at random: of what is read round and round and is w times as
+large, a share h is found again, with h = exp(-w (1 - h)): a third for w = 1.7, one in fifty for w = 4."""
 MOST_COPIES = 8
 POINT_SECONDS = 0.15
 """What is spent on one point; at least ``LEAST_RUNS`` runs."""
@@ -154,10 +157,17 @@ class UnitBench:
         return run
 
 
-def copies_needed(unit_bytes: int, kind: str) -> int:
-    """Copies of a unit that together do not fit the last cache."""
-    wanted = max(COLD_BYTES, last_cache_bytes() * 3 // 2) if kind == "cpu" else COLD_BYTES
-    return max(1, min(MOST_COPIES, -(-wanted // max(unit_bytes, 1))))
+def copies_needed(unit_bytes: int, kind: str, device: str = "cpu") -> int:
+    """Copies of a unit that together do not fit the last cache of torch's ``device``."""
+    caches = PROCESSOR_CACHES * last_cache_bytes() if kind == "cpu" else CARD_CACHES * card_cache_bytes(kind, device)
+    return max(1, min(MOST_COPIES, -(-max(COLD_BYTES, int(caches)) // max(unit_bytes, 1))))
+
+
+def card_cache_bytes(kind: str, device: str) -> int:
+    """Size of a card's last cache, 0 where torch does not say."""
+    if kind != "cuda" or not torch.cuda.is_available():
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
 
 
 def last_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

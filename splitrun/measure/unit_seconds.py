@@ -170,7 +170,8 @@ class _Task:
     def _copies(self, size: int) -> int:
         """How often weights of that size are held, at most, to find them in memory and not in a cache."""
         room = self.device.budget_bytes // (SHARE_OF_MEMORY * max(size, 1))
-        return max(1, min(copies_needed(size, self.device.kind), room))
+        needed = copies_needed(size, self.device.kind, torch_device(self.device.name))
+        return max(1, min(needed, room))
 
     def _found(self, cut: CutRange, points: Sequence[Point]) -> Found | None:
         units = cut.units(self.structure.layers)

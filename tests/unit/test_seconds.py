@@ -132,6 +132,13 @@ def test_copies_fill_more_than_the_cache(tmp_path: Path) -> None:
     assert copies_needed(1, "cpu") == 8
 
 
+def test_a_card_with_a_large_cache_gets_more_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "card_cache_bytes", lambda kind, device: 60 << 20 if device == "cuda:1" else 0)
+    assert copies_needed(40 << 20, "cuda", "cuda:0") == 3
+    assert copies_needed(40 << 20, "cuda", "cuda:1") == 6
+    assert copies_needed(25 << 20, "cuda", "cuda:1") == 8
+
+
 def test_a_sample_is_a_median_and_its_spread() -> None:
     calls: list[str] = []
     found = sample(calls.append, ["a", "b"], spend_s=0.0)
