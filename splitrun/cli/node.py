@@ -39,6 +39,7 @@ def start(
         others = own_addresses()
         again = f"splitrun node stop && splitrun node start --host {others[0]}" if others else "give it a network first"
         typer.echo(f"only this machine can reach it; to let others join: {again}")
+        return
     typer.echo("on the next machine, type:\n")
     typer.echo(f"    {node.join_command(home, record)}")
 
@@ -68,7 +69,10 @@ def join(
         except typer.Abort:
             raise ClusterError("no token was typed: 'splitrun node start' printed it on the first machine") from None
     record = node.join(Home.default(), head, token, host, port, name)
-    typer.echo(f"node {record.name} has joined {record.head} from {record.host}")
+    typer.echo(
+        f"node {record.name} has joined {record.head} from {record.host}, TCP ports {record.port}-{record.port + 99}"
+    )
+    typer.echo("whether the others reach it: splitrun node check, on the first machine")
 
 
 @app.command("list")
@@ -81,14 +85,14 @@ def list_nodes(json_output: Annotated[bool, typer.Option("--json", help="Print o
     members = Membership(Home.default())
     nodes, refused = members.all(), members.refused()
     if json_output:
-        shown = [{"name": node.name, "alive": node.alive, **node.note} for node in nodes]
+        shown = [{"name": node.name, "alive": node.alive, "silent": node.silent, **node.note} for node in nodes]
         typer.echo(json.dumps({"nodes": shown, "refused": refused}))
         return
     for node in nodes:
-        state = "here" if node.name == members.own.name else "up" if node.alive else "gone"
+        state = "here" if node.name == members.own.name else "up" if node.alive else "silent" if node.silent else "gone"
         note = node.note
         memory = format_bytes(int(note["memory_bytes"]))
-        typer.echo(f"{node.name:20} {state:5} {node.host}:{node.port}  {note['cores']} cores, {memory}")
+        typer.echo(f"{node.name:20} {state:6} {node.host}:{node.port}  {note['cores']} cores, {memory}")
     for name, told in refused.items():
         typer.echo(f"{name:20} refused from {told['host']}: {'; '.join(told['differences'])} (there: the head)")
 

@@ -148,8 +148,8 @@ def _verdict(
 ) -> tuple[str, bool]:
     if node.name == own:
         return "here", False
-    if not node.alive:
-        return "gone: 'splitrun node join' on it brings it back", True
+    if node.trouble:
+        return node.trouble, True
     unlike = differences(own_versions(), node.note["versions"])
     if unlike:
         return f"does not match: {'; '.join(unlike)}", True

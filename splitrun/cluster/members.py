@@ -7,20 +7,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from splitrun.cluster.ports import answers
+from splitrun.cluster.ports import COUNT, answers
 from splitrun.cluster.runtime import Registry
 
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """One node. ``note`` is what it says of itself: host, port, cores, versions."""
+    """One node. ``note`` is what it says of itself: host, port, cores, versions. ``alive``: it can be used from here;
+    ``silent``: the cluster counts it in, but its ports do not answer from here."""
 
     name: str
     alive: bool
     note: Mapping[str, Any] = field(default_factory=dict)
+    silent: bool = False
+
+    @property
+    def trouble(self) -> str:
+        """Why it cannot be used, and what mends it; "" while it can."""
+        if self.alive:
+            return ""
+        if self.silent:
+            ports = f"TCP ports {self.port}-{self.port + COUNT - 1}"
+            return f"does not answer from here: has it just ended, or does its firewall not let {ports} in?"
+        return "gone: 'splitrun node join' on it brings it back"
 
     @property
     def host(self) -> str:
@@ -44,7 +56,10 @@ def members(registry: Registry) -> list[NodeInfo]:
     Raises ClusterError when the head does not answer.
     """
     offered = registry.resources()
-    found = [NodeInfo(name, False, json.loads(note)) for name, note in sorted(registry.notes("node ").items())]
-    return [
-        NodeInfo(node.name, node.resource in offered and answers(node.host, node.port + 1), node.note) for node in found
-    ]
+    found = []
+    for name, note in sorted(registry.notes("node ").items()):
+        node = NodeInfo(name, False, json.loads(note))
+        counted = node.resource in offered
+        alive = counted and answers(node.host, node.port + 1)
+        found.append(replace(node, alive=alive, silent=counted and not alive))
+    return found

@@ -104,9 +104,10 @@ def require_reachable(host: str, port: int, wait_s: float = 5.0) -> None:
     try:
         socket.create_connection((host, port), wait_s).close()
     except ConnectionRefusedError as error:
-        raise ClusterError(
-            f"nobody listens on {host}:{port}: start the first machine with 'splitrun node start --host {host}'"
-        ) from error
+        mend = f"start the first machine with 'splitrun node start --host {host}'"
+        if is_loopback(host):
+            mend += "; if that is another machine, give its own address on both"
+        raise ClusterError(f"nobody listens on {host}:{port}: {mend}") from error
     except OSError as error:
         raise ClusterError(
             f"{host}:{port} cannot be reached ({error}): is it the address of the right interface, and does the "

@@ -63,7 +63,11 @@ def survey_nodes(
     InvalidPlacement for a node that is not there.
     """
     nodes = Nodes()
-    others = [node for node in nodes.all() if node.alive and node.name != nodes.own.name]
+    known = [node for node in nodes.all() if node.name != nodes.own.name]
+    for node in known:
+        if node.silent:
+            report(f"{node.name} was left out: it {node.trouble}")
+    others = [node for node in known if node.alive]
     for name in memory:
         if name not in {node.name for node in others}:
             raise InvalidPlacement(

@@ -20,6 +20,7 @@ from splitrun.cluster import model_there, runtime
 from splitrun.cluster.facts import joined
 from splitrun.cluster.home import Home, NodeRecord
 from splitrun.cluster.lines import Parent
+from splitrun.cluster.members import members
 from splitrun.cluster.model_there import ReceivedSource, describe_model, locate, write_description
 from splitrun.cluster.node import join, running, start_head, stop
 from splitrun.cluster.ports import (
@@ -30,6 +31,7 @@ from splitrun.cluster.ports import (
     split_address,
 )
 from splitrun.cluster.process import local_device, machine_of
+from splitrun.cluster.runtime import Registry
 from splitrun.cluster.survey import split_memory
 from splitrun.cluster.versions import differences, own_versions
 from splitrun.engine.record import Record, Span, perfetto
@@ -138,6 +140,35 @@ def facts(*devices: str) -> Facts:
     made = [Device(name, "cpu", "", 1, 1, 1, "host", 0, 1.0, 1.0, 0.0, "bf16") for name in devices]
     profile = ModelProfile("m", None, "f", "llama", (), (), 1, 1, 1, "bf16")
     return Facts(profile, Cluster(tuple(made)))
+
+
+class Notes(Registry):
+    """A head that counts in two of three nodes."""
+
+    def __init__(self, ports: dict[str, int]) -> None:
+        self._ports = ports
+
+    def notes(self, prefix: str) -> dict[str, str]:
+        return {
+            name: json.dumps({"host": "127.0.0.1", "port": port, "resource": f"{prefix}{name}"})
+            for name, port in self._ports.items()
+        }
+
+    def resources(self) -> set[str]:
+        return {"node up", "node walled"}
+
+
+def test_a_node_behind_a_firewall_is_told_from_one_that_has_left() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and nobody listens
+        ports = {"up": listener.getsockname()[1] - 1, "walled": closed.getsockname()[1] - 1, "left": 7400}
+        found = {node.name: node for node in members(Notes(ports))}
+    assert {name: (node.alive, node.silent) for name, node in found.items()} == {
+        "up": (True, False), "walled": (False, True), "left": (False, False)
+    }  # fmt: skip
+    assert found["up"].trouble == ""
+    assert f"does its firewall not let TCP ports {ports['walled']}-{ports['walled'] + 99} in" in found["walled"].trouble
+    assert "'splitrun node join' on it brings it back" in found["left"].trouble
 
 
 def test_clusters_are_joined_by_measured_links() -> None:
