@@ -69,7 +69,8 @@ def _fetch(url: str, api_key: str | None) -> Mapping[str, Any]:
         mend = "give its --api-key" if error.code == 401 else "is it the address of a splitrun server?"
         raise InvalidRequest(f"{url} answers {error.code}: {mend}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise StageLost(f"no splitrun server answers at {url}: {error}; start it with 'splitrun serve'") from error
+        reason = getattr(error, "reason", error)
+        raise StageLost(f"no splitrun server answers at {url}: {reason}; start it with 'splitrun serve'") from error
     if not isinstance(found, dict) or "stages" not in found:
         raise InvalidRequest(
             f"{url} answers, but is no splitrun server: give the address that 'splitrun serve' printed"

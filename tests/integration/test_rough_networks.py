@@ -76,5 +76,5 @@ def test_delay_loss_and_a_cut_line(nodes: TestCluster, line: networks.Line) -> N
         worker.join(30)
         assert outcome == expected
         assert time.monotonic() - began < 30
-        assert [stage.device for stage in engine.core.status().stages] == ["cpu"]
+        assert [stage.device for stage in engine.core.status().stages] == ["cpu", "cpu"]
     line.set("up")
