@@ -1,8 +1,8 @@
 """What one device can hold, and in which weight formats: seconds and bytes of every run of layers, with either end.
 
-Embedding, layers and head of a device may be in formats of their own, as long as they compute in types of one size;
-parts beside each other in one format are one stage, others a stage each. Counts with the functions of ``cost.py`` and
-``memory.py``. Knows no budgets and no other devices.
+Embedding, layers and head of a device may be in formats of their own where a plan asks for precision, as long as they
+compute in types of one size; parts beside each other in one format are one stage, others a stage each. Counts with the
+functions of ``cost.py`` and ``memory.py``. Knows no budgets and no other devices.
 """
 
 from __future__ import annotations
@@ -84,17 +84,16 @@ class Parts:
         )
 
 
-def choices_of(device: Device, parts: Sequence[Parts], ends: Ends, losses: bool) -> tuple[Choice, ...]:
-    """The device holding those ends, each part in any of the formats; the most precise first.
+def choices_of(device: Device, parts: Sequence[Parts], ends: Ends, apart: bool) -> tuple[Choice, ...]:
+    """The device holding those ends, in any of the formats, the most precise first; ``apart``: each part in any.
 
-    Ends that others beat, with the same layers, in seconds and bytes are left out; with ``losses`` those that are
-    beaten in precision too.
+    Ends that others beat, with the same layers, in seconds, bytes and precision are left out.
     """
     found = []
     for layers in parts:
-        sides = [parts if held else [None] for held in ends]
+        sides = [(parts if apart else [layers]) if held else [None] for held in ends]
         every = [(embed, head) for embed, head in itertools.product(*sides)]
-        figures = [_figures(embed, layers, head, losses) for embed, head in every]
+        figures = [_figures(embed, layers, head) for embed, head in every]
         for index, (embed, head) in enumerate(every):
             rivals = (other for number, other in enumerate(figures) if number != index)
             if not any(_beats(other, figures[index]) for other in rivals) and figures[index] not in figures[:index]:
@@ -107,7 +106,7 @@ def runs(layers: int) -> numpy.typing.NDArray[numpy.bool_]:
     return numpy.triu(numpy.ones((layers + 1, layers + 1), dtype=numpy.bool_), 1)
 
 
-def _figures(embed: Parts | None, layers: Parts, head: Parts | None, losses: bool) -> tuple[float, ...]:
+def _figures(embed: Parts | None, layers: Parts, head: Parts | None) -> tuple[float, ...]:
     """What counts of ends beside such layers: seconds with no, the first, the last and all layers, bytes, losses."""
     held = [(part, side) for side, part in enumerate((embed, head)) if part is not None]
     apart_s = sum(part.seconds[side] + part.stage_s for part, side in held)
@@ -121,7 +120,7 @@ def _figures(embed: Parts | None, layers: Parts, head: Parts | None, losses: boo
         apart_s - sum(joined_s),
         sum(bill.weight_bytes + bill.kv_bytes + bill.state_bytes for bill in bills) - tied,
         max((bill.workspace_bytes for bill in bills), default=0),
-        sum(part.losses[side] for part, side in held) if losses else 0.0,
+        sum(part.losses[side] for part, side in held),
     )
 
 

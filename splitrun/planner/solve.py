@@ -1,9 +1,10 @@
 """Find the placement: the fastest split under the budgets, each stage in the weight format that suits it best.
 
-Under "auto" every stage may take any of its device's formats, within a limit on what the whole plan loses in precision:
-embedding, layers and head of one device may differ, layers of one device do not, since only the ends may come back to
-a device. The answer carries its estimate, the constraint that binds, the runner-up, and what was left out and why.
-Raises DoesNotFit (``refuse.py``) when nothing fits.
+Under "auto" every device may take any of its formats, within a limit on what the whole plan loses in precision. Where
+that limit or memory binds, embedding and head may take others than the layers of their device; for speed alone they do
+not, since what a stage more gains is less than timing can tell. Layers of one device have one format: only the ends may
+come back to a device. The answer carries its estimate, the constraint that binds, the runner-up, and what was left out
+and why. Raises DoesNotFit (``refuse.py``) when nothing fits.
 """
 
 from __future__ import annotations
@@ -89,11 +90,14 @@ def _solve(
     if subsets(classes_of(tables)) > MAX_SUBSETS:
         return _of_many(profile, cluster, workload, devices, formats, quality if weights == "auto" else None)
     outcome = quickest = fastest(tables, bottleneck)
+    if outcome.split is None and weights == "auto":  # the ends of a leaner format may need more workspace
+        tables = build_tables(profile, cluster, formats, workload, apart=True)
+        outcome = quickest = fastest(tables, bottleneck)
     if outcome.split is None:
         raise does_not_fit(profile, cluster, workload, tried)
     plan = build_placement(profile, devices, workload, outcome.split)
     if weights == "auto" and placement_loss(profile, plan) > most:
-        tables = build_tables(profile, cluster, formats, workload, losses=True)
+        tables = build_tables(profile, cluster, formats, workload, apart=True)
         outcome = fastest_within(tables, profile, bottleneck, most)
         if outcome.split is None:
             raise _too_lossy(profile, cluster, plan, quality)

@@ -21,13 +21,10 @@ def build_tables(
     cluster: Cluster,
     formats: Mapping[str, Sequence[str]],
     workload: Workload,
-    losses: bool = False,
+    apart: bool = False,
 ) -> Tables:
-    """The search problem for the devices that ``formats`` names, each part of one in any of its formats.
-
-    Of ends in other formats than the layers only those are in it that may be quicker or smaller; with ``losses`` also
-    those that lose less.
-    """
+    """The search problem for the devices that ``formats`` names, each in any of its formats; ``apart``: embedding,
+    layers and head of each in any."""
     devices = [device for device in cluster.devices if formats.get(device.name)]
     slots: list[Slot] = []
     sizes: list[int] = []
@@ -37,7 +34,7 @@ def build_tables(
             size = activation_bytes(profile, device, weights)
             parts.setdefault(size, []).append(Parts.of(profile, device, workload, weights))
         for size, found in parts.items():
-            slots.append(Slot(number, {ends: choices_of(device, found, ends, losses) for ends in EVERY_ENDS}))
+            slots.append(Slot(number, {ends: choices_of(device, found, ends, apart) for ends in EVERY_ENDS}))
             sizes.append(size)
     prefill, rows = workload.objective == "first-token", objective_rows(workload)
     names = [devices[slot.device].name for slot in slots]
