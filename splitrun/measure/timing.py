@@ -40,6 +40,8 @@ MOST_COPIES = 8
 POINT_SECONDS = 0.15
 """What is spent on one point; at least ``LEAST_RUNS`` runs."""
 LEAST_RUNS, MOST_RUNS = 5, 200
+PROMPTS_SECONDS, MOST_PROMPTS = 1.0, 4
+"""What is spent on whole prompts to see what memory they take, and how many they are at most."""
 FEWEST_RUNS = 3
 """Of a point that takes more than twice its time."""
 
@@ -136,7 +138,19 @@ class UnitBench:
             release(torch, self._setting.kind)
 
     def _peak(self, point: Point) -> int:
-        run = partial(self._runner(point), self._stages[0])
+        """Bytes of one such step; of a chunk with history, of several prompts up to there: what the C library keeps of
+        shorter steps does not fit longer ones, and grows for a few prompts."""
+        before = range(0, point.context, point.tokens) if point.tokens > 1 else ()
+        runners = [self._runner(replace(point, context=context)) for context in (*before, point.context)]
+
+        def run() -> None:
+            until = time.perf_counter() + PROMPTS_SECONDS
+            for _ in range(MOST_PROMPTS if before else 1):
+                for runner in runners:
+                    runner(self._stages[0])
+                if time.perf_counter() > until:
+                    return
+
         return peak_of(run, self._setting.kind, self._setting.device, self._held)
 
     def _time(self, point: Point, spend_s: float) -> Sample:
