@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except usage_error as error:
         path = error.ctx.command_path if error.ctx else "splitrun"
-        print(f"splitrun: {one_line(error.format_message()).rstrip('.')}; see {path} --help", file=sys.stderr)
+        told = one_line(error.format_message()).replace("Value error, ", "").rstrip(".")
+        print(f"splitrun: {told}; see {path} --help", file=sys.stderr)
         return 2
     except SplitrunError as error:
         if debug:

@@ -46,6 +46,8 @@ def plan(
     """Plan MODEL over the devices at hand and explain the plan; nothing is loaded."""
     import splitrun
 
+    if json_output and derive:
+        raise InvalidPlacement("--explain tells a person and --json a program; give one of them")
     destination = Destination(output, svg, json_output)
     destination.check()
     for given, other in ((no_cache, "--no-cache measures"), (calibrate, "--calibrate runs on")):

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from splitrun.errors import InvalidPlacement
 from splitrun.planner.destination import write_whole
-from splitrun.planner.facts import Cluster, ModelProfile
+from splitrun.planner.facts import FORMATS, Cluster, ModelProfile
 
 VERSION = 2
 MAX_FILE_BYTES = 64 << 20
@@ -61,6 +61,7 @@ def read_facts(file: Path) -> Facts:
         raise InvalidPlacement(f"{file}: version {shown} is not this splitrun's version {VERSION}; {again}")
     try:
         made: Facts = build(Facts, {name: value for name, value in content.items() if name != "version"}, "")
+        _check(made)
         return made
     except ValueError as error:
         raise InvalidPlacement(f"{file}: {error}; {again}") from error
@@ -90,6 +91,32 @@ def build(kind: Any, data: Any, where: str) -> Any:
         if name not in data and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{_inside(where, name)} is missing")
     return kind(**{name: _value(hints[name], value, _inside(where, name)) for name, value in data.items()})
+
+
+def _check(facts: Facts) -> None:
+    """Raise ValueError where entries contradict each other, as they may in a file that was edited."""
+    profile, devices = facts.profile, facts.cluster.devices
+    units, groups = profile.units, {group.name for group in profile.groups}
+    names = [device.name for device in devices]
+    known = set.intersection(*(set(unit.weight_bytes) for unit in units)) if units else set()
+    counts = {len(found.units) for found in profile.seconds.values()} | set(map(len, profile.peaks.values()))
+    faults = {
+        "cluster.devices must name at least one device": not devices,
+        "cluster.devices names a device twice": len(set(names)) < len(names),
+        "cluster.devices: speeds must be more than 0": not all(
+            device.bandwidth_bytes_per_s and device.flops_per_s for device in devices
+        ),
+        "profile.units must be embed, layers and head": len(units) < 3,
+        f"profile.stored_format must be one of {', '.join(FORMATS)}": profile.stored_format not in FORMATS,
+        "profile.units must have bytes in a format that is known": not known & set(FORMATS),
+        "profile.seconds and profile.peaks must have an entry for every unit": bool(counts - {len(units)}),
+        "profile.units keep KV in a group that profile.groups lacks": any(
+            set(unit.kv_values_per_token) - groups for unit in units
+        ),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(fault)
 
 
 def _value(hint: Any, data: Any, where: str) -> Any:

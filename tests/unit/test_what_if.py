@@ -119,7 +119,7 @@ def some_facts() -> Facts:
 def test_facts_survive_the_file(tmp_path: Path) -> None:
     peak = UnitPeak(7, ((32, 1.0),), ((0, 1.0), (8, 2.0)), (RowsPeak(1, 1.0, 0.5),))
     facts = some_facts()
-    facts = replace(facts, profile=replace(facts.profile, peaks={("cpu", "bf16"): (peak, peak)}))
+    facts = replace(facts, profile=replace(facts.profile, peaks={("cpu", "bf16"): (peak,) * 4}))
     write_facts(facts, tmp_path / "facts.json")
     assert read_facts(tmp_path / "facts.json") == facts
     (tmp_path / "file").write_text("")
@@ -136,6 +136,14 @@ def broken(change: str) -> Any:
         "unknown": lambda: content["cluster"].update(colour=1),
         "missing": lambda: unit.pop("weight_bytes"),
         "text": lambda: unit.update(name=5),
+        "no devices": lambda: content["cluster"].update(devices=[]),
+        "a device twice": lambda: content["cluster"].update(devices=content["cluster"]["devices"] * 2),
+        "no speed": lambda: content["cluster"]["devices"][0].update(bandwidth_bytes_per_s=0),
+        "no units": lambda: content["profile"].update(units=[]),
+        "an unknown format": lambda: content["profile"].update(stored_format="q4"),
+        "no bytes": lambda: unit.update(weight_bytes={}),
+        "too few seconds": content["profile"]["seconds"][0][-1]["units"].pop,
+        "no groups": lambda: content["profile"].update(groups=[]),
         "negative": lambda: unit["weight_bytes"].update(bf16=-1),
         "kind": lambda: content["cluster"]["devices"][0].update(kind="tpu"),
         "short": lambda: content["profile"]["seconds"].append(["cpu"]),
@@ -163,6 +171,14 @@ def _plain() -> Any:
         ("kind", r"cluster.devices\[0\].kind must be one of cpu, cuda"),
         ("short", "profile.seconds must be a mapping"),
         ("list", "profile.units must be a list"),
+        ("no devices", "cluster.devices must name at least one device"),
+        ("a device twice", "cluster.devices names a device twice"),
+        ("no speed", "cluster.devices: speeds must be more than 0"),
+        ("no units", "profile.units must be embed, layers and head"),
+        ("an unknown format", "profile.stored_format must be one of fp32, bf16"),
+        ("no bytes", "profile.units must have bytes in a format that is known"),
+        ("too few seconds", "profile.seconds and profile.peaks must have an entry for every unit"),
+        ("no groups", "profile.units keep KV in a group that profile.groups lacks"),
     ],
 )
 def test_facts_files_refused(tmp_path: Path, change: str, why: str) -> None:
