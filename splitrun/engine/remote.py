@@ -269,7 +269,8 @@ class RemoteStages:
         if self._successor is None or self._stopping.is_set() or not self._successor.take_over(devices):
             return False
         for device in devices:
-            threading.Thread(target=_end, args=(self._processes.pop(device),), daemon=True).start()
+            with self._lock:
+                threading.Thread(target=_end, args=(self._processes.pop(device),), daemon=True).start()
             del self._jobs[device]
             self._mailbox.forget(device)
             self._addresses[device] = self._mailbox.address  # where its peers send from now on

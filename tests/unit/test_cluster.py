@@ -9,6 +9,7 @@ import queue
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,14 @@ def test_clusters_are_joined_by_measured_links() -> None:
     assert found.link("cpu", "a/cpu") == found.link("a/cpu", "cpu") == near
     assert found.link("cpu", "b/cpu") == far
     assert found.link("a/cpu", "b/cpu") == far  # not measured: as far as the farthest
+
+
+def test_a_process_on_a_node_takes_what_one_takes_here() -> None:
+    here, there = facts("cpu"), facts("cpu")
+    (cpu,) = here.cluster.devices
+    here = replace(here, cluster=replace(here.cluster, devices=(replace(cpu, context_bytes=400 << 20),)))
+    found = joined(here, {"a": there}, {}).cluster
+    assert [device.context_bytes for device in found.devices] == [400 << 20, 400 << 20]
 
 
 class Sender:
