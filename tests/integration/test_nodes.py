@@ -29,7 +29,7 @@ from splitrun.cluster.nodes import Membership, Nodes
 from splitrun.cluster.versions import own_versions
 from splitrun.engine import succession
 from splitrun.engine.remote import Patience
-from splitrun.errors import ClusterError, StageError, StageLost
+from splitrun.errors import ClusterError, InvalidPlacement, StageError, StageLost
 from splitrun.planner.facts import Workload
 from splitrun.schedule.step import Step
 from splitrun.transport.frames import Frame, Kind
@@ -339,6 +339,24 @@ def test_what_fits_nowhere_else_ends_with_503(nodes: TestCluster) -> None:
             run(engine)
         assert not engine.core.status().healthy
         keeper.kill()
+
+
+def test_a_plan_sees_every_node(nodes: TestCluster) -> None:
+    """Neither what is here nor the node that is named has room for the whole model beside a process."""
+    told: list[str] = []
+    whole = splitrun.plan("demo", memory={"cpu": "2GiB"}, context=256, weights="fp32")
+    assert whole.estimate is not None
+    (bill,) = whole.estimate.devices
+    budgets = {"cpu": bill.total_bytes - bill.weight_bytes // 3, "two/cpu": bill.total_bytes - bill.weight_bytes // 3}
+    placement = splitrun.plan("demo", memory=budgets, context=256, weights="fp32", nodes=True, report=told.append)
+    assert set(placement.device_names) == {"cpu", "two/cpu"}
+    assert "measuring two" in told
+    assert placement.estimate is not None
+    taken = {memory.device: memory for memory in placement.estimate.devices}
+    assert taken["two/cpu"].context_bytes == taken["cpu"].context_bytes > 0
+    assert all(memory.total_bytes <= memory.budget_bytes for memory in taken.values())
+    with pytest.raises(InvalidPlacement, match="node three, which is not there"):
+        splitrun.plan("demo", memory={"cpu": "1GiB", "three/cpu": "1GiB"}, context=256, nodes=True)
 
 
 def test_the_check_names_every_node(nodes: TestCluster) -> None:
