@@ -83,7 +83,11 @@ class Nodes(Membership):
 
         Raises NodeLost when there is no such node now.
         """
+        import ray
+
         name = device.rpartition("/")[0]
+        if not ray.is_initialized():
+            raise NodeLost(f"{device}: this process has left the cluster")
         resource = next((node.resource for node in self.all() if node.name == name and node.alive), None)
         if resource is None:
             raise NodeLost(f"{device}: node {name} has left the cluster, or is out of reach")
