@@ -40,7 +40,7 @@ MOST_COPIES = 8
 POINT_SECONDS = 0.15
 """What is spent on one point; at least ``LEAST_RUNS`` runs."""
 LEAST_RUNS, MOST_RUNS = 5, 200
-PROMPTS_SECONDS, MOST_PROMPTS = 1.0, 4
+PROMPTS_SECONDS, MOST_PROMPTS = 0.25, 4
 """What is spent on whole prompts to see what memory they take, and how many they are at most."""
 FEWEST_RUNS = 3
 """Of a point that takes more than twice its time."""
@@ -125,7 +125,7 @@ class UnitBench:
         if peaks:  # before the other copies run, each of which keeps buffers of its own; small steps before large ones
             ordered = sorted(points, key=lambda point: (point.context + point.tokens, point.rows))
             found = {point: self._worker.call(partial(self._peak, point)) for point in ordered}
-        times = {point: self._worker.call(partial(self._time, point, spend_s)) for point in points}
+        times = {point: self._worker.call(partial(self._time, point, spend_s, peaks)) for point in points}
         return {point: replace(sample, peak_bytes=found.get(point, 0)) for point, sample in times.items()}
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class UnitBench:
 
     def _peak(self, point: Point) -> int:
         """Bytes of one such step; of a chunk with history, of several prompts up to there: what the C library keeps of
-        shorter steps does not fit longer ones, and grows for a few prompts."""
+        shorter steps does not fit longer ones, and may grow for a few prompts."""
         before = range(0, point.context, point.tokens) if point.tokens > 1 else ()
         runners = [self._runner(replace(point, context=context)) for context in (*before, point.context)]
 
@@ -153,9 +153,10 @@ class UnitBench:
 
         return peak_of(run, self._setting.kind, self._setting.device, self._held)
 
-    def _time(self, point: Point, spend_s: float) -> Sample:
+    def _time(self, point: Point, spend_s: float, warm: bool) -> Sample:
+        """``warm``: the first stage ran such a step already."""
         run = self._runner(point)
-        for stage in self._stages:
+        for stage in self._stages[warm:]:
             run(stage)
         return sample(run, self._stages, spend_s)
 
