@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from splitrun.errors import DoesNotFit, InvalidPlacement
+from splitrun.kernels.cpu.settings import check_settings
 
 if TYPE_CHECKING:
     from splitrun.planner.estimate import Estimate
@@ -55,12 +56,14 @@ def plan(
     report     is told what is being measured, which takes up to a minute the first time
 
     Loads nothing but single units, to time them. Raises DoesNotFit with the shortfall per device, InvalidPlacement for
-    devices or sizes that cannot be, and a ModelError for a model that cannot be run.
+    devices or sizes that cannot be, InvalidRequest for a setting of the environment that names nothing, and a
+    ModelError for a model that cannot be run.
     """
     from splitrun.planner.facts import Workload
     from splitrun.planner.quality import DEFAULT_LIMIT, share_of
     from splitrun.planner.solve import solve
 
+    check_settings()
     for name, value in (("context", context), ("sessions", sessions)):
         if value is not None and value < 1:
             raise InvalidPlacement(f"{name} is {value}: it must be at least 1")

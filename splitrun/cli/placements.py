@@ -10,6 +10,7 @@ import typer
 
 from splitrun.cli.options import Planning, is_placement
 from splitrun.errors import InvalidPlacement
+from splitrun.kernels.cpu.settings import check_settings
 
 if TYPE_CHECKING:
     from splitrun.planner.placement import Placement
@@ -26,11 +27,13 @@ def plan_or_load(
     """The placement that ``named`` leads to, and whether it was planned just now.
 
     A file is checked against this machine and the model; the planning options are for models only, ``verify`` for
-    files. Raises InvalidPlacement for a file that is stale, and whatever planning raises.
+    files. Raises InvalidPlacement for a file that is stale, InvalidRequest for a setting of the environment that names
+    nothing, and whatever planning raises.
     """
     import splitrun
     from splitrun import api
 
+    check_settings()
     if is_placement(named):
         _refuse_options(named, planning, {"--sessions": sessions, "--nodes": nodes})
         placement = splitrun.Placement.load(named)

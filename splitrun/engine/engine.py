@@ -21,6 +21,7 @@ from splitrun.engine.loading import Load
 from splitrun.engine.remote import Patience
 from splitrun.engine.tokenizer import Tokenizer
 from splitrun.errors import InvalidRequest, StageError
+from splitrun.kernels.cpu.settings import check_settings
 from splitrun.model.files import resolve
 from splitrun.model.weights import release_free_memory
 from splitrun.planner.placement import Placement
@@ -75,6 +76,7 @@ class Engine:
         trace: bool = False,
         text: bool = True,
     ) -> None:
+        check_settings()
         self.placement = placement if isinstance(placement, Placement) else Placement.load(placement)
         reference = self.placement.model
         self.files = resolve(reference.source, reference.revision, weights=load == "weights")

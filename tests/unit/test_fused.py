@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from splitrun.kernels.cpu import many
+from splitrun.kernels.cpu.settings import PROMPT_VARIABLE
 from splitrun.kernels.formats import quantize
 from splitrun.kernels.int8_kv import quantize_kv
 from splitrun.kernels.weight import install
@@ -308,7 +309,7 @@ def test_more_tokens_than_a_call_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", [many.TORCH, "bf16"])
 def test_a_chunk_of_a_prompt_is_alone_in_its_product(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of many rows may round by how many there are: a chunk's are its own, whoever is in the step."""
-    monkeypatch.setenv(many.VARIABLE, kind)
+    monkeypatch.setenv(PROMPT_VARIABLE, kind)
     ids = [tokens(33, seed) for seed in (1, 2, 3)]
     together, _ = make("qwen2", {})
     shapes = shapes_of(together, monkeypatch)
@@ -396,7 +397,7 @@ def test_chunks_of_prompts_as_the_layers_own_code(
 ) -> None:
     """Chunks behind a history, across blocks and windows, beside each other: near the exact products, and the same for
     any company and any threads."""
-    monkeypatch.setenv(many.VARIABLE, kind)
+    monkeypatch.setenv(PROMPT_VARIABLE, kind)
     if many.many_rows() is None or many.attention_rows() is None:
         pytest.skip("no kernel for chunks here")
     called: list[int] = []

@@ -29,6 +29,7 @@ from splitrun.kernels.cpu.reference import (
     quantize_activations,
 )
 from splitrun.kernels.cpu.selftest import first_fault
+from splitrun.kernels.cpu.settings import LEVEL_VARIABLE
 from splitrun.kernels.cpu.tiled import TiledWeight
 from splitrun.kernels.formats import QUANTIZED, quantize
 from splitrun.kernels.int8 import Int8Weight
@@ -383,7 +384,7 @@ def test_the_self_test_finds_a_wrong_layer(kernel: Kernel, monkeypatch: pytest.M
 def test_a_failing_level_is_left_out_with_one_warning(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitrun.kernels.cpu.selftest.first_fault", lambda candidate: "it adds wrongly")
     monkeypatch.setattr(library, "levels", lambda: {kernel.name: kernel})
-    monkeypatch.delenv(library.VARIABLE, raising=False)
+    monkeypatch.delenv(LEVEL_VARIABLE, raising=False)
     chosen = library.kernel.__wrapped__
     with pytest.warns(RuntimeWarning, match=f"the {kernel.name} kernels are switched off: it adds wrongly"):
         assert chosen() is None
@@ -392,7 +393,7 @@ def test_a_failing_level_is_left_out_with_one_warning(kernel: Kernel, monkeypatc
 def test_a_level_by_name_and_none(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = library.kernel.__wrapped__
     for value, expected in ((kernel.name, kernel.name), ("none", None)):
-        monkeypatch.setenv(library.VARIABLE, value)
+        monkeypatch.setenv(LEVEL_VARIABLE, value)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             found = chosen()

@@ -16,6 +16,7 @@ from splitrun.kernels.cpu.library import Matrix, kernel, native
 from splitrun.kernels.cpu.many import ManyRows
 from splitrun.kernels.cpu.reference import many_bound, nf4_codes, product_reference
 from splitrun.kernels.cpu.selftest import first_fault_of_many
+from splitrun.kernels.cpu.settings import PROMPT_VARIABLE
 from splitrun.kernels.cpu.tiled import TiledWeight
 from splitrun.kernels.formats import QUANTIZED
 from splitrun.kernels.int8 import Int8Weight
@@ -132,22 +133,13 @@ def test_weights_multiply_prompts_with_the_kernel_that_is_chosen(monkeypatch: py
     plain, weight = weight_of("nf4", 75, 128)
     x, bias = activations(17, 128), activations(1, 75)[0]
     for name, one in KERNELS.items():
-        monkeypatch.setenv(many.VARIABLE, name)
+        monkeypatch.setenv(PROMPT_VARIABLE, name)
         assert torch.equal(weight.apply(x, bias=bias), product(one, weight, x, bias))
-    monkeypatch.setenv(many.VARIABLE, "torch")
+    monkeypatch.setenv(PROMPT_VARIABLE, "torch")
     torch.testing.assert_close(weight.apply(x, bias=bias), functional.linear(x, plain.dequantize(), bias))
-    monkeypatch.setenv(many.VARIABLE, "bf16")
+    monkeypatch.setenv(PROMPT_VARIABLE, "bf16")
     chosen = many.many_rows()
     assert chosen is None or chosen.kind == "bf16"
-
-
-def test_a_name_that_is_none_is_refused_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not compiled_levels():
-        pytest.skip("nothing is compiled here")
-    monkeypatch.setattr(many, "_chosen", many._chosen.__wrapped__)
-    monkeypatch.setenv(many.VARIABLE, "int7")
-    with pytest.warns(RuntimeWarning, match="must be one of bf16, int8, torch"):
-        assert many.many_rows() is None
 
 
 @pytest.mark.skipif(not KERNELS, reason="no kernel for prompts runs here")

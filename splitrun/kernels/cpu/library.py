@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from splitrun.kernels.cpu.arena import Arena
+from splitrun.kernels.cpu.settings import LEVEL_VARIABLE, check_settings
 
 LIBRARY = "_native"
-VARIABLE = "SPLITRUN_CPU_KERNELS"
 FORMATS = {"nf4": 0, "int8": 1, "bf16": 2, "fp16": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_ROWS = 16
@@ -230,11 +230,12 @@ def levels() -> dict[str, Kernel]:
 def kernel() -> Kernel | None:
     """The best level that gives exactly the reference's results on this machine; None: use torch.
 
-    A level that fails is left out with one warning.
+    A level that fails is left out with one warning. Raises InvalidRequest where ``SPLITRUN_CPU_KERNELS`` names nothing.
     """
     from splitrun.kernels.cpu.selftest import first_fault
 
-    wanted = os.environ.get(VARIABLE)
+    check_settings()
+    wanted = os.environ.get(LEVEL_VARIABLE)
     for name, candidate in levels().items():
         if wanted not in (None, "", name):
             continue

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from splitrun.kernels.cpu.library import DTYPES, Matrix, kernel, native, scratch_address
+from splitrun.kernels.cpu.settings import KINDS, PROMPT_VARIABLE, TORCH, check_settings
 
-VARIABLE = "SPLITRUN_CPU_PROMPTS"
-KINDS = ("bf16", "int8")
-TORCH = "torch"
 WORSE_THAN_TORCH = ("avx512bf16",)
 """Kernels that torch beats where the processor has tile instructions."""
 
@@ -97,8 +95,11 @@ def every() -> dict[str, ManyRows]:
 
 
 def many_rows() -> ManyRows | None:
-    """The kernel for prompts in this process; None: torch multiplies the values. Follows ``SPLITRUN_CPU_PROMPTS``."""
-    return _chosen(os.environ.get(VARIABLE) or KINDS[0])
+    """The kernel for prompts in this process; None: torch multiplies the values. Follows ``SPLITRUN_CPU_PROMPTS``.
+
+    Raises InvalidRequest where that names nothing.
+    """
+    return _chosen(os.environ.get(PROMPT_VARIABLE) or KINDS[0])
 
 
 def attention_rows() -> ManyRows | None:
@@ -112,17 +113,11 @@ def _chosen(wanted: str) -> ManyRows | None:
     """The best kernel of a kind, or one by name. The first that fails its test ends the search, with one warning."""
     from splitrun.kernels.cpu.selftest import first_fault_of_many
 
+    check_settings()
     library = native()
     if library is None or wanted == TORCH or kernel() is None:
         return None
     found = every()
-    if wanted not in (*KINDS, *found):
-        warnings.warn(
-            f"{VARIABLE} is {wanted!r}: it must be one of {', '.join((*KINDS, TORCH, *found))}; prompts use torch",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return None
     candidate = found.get(wanted) or next((one for one in found.values() if one.kind == wanted), None)
     if candidate is None or (candidate.name in WORSE_THAN_TORCH and library.splitrun_has_tiles() and wanted in KINDS):
         return None

@@ -13,7 +13,7 @@ from splitrun.kernels.cpu.block import BlockKernel, LayerChain, LayerParts, RowH
 from splitrun.kernels.cpu.dense import DenseWeight
 from splitrun.kernels.cpu.library import Kernel
 
-HIDDEN, INNER, WIDTH, HEADS, KV_HEADS, BLOCK_TOKENS = 96, 80, 16, 6, 2, 24
+HIDDEN, INNER, WIDTH, HEADS, KV_HEADS, BLOCK_TOKENS = 96, 80, 32, 6, 2, 24
 PAST = 531
 """More than a segment, and a multiple of nothing."""
 BOUND = 0.01

@@ -3,24 +3,12 @@
  * Tile registers: 0 to 3 sums, 4 and 5 activations, 6 and 7 weights. Each row of sums is 16 outputs. */
 #include "panel_body.h"
 #include "chunk_rows.h"
-#ifdef SPLITRUN_EMULATED_TILES
-#include SPLITRUN_EMULATED_TILES /* for tests: the same instructions in plain C */
-#endif
+#include "tiles.h"
 
 #define HALF 32                /* outputs at a time, of a panel */
 #define ROWS 32                /* at a time */
 #define SUMS (TILE * TILE)     /* of a tile */
 #define STRIDE (PANEL * 4)     /* bytes between rows of sums */
-
-struct configuration {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-
-/* A constant, because compilers believe that the instruction reads only its first bytes. */
-static const _Alignas(64) struct configuration all_full = {
-    1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 static void enter(void) { _tile_loadconfig(&all_full); }
 

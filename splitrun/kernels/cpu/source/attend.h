@@ -116,7 +116,8 @@ ALWAYS_INLINE float weigh(float *scores, int count, float *largest, float *total
     for (int key = 0; key < KEYS_AT_ONCE; key += LANES) most = larger(most, load_lanes(scores + key));
     store_lanes(most_of, most);
     for (int i = 0; i < LANES; i++) *largest = most_of[i] > *largest ? most_of[i] : *largest;
-    for (int key = 0; key < KEYS_AT_ONCE; key++) scores[key] = exponential(scores[key] - *largest);
+    for (int key = 0; key < KEYS_AT_ONCE; key += LANES)
+        store_lanes(scores + key, exponentials(load_lanes(scores + key) - *largest));
     for (int key = count; key < KEYS_AT_ONCE; key++) scores[key] = 0.0f;
     for (int key = 0; key < KEYS_AT_ONCE; key += LANES) sums += load_lanes(scores + key);
     float shrink = exponential(before - *largest);
@@ -223,6 +224,9 @@ ALWAYS_INLINE void attend_as(const struct view *view, const int dtype, const int
     }
 }
 
+#ifdef OWN_ATTEND /* the including file has one, and uses this for what that does not take */
+#define attend attend_by_dots
+#endif
 static void attend(const struct view *view, const float *query, float *out, float *largest, float *total) {
 #ifdef __AVX512BF16__
     if ((view->dtype == BF16 || view->dtype == INT8_KV) && view->width % PAIRS == 0) {
@@ -242,5 +246,6 @@ static void attend(const struct view *view, const float *query, float *out, floa
         default: attend_as(view, INT8_KV, 0, query, out, largest, total);
     }
 }
+#undef attend
 
 #endif

@@ -43,7 +43,10 @@ static void gate_panel(float *gates, float *ups, int64_t rows, int64_t count, co
     for (int64_t row = 0; row < rows; row++, gates += PANEL, ups += PANEL, target += stride) {
         for (int i = 0; gate_scales && i < PANEL; i++) gates[i] = gates[i] * gate_scales[i];
         for (int i = 0; up_scales && i < PANEL; i++) ups[i] = ups[i] * up_scales[i];
-        for (int i = 0; i < PANEL; i++) gates[i] = gates[i] / (1.0f + exponential(-gates[i])) * ups[i];
+        for (int i = 0; i < PANEL; i += LANES) {
+            lanes gate = load_lanes(gates + i);
+            store_lanes(gates + i, gate / (1.0f + exponentials(-gate)) * load_lanes(ups + i));
+        }
         memcpy(target, gates, (size_t)count * sizeof(float));
     }
 }
@@ -56,7 +59,7 @@ static float weigh(float *scores, int first, int last, float *largest, float *to
         scores[i] = i >= first && i < last ? scores[i] : -__builtin_inff();
         most = scores[i] > most ? scores[i] : most;
     }
-    for (int i = 0; i < KEYS; i++) scores[i] = exponential(scores[i] - most);
+    for (int i = 0; i < KEYS; i += LANES) store_lanes(scores + i, exponentials(load_lanes(scores + i) - most));
     for (int i = 0; i < KEYS; i++) scores[i] = i >= first && i < last ? scores[i] : 0.0f;
     for (int i = 0; i < KEYS; i += 16)
         for (int lane = 0; lane < 16; lane++) sums[lane] += scores[i + lane];

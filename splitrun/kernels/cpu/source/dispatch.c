@@ -26,6 +26,10 @@ EXPORT const struct level *splitrun_level(int32_t index) {
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                  __builtin_cpu_supports("avx512vnni");
     (void)avx512;
+#ifdef HAVE_AMXDOTS
+    if (avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") && has_tiles())
+        found[count++] = &level_amxdots;
+#endif
 #ifdef HAVE_AVX512DOTS
     if (avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16"))
         found[count++] = &level_avx512dots;

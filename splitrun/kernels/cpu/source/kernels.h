@@ -11,8 +11,9 @@
  * Arithmetic is the same at every level, to the bit: integer sums over 64 columns, then fp32 products and sums in the
  * order of the groups, without fused multiply-add (the build says -ffp-contract=off); for 16-bit floats 16 partial sums
  * along a row. A row's result therefore depends neither on the level, nor on the threads, nor on the other rows. One
- * exception: avx512dots multiplies bf16 matrices with activations rounded to bf16, and attends to bf16 and int8 keys and
- * values with queries and weights rounded so, in fp32 sums of its own; there too a row's bits depend on that row alone.
+ * exception: avx512dots and amxdots multiply bf16 matrices with activations rounded to bf16, and attend to bf16 and int8
+ * keys and values with queries and weights rounded so, in fp32 sums of their own; there too a row's bits depend on that
+ * row alone.
  * Nothing here knows models or Python.
  */
 #ifndef SPLITRUN_KERNELS_H
@@ -107,10 +108,13 @@ struct level {
     const struct level level_##name = {#name,  nf4_tile,     int8_tile, dense_tile, nf4_row, int8_row,                 \
                                        attend, quantize_row, norm_row,  rotate_row, gate_row, DENSE_DOTS}
 
-extern const struct level level_avx512dots, level_avx512vnni, level_avx2vnni, level_avx2, level_neon, level_portable;
+extern const struct level level_amxdots, level_avx512dots, level_avx512vnni, level_avx2vnni, level_avx2, level_neon, level_portable;
 
 extern const float nf4_table[16]; /* the format's values */
 extern const int8_t nf4_codes[16]; /* the same times 127, rounded: what products use */
+
+/* many.c: whether this process may use tile registers (AMX) for bf16. */
+int has_tiles(void);
 
 /* team.c */
 void run_team(int threads, void (*work)(void *), void *argument);

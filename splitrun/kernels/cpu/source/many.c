@@ -65,11 +65,13 @@ EXPORT int32_t splitrun_many_kind(const struct many *many) { return many->kind; 
 
 EXPORT int32_t splitrun_many_span(const struct many *many) { return many->span; }
 
-/* Whether the processor has tile instructions, whatever this build knows of them: torch uses them then. */
-EXPORT int32_t splitrun_has_tiles(void) {
+int has_tiles(void) {
 #if defined(__x86_64__)
     return tiles_allowed(EDX_AMX_TILE | EDX_AMX_BF16);
 #else
     return 0;
 #endif
 }
+
+/* Whether the processor has tile instructions, whatever this build knows of them: torch uses them then. */
+EXPORT int32_t splitrun_has_tiles(void) { return has_tiles(); }

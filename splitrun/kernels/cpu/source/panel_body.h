@@ -114,7 +114,7 @@ ALWAYS_INLINE void clear_lines(uint8_t *out, int64_t first, int64_t last) {
 
 #ifdef __AVX512BF16__
 /* Two columns of 16 outputs, fp32 -> a line of pairs. */
-ALWAYS_INLINE __m512i pairs(__m512 even, __m512 odd) {
+ALWAYS_INLINE __m512i line_of_pairs(__m512 even, __m512 odd) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
@@ -127,10 +127,10 @@ ALWAYS_INLINE void nf4_to_bf16(const uint8_t *codes, int64_t count, uint8_t *out
         for (int line = 0; line < 8; line++, out += 4 * ROW) {
             __m512i all = _mm512_loadu_si512(codes + line * LINE);
 #define COLUMN(shift) _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(all, shift), table), scale)
-            _mm512_storeu_si512(out, pairs(COLUMN(0), COLUMN(8)));
-            _mm512_storeu_si512(out + ROW, pairs(COLUMN(16), COLUMN(24)));
-            _mm512_storeu_si512(out + 2 * ROW, pairs(COLUMN(4), COLUMN(12)));
-            _mm512_storeu_si512(out + 3 * ROW, pairs(COLUMN(20), COLUMN(28)));
+            _mm512_storeu_si512(out, line_of_pairs(COLUMN(0), COLUMN(8)));
+            _mm512_storeu_si512(out + ROW, line_of_pairs(COLUMN(16), COLUMN(24)));
+            _mm512_storeu_si512(out + 2 * ROW, line_of_pairs(COLUMN(4), COLUMN(12)));
+            _mm512_storeu_si512(out + 3 * ROW, line_of_pairs(COLUMN(20), COLUMN(28)));
 #undef COLUMN
         }
     }
@@ -142,8 +142,8 @@ ALWAYS_INLINE void int8_to_bf16(const uint8_t *codes, const float *scales, int64
         __m512i all = _mm512_loadu_si512(codes);
 #define COLUMN(shift) \
     _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(all, 24 - (shift)), 24)), scale)
-        _mm512_storeu_si512(out, pairs(COLUMN(0), COLUMN(8)));
-        _mm512_storeu_si512(out + ROW, pairs(COLUMN(16), COLUMN(24)));
+        _mm512_storeu_si512(out, line_of_pairs(COLUMN(0), COLUMN(8)));
+        _mm512_storeu_si512(out + ROW, line_of_pairs(COLUMN(16), COLUMN(24)));
 #undef COLUMN
     }
 }

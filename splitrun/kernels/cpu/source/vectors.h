@@ -66,7 +66,12 @@ static void rotate_row(float *head, const float *cosines, const float *sines, in
 
 /* gates = gates * sigmoid(gates) * ups. */
 static void gate_row(float *gates, const float *ups, int count) {
-    for (int i = 0; i < count; i++) gates[i] = gates[i] / (1.0f + exponential(-gates[i])) * ups[i];
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        lanes gate = load_lanes(gates + i);
+        store_lanes(gates + i, gate / (1.0f + exponentials(-gate)) * load_lanes(ups + i));
+    }
+    for (; i < count; i++) gates[i] = gates[i] / (1.0f + exponential(-gates[i])) * ups[i];
 }
 
 #endif
