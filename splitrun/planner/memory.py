@@ -26,6 +26,9 @@ SLABS = 2
 ALLOCATOR_BYTES = {"cpu": 4 << 20}
 DEFAULT_ALLOCATOR_BYTES = 32 << 20
 """A GPU's matrix library keeps up to 32 MiB, and its allocator rounds segments up; the C library keeps freed pages."""
+LOST_TO_CHUNKS = 0.75
+"""Of what torch's operators take for a history on a processor: each chunk's temporaries are larger than the last one's,
+so those that the C library keeps serve no further chunk. As seen over eight layers, after four and eight chunks."""
 ALLOCATOR_SHARE = 128
 """One part in so many of weights and KV is lost to rounding of tensors up to allocation blocks."""
 MARGIN_BYTES = {"cpu": 16 << 20}
@@ -90,7 +93,8 @@ def workspace_bytes(
     measured = profile.peaks.get((device.name, weights))
     if measured is not None and kv_dtype != "int8":
         kept = kv.kept_tokens(facts, profile.groups, workload)
-        arguments = (workload.chunk_tokens, workload.sessions, workload.context, kept)
+        lost = LOST_TO_CHUNKS if device.kind == "cpu" and weights in VALUE_BYTES else 0.0
+        arguments = (workload.chunk_tokens, workload.sessions, workload.context, kept, lost)
         return max(measured[unit].bytes_at(*arguments), scored)
     value_bytes = VALUE_BYTES[compute_dtype(device, weights)]
     tokens = workload.sessions if head else max(workload.chunk_tokens, workload.sessions)

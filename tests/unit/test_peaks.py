@@ -87,6 +87,16 @@ def test_the_largest_step_decides(chunk: int, sessions: int, context: int, kept:
     assert peak.bytes_at(chunk, sessions, context, kept) == expected
 
 
+def test_what_chunks_give_back_on_a_processor_serves_no_later_one() -> None:
+    histories = ((0, 10.0 * MIB), (1024, 30.0 * MIB))
+    peak = UnitPeak(0, ((512, 10.0 * MIB),), histories, (RowsPeak(1, 0.0, 0.0),))
+    facts = replace(model(layers=2), peaks={(name, "bf16"): (peak,) * 4 for name in ("cpu", "cuda:0")})
+    long = Workload(context=1024 + 512)
+    assert workspace_bytes(facts, 1, device("cuda:0", kind="cuda"), "bf16", long, "bf16") == 30 * MIB
+    assert workspace_bytes(facts, 1, device(), "bf16", long, "bf16") == 45 * MIB
+    assert workspace_bytes(facts, 1, device(), "bf16", Workload(context=512), "bf16") == 10 * MIB
+
+
 def test_measured_bytes_go_before_shapes() -> None:
     peak = UnitPeak(123 * MIB, ((32, 0.0),), ((0, 0.0),), (RowsPeak(1, 0.0, 0.0),))
     facts = replace(model(layers=2), peaks={("cpu", "bf16"): (peak,) * 4})
