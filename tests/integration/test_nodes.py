@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from cut_models import NEW_TOKENS, TinyModel, tiny_model
-from node_clusters import TestCluster, cluster, disconnect, listening, shown
+from node_clusters import TestCluster, cluster, listening, shown
 from pauses import MOST_S, Pause
 from test_processes import GREEDY, SAMPLED, at_step, cut_everywhere, demo, plan, remote_of, restarts, run
 from test_recovery import IN_FLIGHT, OUTPUTS, PROMPTS, computed
@@ -25,7 +25,7 @@ from test_recovery import IN_FLIGHT, OUTPUTS, PROMPTS, computed
 import splitrun
 from splitrun.cluster import links, node, runtime
 from splitrun.cluster.home import Home
-from splitrun.cluster.nodes import Membership, Nodes
+from splitrun.cluster.nodes import Membership, Nodes, leave
 from splitrun.cluster.versions import own_versions
 from splitrun.engine import succession
 from splitrun.engine.remote import Patience
@@ -376,7 +376,7 @@ def test_leaving_the_cluster_ends_what_waits_for_it(nodes: TestCluster) -> None:
     processes = [found.start("two/cpu", job, links.MODULE) for _ in range(3)]
     for process in processes:
         process.expect("address", 60)
-    disconnect()
+    leave()
     for process in processes:
         process._thread.join(timeout=10)
         assert not process._thread.is_alive()
