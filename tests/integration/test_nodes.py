@@ -23,9 +23,9 @@ from test_processes import GREEDY, SAMPLED, at_step, cut_everywhere, demo, plan,
 from test_recovery import IN_FLIGHT, OUTPUTS, PROMPTS, computed
 
 import splitrun
-from splitrun.cluster import links, node, runtime
+from splitrun.cluster import node, runtime
 from splitrun.cluster.home import Home
-from splitrun.cluster.nodes import Membership, Nodes, leave
+from splitrun.cluster.nodes import Membership, Nodes
 from splitrun.cluster.versions import own_versions
 from splitrun.engine import succession
 from splitrun.engine.remote import Patience
@@ -367,23 +367,35 @@ def test_the_check_names_every_node(nodes: TestCluster) -> None:
     assert lines["two"][0].startswith("good: ")
 
 
-def test_leaving_the_cluster_ends_what_waits_for_it(nodes: TestCluster) -> None:
-    """Ray makes threads that wait exit then, and a later call would start a cluster of its own."""
-    import ray  # the nodes have set its environment
+LEAVING = """
+from splitrun.cluster import links
+from splitrun.cluster.nodes import Nodes, leave
+found = Nodes()
+job = {"session": 1, "own": "two", "host": "127.0.0.1", "ports": [49152, 65535]}
+processes = [found.start("two/cpu", job, links.MODULE) for _ in range(3)]
+for process in processes:
+    process.expect("address", 60)
+leave()
+for process in processes:
+    process._thread.join(timeout=10)
+    assert not process._thread.is_alive(), "a thread waits for ever"
+    assert process.end
+    process.tell({"peers": {}})
+    process.kill()
+import ray
+assert not ray.is_initialized()
+print("left")
+"""
 
-    found = Nodes()
-    job = {"session": 1, "own": "two", "host": "127.0.0.1", "ports": [49152, 65535]}
-    processes = [found.start("two/cpu", job, links.MODULE) for _ in range(3)]
-    for process in processes:
-        process.expect("address", 60)
-    leave()
-    for process in processes:
-        process._thread.join(timeout=10)
-        assert not process._thread.is_alive()
-        assert process.end
-        process.tell({"peers": {}})
-        process.kill()
-    assert not ray.is_initialized()
+
+def test_leaving_the_cluster_ends_what_waits_for_it(nodes: TestCluster) -> None:
+    """Ray makes threads that wait exit then, and a later call would start a cluster of its own. In a process that has
+    nothing else to do with the cluster: an engine would join it again."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(splitrun.__file__).parent.parent)}
+    outcome = subprocess.run(
+        [sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=150, env=environment, check=False
+    )
+    assert outcome.stdout == "left\n", outcome.stderr[-2000:]
 
 
 def test_without_the_token_no_job_runs(job_without_token: subprocess.Popen[str]) -> None:
