@@ -60,18 +60,10 @@ def plan(
     ModelError for a model that cannot be run.
     """
     from splitrun.planner.facts import Workload
-    from splitrun.planner.quality import DEFAULT_LIMIT, share_of
     from splitrun.planner.solve import solve
 
     check_settings()
-    for name, value in (("context", context), ("sessions", sessions)):
-        if value is not None and value < 1:
-            raise InvalidPlacement(f"{name} is {value}: it must be at least 1")
-    if nodes and facts is not None:
-        raise InvalidPlacement("--nodes measures machines that are here and --facts describes one; give one of them")
-    if weights != "auto" and quality != DEFAULT_LIMIT:
-        raise InvalidPlacement(f"--quality limits --weights auto, and --weights {weights} leaves no choice: give one")
-    share_of(quality)
+    _check_arguments(context, sessions, weights, quality, nodes and facts is not None)
     rows = tuple(sorted({1, sessions}))
     if facts is not None:
         known = read_facts_for(facts, model, memory)
@@ -86,6 +78,21 @@ def plan(
     except DoesNotFit as error:
         raise _with_unused(error, memory) from error
     return found if facts is not None else _with_calibration(found, known.cluster)
+
+
+def _check_arguments(context: int | None, sessions: int, weights: str, quality: str, twice: bool) -> None:
+    """Raises InvalidPlacement for sizes and flags that cannot be. ``twice``: both the machines that are here and a file
+    of facts are to be planned for."""
+    from splitrun.planner.quality import DEFAULT_LIMIT, share_of
+
+    for name, value in (("context", context), ("sessions", sessions)):
+        if value is not None and value < 1:
+            raise InvalidPlacement(f"{name} is {value}: it must be at least 1")
+    if twice:
+        raise InvalidPlacement("--nodes measures machines that are here and --facts describes one; give one of them")
+    if weights != "auto" and quality != DEFAULT_LIMIT:
+        raise InvalidPlacement(f"--quality limits --weights auto, and --weights {weights} leaves no choice: give one")
+    share_of(quality)
 
 
 def _with_unused(error: DoesNotFit, memory: Mapping[str, str | int] | None) -> DoesNotFit:

@@ -26,8 +26,8 @@ def trace(
     """Answer PROMPT and write down when which stage on which machine worked on it; open it at ui.perfetto.dev."""
     refuse_destinations({"-o": output})
     import splitrun
+    from splitrun.engine.patience import Patience
     from splitrun.engine.record import perfetto
-    from splitrun.engine.remote import Patience
     from splitrun.planner.destination import write_whole
 
     placement, _ = plan_or_load(model, planning, nodes=nodes)

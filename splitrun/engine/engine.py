@@ -18,7 +18,7 @@ from splitrun.engine.assembly import assemble
 from splitrun.engine.core import EngineCore
 from splitrun.engine.detokenizer import TextStream
 from splitrun.engine.loading import Load
-from splitrun.engine.remote import Patience
+from splitrun.engine.patience import Patience
 from splitrun.engine.tokenizer import Tokenizer
 from splitrun.errors import InvalidRequest, StageError
 from splitrun.kernels.cpu.settings import check_settings

@@ -21,8 +21,7 @@ from splitrun.cluster.process import StageHandle
 from splitrun.engine.exchange import COORDINATOR, Exchange, Route
 from splitrun.engine.kept import KeptKV
 from splitrun.engine.outcome import Failure, Interruption, Outcome, Restarted, Resumed
-from splitrun.engine.patience import LOOPBACK, Listening, Successor
-from splitrun.engine.patience import Patience as Patience
+from splitrun.engine.patience import LOOPBACK, Listening, Patience, Successor
 from splitrun.engine.pipeline import Pipeline
 from splitrun.engine.record import StageClock
 from splitrun.engine.restoring import Restoration

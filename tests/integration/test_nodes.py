@@ -28,7 +28,7 @@ from splitrun.cluster.home import Home
 from splitrun.cluster.nodes import Membership, Nodes
 from splitrun.cluster.versions import own_versions
 from splitrun.engine import succession
-from splitrun.engine.remote import Patience
+from splitrun.engine.patience import Patience
 from splitrun.errors import ClusterError, InvalidPlacement, StageError, StageLost
 from splitrun.planner.facts import Workload
 from splitrun.schedule.step import Step

@@ -20,7 +20,8 @@ from pauses import MOST_S, Pause
 import splitrun
 from splitrun import api
 from splitrun.cluster.process import StageProcess
-from splitrun.engine.remote import Patience, RemoteStages
+from splitrun.engine.patience import Patience
+from splitrun.engine.remote import RemoteStages
 from splitrun.errors import ClusterError, CorruptWeights, InvalidPlacement, StageError, StageLost
 from splitrun.kernels.cpu.library import kernel
 from splitrun.planner.facts import Workload

@@ -8,7 +8,8 @@ import pytest
 
 from splitrun.engine.exchange import COORDINATOR
 from splitrun.engine.outcome import Failure
-from splitrun.engine.remote import Patience, RemoteStages
+from splitrun.engine.patience import Patience
+from splitrun.engine.remote import RemoteStages
 from splitrun.errors import DeviceOutOfMemory, StageError
 from splitrun.transport.frames import Frame, Kind
 
