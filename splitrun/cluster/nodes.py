@@ -33,8 +33,6 @@ KILL_S = 1.5
 """How long a keeper may take to end its process; one that takes longer is out of reach."""
 
 STORE_S = 60.0
-_CALLS = threading.Lock()
-"""Held while Ray is called, and while it is left: a call that meets its end in there would not come back."""
 
 
 class NodeLost(StageLost):
@@ -226,25 +224,15 @@ class NodeProcess:
         self._asked.put(None)
 
 
-def leave() -> None:
-    """Leave the cluster as a driver, so that another can be joined. Whoever waits for a node learns of it."""
-    import ray
-
-    with _CALLS:
-        ray.shutdown()
-    _connect.cache_clear()
-
-
 def _asked(method: Any, *arguments: object) -> Any:
     """Call an actor's method; gives what ``_waited`` waits for. Raises RaySystemError once this process has left the
     cluster."""
     import ray
     from ray.exceptions import RaySystemError
 
-    with _CALLS:
-        if not ray.is_initialized():
-            raise RaySystemError("this process has left the cluster")
-        return method.remote(*arguments)
+    if not ray.is_initialized():
+        raise RaySystemError("this process has left the cluster")
+    return method.remote(*arguments)
 
 
 def _waited(reference: Any, most_s: float) -> Any:

@@ -16,7 +16,6 @@ import psutil
 
 from splitrun.cluster import node
 from splitrun.cluster.home import Home
-from splitrun.cluster.nodes import leave
 from splitrun.cluster.ports import COUNT
 
 TOKEN = secrets.token_hex(24)
@@ -123,8 +122,18 @@ def cluster(folder: Path, *names: str) -> Iterator[TestCluster]:
     finally:
         os.environ["SPLITRUN_HOME"] = before
         if "ray" in sys.modules:
-            leave()
+            disconnect()
         made.stop()
+
+
+def disconnect() -> None:
+    """Leave the cluster as a driver, so that another can be joined."""
+    import ray
+
+    from splitrun.cluster import nodes
+
+    ray.shutdown()
+    nodes._connect.cache_clear()
 
 
 def listening() -> dict[int, set[str]]:

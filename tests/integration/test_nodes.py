@@ -369,20 +369,20 @@ def test_the_check_names_every_node(nodes: TestCluster) -> None:
 
 LEAVING = """
 from splitrun.cluster import links
-from splitrun.cluster.nodes import Nodes, leave
+from splitrun.cluster.nodes import Nodes
 found = Nodes()
 job = {"session": 1, "own": "two", "host": "127.0.0.1", "ports": [49152, 65535]}
 processes = [found.start("two/cpu", job, links.MODULE) for _ in range(3)]
 for process in processes:
     process.expect("address", 60)
-leave()
+import ray
+ray.shutdown()
 for process in processes:
     process._thread.join(timeout=10)
     assert not process._thread.is_alive(), "a thread waits for ever"
     assert process.end
     process.tell({"peers": {}})
     process.kill()
-import ray
 assert not ray.is_initialized()
 print("left")
 """
@@ -390,7 +390,7 @@ print("left")
 
 def test_leaving_the_cluster_ends_what_waits_for_it(nodes: TestCluster) -> None:
     """Ray makes threads that wait exit then, and a later call would start a cluster of its own. In a process that has
-    nothing else to do with the cluster: an engine would join it again."""
+    nothing else to do with the cluster: the engine of other tests would join it again to compute what it has lost."""
     environment = {**os.environ, "PYTHONPATH": str(Path(splitrun.__file__).parent.parent)}
     outcome = subprocess.run(
         [sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=150, env=environment, check=False
