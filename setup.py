@@ -18,18 +18,42 @@ COMMON = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibili
 FILES = ("block.c", "chain.c", "chunk.c", "layout.c", "panels.c", "portable.c", "product.c", "quantize.c", "team.c")
 DISPATCH = ("dispatch.c", "many.c")
 """What asks which levels there are."""
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-VNNI, BF16 = [*AVX512, "-mavx512vnni"], [*AVX512, "-mavx512bf16"]
-DOTS = [*VNNI, "-mavx512vbmi", "-mavx512bf16"]
-TILES = ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 LEVELS = {
     "x86_64": {
-        "avx512vnni.c": VNNI,
-        "avx512dots.c": DOTS,
-        "amxdots.c": [*DOTS, *TILES],
-        "avx512bf16.c": BF16,
-        "avx512int8.c": VNNI,
-        "amx.c": [*BF16, *TILES],
+        "avx512vnni.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
+        "avx512dots.c": [
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512dq",
+            "-mavx512vnni",
+            "-mavx512vbmi",
+            "-mavx512bf16",
+        ],
+        "amxdots.c": [
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512dq",
+            "-mavx512vnni",
+            "-mavx512vbmi",
+            "-mavx512bf16",
+            "-mamx-tile",
+            "-mamx-bf16",
+            "-mamx-int8",
+        ],
+        "avx512bf16.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"],
+        "avx512int8.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
+        "amx.c": [
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512dq",
+            "-mavx512bf16",
+            "-mamx-tile",
+            "-mamx-bf16",
+            "-mamx-int8",
+        ],
         "avx2vnni.c": ["-mavx2", "-mavxvnni"],
         "avx2.c": ["-mavx2"],
     },
