@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +102,24 @@ def test_what_was_set_aside_in_vain_is_given_back() -> None:
     gc.collect()
     assert region() is None
     assert not aside.fill(0, 1, lambda target, address: None)
+
+
+def test_pages_come_from_several_nodes_in_turn() -> None:
+    region = regions.new_region(REGION_BYTES)
+    if not regions.interleave(region, regions.memory_nodes() or [0]):
+        pytest.skip("this system places no memory")
+    start = f"{regions.address(region):x} "
+    places = Path("/proc/self/numa_maps").read_text(encoding="ascii").splitlines()
+    assert [line.split()[1].partition(":")[0] for line in places if line.startswith(start)] == ["interleave"]
+
+
+def test_which_nodes_a_process_may_use(tmp_path: Path) -> None:
+    status, present = tmp_path / "status", tmp_path / "has_memory"
+    assert regions.memory_nodes(status, present) == []
+    status.write_text("Name:\tpython\nMems_allowed:\t7f\nMems_allowed_list:\t0-2,5\n", encoding="ascii")
+    assert regions.memory_nodes(status, present) == []
+    present.write_text("1-3,5\n", encoding="ascii")
+    assert regions.memory_nodes(status, present) == [1, 2, 5]
 
 
 @pytest.mark.parametrize("count", [10, SMALL_BYTES, HUGE_PAGE_BYTES + 3])

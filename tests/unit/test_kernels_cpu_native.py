@@ -1,4 +1,4 @@
-"""The C library under AddressSanitizer and UndefinedBehaviorSanitizer, and its Arm level under an emulator."""
+"""The C library under sanitizers (of addresses, undefined behaviour, threads), and its Arm level under an emulator."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from splitrun.measure.health import find_compiler
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "splitrun/kernels/cpu/source"
 CHECK = ROOT / "tests/native/check.c"
+CHECK_LAYERS = ROOT / "tests/native/check_layers.c"
 CHECK_MANY = ROOT / "tests/native/check_many.c"
 EMULATION = ['-DSPLITRUN_EMULATED_TILES="emulated_tiles.h"', f"-I{ROOT / 'tests/native'}"]
 EMULATED = "amx.c"
@@ -67,13 +68,14 @@ def compile_all(compiler: str, family: str, options: list[str], folder: Path, pa
 
 def link(compiler: str, options: list[str], objects: Sequence[Path], folder: Path) -> Path:
     program = folder / "check"
-    subprocess.run([compiler, *options, *map(str, objects), "-o", str(program)], check=True, timeout=200)
+    command = [compiler, *options, *map(str, objects), "-pthread", "-lm", "-o", str(program)]
+    subprocess.run(command, check=True, timeout=200)
     return program
 
 
 @dataclass(frozen=True)
-class Sanitized:
-    """The library's objects under both sanitizers, with what they were compiled with."""
+class Compiled:
+    """The library's objects, with what they were compiled with."""
 
     compiler: str
     family: str
@@ -90,7 +92,7 @@ class Sanitized:
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """Skips the test where no compiler has the sanitizers."""
     folder, compiler = tmp_path_factory.mktemp("sanitized"), find_compiler()
     options = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -98,7 +100,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
         pytest.skip("no C compiler with sanitizers")
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     objects = compile_all(compiler, machine, options, folder, sorted(SOURCE.glob("*.c")))
-    return Sanitized(compiler, machine, options, objects)
+    return Compiled(compiler, machine, options, objects)
 
 
 def compiles(compiler: str, options: list[str], folder: Path) -> bool:
@@ -108,15 +110,33 @@ def compiles(compiler: str, options: list[str], folder: Path) -> bool:
     return subprocess.run(command, check=False, capture_output=True, timeout=100).returncode == 0
 
 
-def test_under_sanitizers(sanitized: Sanitized, tmp_path: Path) -> None:
+def test_under_sanitizers(sanitized: Compiled, tmp_path: Path) -> None:
     program = sanitized.program(CHECK, tmp_path)
     run = subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=250)
     assert run.returncode == 0, run.stdout + run.stderr
     assert set(compiled_levels()) <= set(run.stdout.split())
 
 
+def test_layers_under_sanitizers(sanitized: Compiled, tmp_path: Path) -> None:
+    program = sanitized.program(CHECK_LAYERS, tmp_path)
+    run = subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert set(compiled_levels()) <= set(run.stdout.split())
+
+
+def test_teams_under_the_sanitizer_of_threads(tmp_path: Path) -> None:
+    compiler, options = find_compiler(), ["-O1", "-g1", "-fsanitize=thread"]
+    if compiler is None or not compiles(compiler, options, tmp_path):
+        pytest.skip("no C compiler with the sanitizer of threads")
+    paths = [*sorted(SOURCE.glob("*.c")), CHECK_LAYERS]
+    objects = compile_all(compiler, "portable", [*options, "-DTEAMS_ONLY"], tmp_path, paths)
+    program = link(compiler, options, objects, tmp_path)
+    run = subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=250)
+    assert (run.returncode, run.stdout) == (0, "portable\n"), run.stdout + run.stderr
+
+
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="tile instructions are x86's")
-def test_products_of_many_rows_under_sanitizers_with_emulated_tiles(sanitized: Sanitized, tmp_path: Path) -> None:
+def test_products_of_many_rows_under_sanitizers_with_emulated_tiles(sanitized: Compiled, tmp_path: Path) -> None:
     program = sanitized.program(CHECK_MANY, tmp_path, EMULATION)
     run = subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=250)
     if run.returncode == UNAVAILABLE:
@@ -124,12 +144,22 @@ def test_products_of_many_rows_under_sanitizers_with_emulated_tiles(sanitized: S
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_arm_under_an_emulator(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """The library for Arm, without sanitizers. Skips the test where it cannot be compiled or run."""
     if CROSS_COMPILER is None or EMULATOR is None:
         pytest.skip(f"no Arm {'compiler' if CROSS_COMPILER is None else 'emulator'} here")
     options = ["-O3", "-static"]
-    objects = compile_all(CROSS_COMPILER, "aarch64", options, tmp_path, [*sorted(SOURCE.glob("*.c")), CHECK])
-    program = link(CROSS_COMPILER, options, objects, tmp_path)
+    objects = compile_all(
+        CROSS_COMPILER, "aarch64", options, tmp_path_factory.mktemp("arm"), sorted(SOURCE.glob("*.c"))
+    )
+    return Compiled(CROSS_COMPILER, "aarch64", options, objects)
+
+
+@pytest.mark.parametrize("check", [CHECK, CHECK_LAYERS])
+def test_arm_under_an_emulator(arm: Compiled, check: Path, tmp_path: Path) -> None:
+    assert EMULATOR is not None, "the fixture skips without one"
+    program = arm.program(check, tmp_path)
     run = subprocess.run([EMULATOR, str(program)], check=False, capture_output=True, text=True, timeout=250)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.split() == ["neon", "portable"]

@@ -271,7 +271,7 @@ def _load() -> ctypes.CDLL | None:
         "splitrun_level_name": (ctypes.c_char_p, (pointer,)),
         "splitrun_level_dots": (narrow, (pointer,)),
         "splitrun_scratch_bytes": (wide, (wide, wide)),
-        "splitrun_use_openmp": (None, (pointer,)),
+        "splitrun_use_openmp": (None, (pointer, pointer)),
         "splitrun_pack": (None, (pointer, wide, wide, pointer, pointer)),
         "splitrun_unpack": (None, (pointer, wide, wide, pointer, pointer)),
         "splitrun_quantize": (None, (pointer, wide, wide, pointer, narrow, narrow)),
@@ -299,20 +299,23 @@ def _load() -> ctypes.CDLL | None:
         if function is None:
             return None  # built from other sources: as good as not built
         function.restype, function.argtypes = result, arguments
-    library.splitrun_use_openmp(_parallel_region())
+    library.splitrun_use_openmp(*_openmp())
     return library
 
 
-def _parallel_region() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that torch itself uses; None: the kernels run on one thread.
+def _openmp() -> tuple[int | None, int | None]:
+    """Addresses of GOMP_parallel and omp_get_thread_num in the OpenMP runtime that torch itself uses.
 
-    Asked of torch's own library, whose dependencies the search follows, so it is never a second runtime.
+    None: the kernels run on one thread. Asked of torch's own library, whose dependencies the search follows, so it is
+    never a second runtime.
     """
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         try:
-            function = ctypes.CDLL(str(folder / name)).GOMP_parallel
+            runtime = ctypes.CDLL(str(folder / name))
+            functions = (runtime.GOMP_parallel, runtime.omp_get_thread_num)
         except (OSError, AttributeError):
             continue
-        return ctypes.cast(function, ctypes.c_void_p).value
-    return None
+        region, number = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+        return region, number
+    return None, None

@@ -37,37 +37,33 @@ static void enter_layer(const struct run *run, const struct block *block, int la
     norm_token(run, block, token, block->first_norm);
 }
 
-/* Some tiles of a product into rows of a buffer. */
-static void project_tiles(const struct run *run, const struct block *block, const struct weight *weight, const void *bias,
-                          int64_t task, float *target) {
+/* A tile of a product into rows of a buffer. */
+static void project_tile(const struct run *run, const struct block *block, const struct weight *weight, const void *bias,
+                         int64_t tile, float *target) {
     struct activations x = narrow(run, weight->columns);
     float sums[MOST_ROWS * TILE];
-    for (int64_t tile = task * TILES; tile < (task + 1) * TILES && tile < tiles_of(weight); tile++) {
-        multiply_tile(run->level, weight, &x, run->tokens, tile, sums);
-        for (int token = 0; token < run->tokens; token++)
-            for (int64_t lane = 0; lane < lanes_of(weight, tile); lane++) {
-                int64_t row = tile * TILE + lane;
-                float value = sums[token * TILE + lane];
-                if (bias) value = value + load_value(bias, block->dtype, row);
-                target[token * projected_width(block) + row] = value;
-            }
-    }
+    multiply_tile(run->level, weight, &x, run->tokens, tile, sums);
+    for (int token = 0; token < run->tokens; token++)
+        for (int64_t lane = 0; lane < lanes_of(weight, tile); lane++) {
+            int64_t row = tile * TILE + lane;
+            float value = sums[token * TILE + lane];
+            if (bias) value = value + load_value(bias, block->dtype, row);
+            target[token * projected_width(block) + row] = value;
+        }
 }
 
-/* Some tiles of a product, added to the hidden rows. */
-static void add_tiles(const struct run *run, const struct block *block, const struct weight *weight, const void *bias,
-                      const struct activations *x, int64_t task) {
+/* A tile of a product, added to the hidden rows. */
+static void add_tile(const struct run *run, const struct block *block, const struct weight *weight, const void *bias,
+                     const struct activations *x, int64_t tile) {
     float sums[MOST_ROWS * TILE];
-    for (int64_t tile = task * TILES; tile < (task + 1) * TILES && tile < tiles_of(weight); tile++) {
-        multiply_tile(run->level, weight, x, run->tokens, tile, sums);
-        for (int token = 0; token < run->tokens; token++)
-            for (int64_t lane = 0; lane < lanes_of(weight, tile); lane++) {
-                int64_t row = tile * TILE + lane;
-                float value = sums[token * TILE + lane];
-                if (bias) value = value + load_value(bias, block->dtype, row);
-                run->hidden[token * weight->rows + row] += value * block->residual;
-            }
-    }
+    multiply_tile(run->level, weight, x, run->tokens, tile, sums);
+    for (int token = 0; token < run->tokens; token++)
+        for (int64_t lane = 0; lane < lanes_of(weight, tile); lane++) {
+            int64_t row = tile * TILE + lane;
+            float value = sums[token * TILE + lane];
+            if (bias) value = value + load_value(bias, block->dtype, row);
+            run->hidden[token * weight->rows + row] += value * block->residual;
+        }
 }
 
 static void project(const struct run *run, const struct block *block, int64_t task) {
@@ -75,9 +71,9 @@ static void project(const struct run *run, const struct block *block, int64_t ta
     const void *biases[] = {block->query_bias, block->key_bias, block->value_bias};
     float *target = run->projected;
     for (int i = 0; i < 3; i++) {
-        int64_t tasks = tasks_of(tiles_of(weights[i]));
+        int64_t tasks = tiles_of(weights[i]);
         if (task < tasks) {
-            project_tiles(run, block, weights[i], biases[i], task, target);
+            project_tile(run, block, weights[i], biases[i], task, target);
             return;
         }
         task -= tasks;
@@ -250,12 +246,12 @@ int64_t phase_tasks(const struct run *run, int layer, int phase) {
     int64_t tokens = run->tokens;
     switch (phase) {
         case PROJECT:
-            return tasks_of(tiles_of(&block->query)) + tasks_of(tiles_of(&block->key)) + tasks_of(tiles_of(&block->value));
+            return tiles_of(&block->query) + tiles_of(&block->key) + tiles_of(&block->value);
         case ATTEND: return tokens * block->kv_heads * segments_of(block, run->rows[layer]);
         case MERGE: return tokens * merges_of(block);
-        case OUTPUT: return tasks_of(tiles_of(&block->output));
+        case OUTPUT: return tiles_of(&block->output);
         case GATE: return tasks_of(tiles_of(&block->gate));
-        case DOWN: return tasks_of(tiles_of(&block->down));
+        case DOWN: return tiles_of(&block->down);
         default: return tokens;
     }
 }
@@ -267,8 +263,8 @@ const uint8_t *task_weights(const struct block *block, int phase, int64_t task) 
                                   : phase == GATE   ? &block->gate
                                   : phase == DOWN   ? &block->down
                                                     : 0;
-    if (!weight || task >= tasks_of(tiles_of(weight))) return 0;
-    return weight->codes + task * TILES * TILE * row_bytes(weight);
+    int64_t tile = phase == GATE ? task * TILES : task;
+    return !weight || tile >= tiles_of(weight) ? 0 : weight->codes + tile * TILE * row_bytes(weight);
 }
 
 void perform(const struct run *run, int layer, int phase, int64_t task) {
@@ -281,9 +277,9 @@ void perform(const struct run *run, int layer, int phase, int64_t task) {
         case ROTATE: rotate(run, block, rows, task); break;
         case ATTEND: attend(run, block, rows, task); break;
         case MERGE: merge(run, block, rows, task); break;
-        case OUTPUT: add_tiles(run, block, &block->output, block->output_bias, &x, task); break;
+        case OUTPUT: add_tile(run, block, &block->output, block->output_bias, &x, task); break;
         case SECOND_NORM: norm_token(run, block, task, block->second_norm); break;
         case GATE: gate(run, block, task); break;
-        default: add_tiles(run, block, &block->down, 0, &run->wide, task);
+        default: add_tile(run, block, &block->down, 0, &run->wide, task);
     }
 }

@@ -8,20 +8,46 @@
 #define SPINS 4000        /* looks at a counter before the processor is offered to others */
 #define PREFETCHED 16384  /* bytes of the next weights that are on their way while a phase ends */
 
+/* Tasks of a phase, and of all up to it. */
 struct phase {
-    _Alignas(64) atomic_llong done;
-    struct shares shares;
+    int64_t tasks, until;
 };
 
+/* What the members write lies on lines of their own: what one writes, others need not fetch. */
 struct chain {
     struct run run;
     struct phase *phases; /* of all layers */
     int members;
     atomic_int arrived;
+    struct run_of_tasks *runs;   /* of each member: the number of the phase, from 1 on, and behind 32 bits its next task */
+    _Alignas(64) atomic_llong done; /* tasks of all phases */
+    _Alignas(64) atomic_int passed; /* phases of which all tasks are done */
 };
 
-static void wait_for(const struct phase *phase) {
-    for (int spins = 0; atomic_load_explicit(&phase->done, memory_order_acquire) < phase->shares.total; spins++) {
+/* The next task of a phase for a member, of its own run or of another's; -1 when nothing is left. A run that nobody has
+ * begun in this phase still shows an earlier one: no member resets it, so that a member may come late, or never. */
+static int64_t take_of(const struct chain *chain, int index, int member) {
+    int64_t tasks = chain->phases[index].tasks, number = index + 1;
+    int runs = tasks < chain->members ? (int)tasks : chain->members;
+    for (int i = 0, other = member % runs; i < runs; i++, other = other + 1 < runs ? other + 1 : 0) {
+        int64_t end = tasks * (other + 1) / runs;
+        long long seen = atomic_load_explicit(&chain->runs[other].next, memory_order_relaxed);
+        while (seen >> 32 <= number) {
+            int64_t next = seen >> 32 == number ? (int64_t)(seen & 0xffffffff) : tasks * other / runs;
+            if (next >= end) break;
+            if (atomic_compare_exchange_weak_explicit(&chain->runs[other].next, &seen, number << 32 | (next + 1),
+                                                      memory_order_relaxed, memory_order_relaxed))
+                return next;
+        }
+    }
+    return -1;
+}
+
+/* Count what a member did of a phase, and wait until all of it is done. */
+static void pass(struct chain *chain, int index, int64_t count) {
+    if (count && atomic_fetch_add_explicit(&chain->done, count, memory_order_acq_rel) + count == chain->phases[index].until)
+        atomic_store_explicit(&chain->passed, index + 1, memory_order_release);
+    for (int spins = 0; atomic_load_explicit(&chain->passed, memory_order_acquire) <= index; spins++) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
@@ -31,9 +57,8 @@ static void wait_for(const struct phase *phase) {
 
 /* Let the weights come that the member will read first in the next product. */
 static void look_ahead(const struct chain *chain, int index, int member) {
-    const struct shares *shares = &chain->phases[index].shares;
     const uint8_t *weights = task_weights(chain->run.blocks[index / PHASES], index % PHASES,
-                                          shares->total * member / shares->members);
+                                          chain->phases[index].tasks * member / chain->members);
     for (int byte = 0; weights && byte < PREFETCHED; byte += LINE) __builtin_prefetch(weights + byte, 0, 2);
 }
 
@@ -42,14 +67,12 @@ static void work(void *argument) {
     struct chain *chain = argument;
     int member = join_team(&chain->arrived, chain->members), phases = chain->run.layers * PHASES;
     for (int index = 0; index < phases; index++) {
-        struct phase *phase = &chain->phases[index];
         int next = following[index % PHASES] ? index - index % PHASES + following[index % PHASES] : phases;
-        for (int64_t task; (task = take(&phase->shares, member)) >= 0;) {
+        int64_t count = 0;
+        for (int64_t task; (task = take_of(chain, index, member)) >= 0; count++)
             perform(&chain->run, index / PHASES, index % PHASES, task);
-            atomic_fetch_add_explicit(&phase->done, 1, memory_order_release);
-        }
         if (next < phases) look_ahead(chain, next, member);
-        wait_for(phase);
+        pass(chain, index, count);
     }
 }
 
@@ -77,7 +100,7 @@ static int64_t lay_out(struct chain *chain, void *scratch) {
         angles = most(angles, block->rotary);
     }
     chain->phases = part(&memory, (int64_t)sizeof(struct phase) * run->layers * PHASES);
-    struct run_of_tasks *runs = part(&memory, (int64_t)sizeof(struct run_of_tasks) * run->layers * PHASES * chain->members);
+    chain->runs = part(&memory, (int64_t)sizeof(struct run_of_tasks) * chain->members);
     run->cosine_values = part(&memory, tokens * angles * 4);
     run->sine_values = part(&memory, tokens * angles * 4);
     run->hidden = part(&memory, tokens * hidden * 4);
@@ -88,11 +111,10 @@ static int64_t lay_out(struct chain *chain, void *scratch) {
     run->narrow = activations_in(part(&memory, tokens * activation_bytes(most(hidden, context))), tokens,
                                  most(hidden, context));
     run->wide = activations_in(part(&memory, tokens * activation_bytes(gated)), tokens, gated);
-    for (int index = 0; scratch && index < run->layers * PHASES; index++) {
-        struct phase *phase = &chain->phases[index];
-        atomic_init(&phase->done, 0);
-        phase->shares = share(phase_tasks(run, index / PHASES, index % PHASES), chain->members, runs);
-        runs += chain->members;
+    for (int member = 0; scratch && member < chain->members; member++) atomic_init(&chain->runs[member].next, 0);
+    for (int64_t index = 0, until = 0; scratch && index < run->layers * PHASES; index++) {
+        int64_t tasks = phase_tasks(run, (int)(index / PHASES), index % PHASES);
+        chain->phases[index] = (struct phase){tasks, until += tasks};
     }
     return (int64_t)(memory - (uintptr_t)scratch);
 }

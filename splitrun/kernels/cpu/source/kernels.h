@@ -118,6 +118,7 @@ int has_tiles(void);
 
 /* team.c */
 void run_team(int threads, void (*work)(void *), void *argument);
+int thread_number(void);
 
 /* product.c */
 void multiply_tile(const struct level *level, const struct weight *weight, const struct activations *x, int rows,

@@ -30,9 +30,11 @@ struct team {
 
 ALWAYS_INLINE int members_of(int threads) { return threads < 1 ? 1 : threads < MOST_MEMBERS ? threads : MOST_MEMBERS; }
 
-/* Which member the calling thread is. */
+/* Which member the calling thread is: in every call the same, so that it finds in its caches, and in memory near to it,
+ * what it left there. Where the runtime does not say, members are numbered as they come. */
 ALWAYS_INLINE int join_team(atomic_int *arrived, int members) {
-    return atomic_fetch_add_explicit(arrived, 1, memory_order_relaxed) % members;
+    int number = thread_number();
+    return (number < 0 ? atomic_fetch_add_explicit(arrived, 1, memory_order_relaxed) : number) % members;
 }
 
 /* Divide tasks among members; runs has room for as many. */

@@ -4,10 +4,20 @@
 
 typedef void parallel_region(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
 
-static parallel_region *region;
+typedef int number_in_team(void);
 
-/* The address of GOMP_parallel in the loaded runtime (libgomp, or libomp and libiomp5 that offer the same), or null. */
-EXPORT void splitrun_use_openmp(void *gomp_parallel) { region = (parallel_region *)gomp_parallel; }
+static parallel_region *region;
+static number_in_team *number;
+
+/* The addresses of GOMP_parallel and omp_get_thread_num in the loaded runtime (libgomp, or libomp and libiomp5 that offer
+ * the same), or null. */
+EXPORT void splitrun_use_openmp(void *gomp_parallel, void *omp_get_thread_num) {
+    region = (parallel_region *)gomp_parallel;
+    number = (number_in_team *)omp_get_thread_num;
+}
+
+/* The calling thread's number in its team, -1 where that is not known. */
+int thread_number(void) { return number ? number() : -1; }
 
 /* Run work on up to this many threads at once, the caller's among them, and wait. It may be granted fewer: work takes
  * its parts from a counter and never waits for a team mate. */
