@@ -16,7 +16,7 @@ from splitrun.kernels.cpu.settings import check_settings
 
 if TYPE_CHECKING:
     from splitrun.planner.estimate import Estimate
-    from splitrun.planner.facts import Cluster, ModelProfile, Objective
+    from splitrun.planner.facts import Cluster, ModelProfile, Objective, Workload
     from splitrun.planner.facts_file import Facts
     from splitrun.planner.placement import Placement
 
@@ -60,21 +60,29 @@ def plan(
     ModelError for a model that cannot be run.
     """
     from splitrun.planner.facts import Workload
-    from splitrun.planner.solve import solve
+    from splitrun.planner.refuse import refuse_hopeless
+    from splitrun.planner.solve import allowed_formats, check_request, solve
 
     check_settings()
     _check_arguments(context, sessions, weights, quality, nodes and facts is not None)
     rows = tuple(sorted({1, sessions}))
-    if facts is not None:
-        known = read_facts_for(facts, model, memory)
-    else:
-        collect = gather_cluster if nodes else gather_facts
-        known = collect(model, memory, weights, revision, load, rows, refresh, report)
-    cluster = known.cluster.keeping(kv)
-    wanted = min(DEFAULT_CONTEXT, known.profile.max_context) if context is None else context
-    workload = Workload(context=wanted, sessions=sessions, objective=objective)
+
+    def asked(profile: ModelProfile) -> Workload:
+        wanted = min(DEFAULT_CONTEXT, profile.max_context) if context is None else context
+        return Workload(context=wanted, sessions=sessions, objective=objective)
+
+    def refuse(profile: ModelProfile, cluster: Cluster) -> None:
+        check_request(profile, cluster, asked(profile))
+        refuse_hopeless(profile, cluster.keeping(kv), asked(profile), allowed_formats(profile, weights))
+
     try:
-        found = solve(known.profile, cluster, workload, weights, quality, stream=True)
+        if facts is not None:
+            known = read_facts_for(facts, model, memory)
+        elif nodes:
+            known = gather_cluster(model, memory, weights, revision, load, rows, refresh, report)
+        else:
+            known = gather_facts(model, memory, weights, revision, load, rows, refresh, report, refuse)
+        found = solve(known.profile, known.cluster.keeping(kv), asked(known.profile), weights, quality, stream=True)
     except DoesNotFit as error:
         raise _with_unused(error, memory) from error
     return found if facts is not None else _with_calibration(found, known.cluster)
@@ -123,8 +131,12 @@ def gather_facts(
     rows: tuple[int, ...] = (1, 4, 16),
     refresh: bool = False,
     report: Callable[[str], None] = lambda text: None,
+    check: Callable[[ModelProfile, Cluster], None] = lambda profile, cluster: None,
 ) -> Facts:
-    """Profile ``model`` and time its units on this machine; arguments and errors as for ``plan``."""
+    """Profile ``model`` and time its units on this machine; arguments and errors as for ``plan``.
+
+    ``check`` sees bytes and budgets before any unit is timed, and raises where they are hopeless.
+    """
     from splitrun.engine.own_seconds import engine_cost
     from splitrun.measure.gather import gather
     from splitrun.planner.solve import device_formats
@@ -132,7 +144,9 @@ def gather_facts(
     def formats(profile: ModelProfile, cluster: Cluster) -> Mapping[str, tuple[str, ...]]:
         return device_formats(profile, cluster, weights)
 
-    return gather(model, revision, load, memory, formats, rows, engine_cost, refresh=refresh, report=report)
+    return gather(
+        model, revision, load, memory, formats, rows, engine_cost, refresh=refresh, report=report, check=check
+    )
 
 
 def gather_cluster(

@@ -38,12 +38,14 @@ def gather(
     *,
     refresh: bool = False,
     report: Report = lambda text: None,
+    check: Callable[[ModelProfile, Cluster], None] = lambda profile, cluster: None,
 ) -> Facts:
     """Everything that a plan of ``model`` on this machine is made from.
 
     ``formats`` says which weight formats to time on each device, ``rows`` how many sequences decode together.
     ``engine`` says what the engine itself takes; a machine that only lends its devices leaves that out. ``refresh``
-    measures again what earlier runs measured. Raises as probing and profiling do.
+    measures again what earlier runs measured. ``check`` sees bytes and budgets before any unit is timed, and raises
+    where they are hopeless. Raises as it, probing and profiling do.
     """
     machine = this_machine(refresh)
     cluster = probe(memory, machine)
@@ -51,6 +53,7 @@ def gather(
     structure = inspect(files.config)
     facts = profile(files, structure)
     wanted = Wanted(formats(facts, cluster), rows)
+    check(facts, cluster)
     if refresh:
         forget(machine.cache, cluster.devices, FORMATS)
     timed = measure(files, structure, facts, cluster, wanted, machine.cache, report)

@@ -20,10 +20,11 @@ MOST_BESIDE = 2.0
 
 @dataclass(frozen=True)
 class Found:
-    """What a bench told of a range; ``load_bytes`` are those of loading it."""
+    """What a bench told of a range; ``load_bytes`` are those of loading it, ``fast`` the threads it settled on."""
 
     samples: Samples
     load_bytes: int
+    fast: int | None = None
 
 
 def less(found: Samples, stage: Samples) -> Samples:

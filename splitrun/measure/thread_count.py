@@ -56,12 +56,14 @@ def fastest(timed: Callable[[int], tuple[float, float]], counts: Sequence[int]) 
     return best if shortest[best][0] < CLEARLY * shortest[counts[0]][0] else counts[0]
 
 
-def settle_threads(stages: Sequence[RangeStage], block_tokens: int, given: int, kept: Cache | None = None) -> int:
+def settle_threads(
+    stages: Sequence[RangeStage], block_tokens: int, given: int, kept: Cache | None = None, fast: int | None = None
+) -> int:
     """Let the calling thread decode through these stages with the count that is fastest, and return it.
 
     ``given``: the cores it may use, as prompts do. They stay where there is nothing to choose, and where operators of
-    torch compute, whose bits may depend on the number. To be called before the first request: the step writes into the
-    first block.
+    torch compute, whose bits may depend on the number. ``fast``: the count, where other units of the model have told
+    it. To be called before the first request: the step writes into the first block.
     """
     counts = thread_counts(given, logical_processors())
     large = sum(stage.weight_bytes for stage in stages) >= LEAST_BYTES
@@ -70,7 +72,8 @@ def settle_threads(stages: Sequence[RangeStage], block_tokens: int, given: int, 
         return given
     key = _key(stages, counts)
     known = None if kept is None or kept.refresh else kept.get(key)
-    found = int(known["threads"]) if known else fastest(_timer(stages, block_tokens), counts)
+    told = int(known["threads"]) if known else fast
+    found = told or fastest(_timer(stages, block_tokens), counts)
     if found is not None and not known and kept is not None:
         kept.put(key, {"threads": found})
     torch.set_num_threads(found or given)

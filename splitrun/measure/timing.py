@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splitrun.kernels.weight import Weight
 from splitrun.measure.peaks import held_bytes, peak_beyond, peak_of
 from splitrun.measure.speed import release, synchronizer
 from splitrun.measure.thread_count import settle_threads
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.model.cut import CutModel, CutRange
-from splitrun.model.dummy import DummySource
+from splitrun.model.dummy import RepeatedSource
 from splitrun.model.structure import ModelStructure
 from splitrun.model.weights import Loader
 from splitrun.stage.generic import RangeStage
@@ -37,6 +39,10 @@ PROCESSOR_CACHES, CARD_CACHES = 1.5, 4.0
 """How many last caches they fill. A card's drops lines at random: of what is read round and round and is w times as
 large, a share h is found again, with h = exp(-w (1 - h)): a third for w = 1.7, one in fifty for w = 4."""
 MOST_COPIES = 8
+MISSING_SHARE = 0.1
+"""Of a copy that may be missing from that."""
+COMPUTED_TOKENS, COMPUTED_COPIES = 256, 2
+"""What a processor reads for so many tokens of a prompt keeps it computing for so long that this many copies do."""
 POINT_SECONDS = 0.15
 """What is spent on one point; at least ``LEAST_RUNS`` runs."""
 LEAST_RUNS, MOST_RUNS = 5, 200
@@ -62,9 +68,9 @@ class Sample:
 class Setting:
     """Where and how units are timed. ``kind`` is the device's ("cpu", "cuda", …), ``device`` torch's name of it.
 
-    ``threads`` are the CPU threads of the worker, None on an accelerator; where it ``settles``, it takes the fastest
-    number up to that, as an engine's worker does that has the processor to itself. ``copies`` is how many stages take
-    turns.
+    ``threads`` are the CPU threads of the worker, None on an accelerator; where it ``settles``, it decodes with the
+    fastest number, as an engine's worker does that has the processor to itself: with ``fast`` of them where that is
+    known. ``copies`` is how many stages take turns.
     """
 
     kind: str
@@ -75,12 +81,14 @@ class Setting:
     threads: int | None = None
     copies: int = 1
     settles: bool = False
+    fast: int | None = None
 
 
 class UnitBench:
     """Stages of one range, loaded on a worker of their own as an engine's are, ready to be timed again and again.
 
-    ``load_bytes`` is what loading took at its highest beyond what is loaded.
+    ``load_bytes`` is what loading took at its highest beyond what is loaded, ``fast`` the number of threads that were
+    settled on, None where that is not asked for.
     """
 
     def __init__(
@@ -101,10 +109,12 @@ class UnitBench:
         self._settle = synchronizer(torch, setting.kind, setting.device) if setting.kind != "cpu" else _nothing
         self._stages: list[RangeStage] = []
         self.load_bytes = 0
+        self.fast: int | None = None
         self._worker = Worker(setting.device, setting.threads)
+        made: dict[str, Weight] = {}
 
         def load() -> None:
-            self._stages.append(load_stage(config, structure, cut, size, lambda model: _fill(model, setting)))
+            self._stages.append(load_stage(config, structure, cut, size, lambda model: _fill(model, setting, made)))
 
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -112,7 +122,8 @@ class UnitBench:
                 peak = self._worker.call(partial(peak_beyond, load, setting.kind, setting.device))
                 self.load_bytes = max(self.load_bytes, peak)
             if setting.settles and setting.threads is not None:
-                self._worker.call(partial(settle_threads, self._stages, setting.block_tokens, setting.threads))
+                settle = partial(settle_threads, self._stages, setting.block_tokens, setting.threads, fast=setting.fast)
+                self.fast = self._worker.call(settle)
             for stage in self._stages:  # or pages of KV that come while steps run would count as theirs
                 self._worker.call(stage.clear_kv)
             undo.pop_all()
@@ -156,9 +167,11 @@ class UnitBench:
     def _time(self, point: Point, spend_s: float, warm: bool) -> Sample:
         """``warm``: the first stage ran such a step already."""
         run = self._runner(point)
-        for stage in self._stages[warm:]:
+        computed = self._setting.kind == "cpu" and point.tokens >= COMPUTED_TOKENS
+        stages = self._stages[:COMPUTED_COPIES] if computed else self._stages
+        for stage in stages[warm:]:
             run(stage)
-        return sample(run, self._stages, spend_s)
+        return sample(run, stages, spend_s)
 
     def _runner(self, point: Point) -> Callable[[RangeStage], None]:
         """What runs the step of that point on a stage, and waits for it."""
@@ -175,7 +188,7 @@ class UnitBench:
 def copies_needed(unit_bytes: int, kind: str, device: str = "cpu") -> int:
     """Copies of a unit that together do not fit the last cache of torch's ``device``."""
     caches = PROCESSOR_CACHES * last_cache_bytes() if kind == "cpu" else CARD_CACHES * card_cache_bytes(kind, device)
-    return max(1, min(MOST_COPIES, -(-max(COLD_BYTES, int(caches)) // max(unit_bytes, 1))))
+    return max(1, min(MOST_COPIES, ceil(max(COLD_BYTES, caches) / max(unit_bytes, 1) - MISSING_SHARE)))
 
 
 def card_cache_bytes(kind: str, device: str) -> int:
@@ -199,10 +212,11 @@ def last_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) 
     return max(sizes)
 
 
-def _fill(model: CutModel, setting: Setting) -> int:
+def _fill(model: CutModel, setting: Setting, made: dict[str, Weight]) -> int:
     skeleton = model.skeleton.model
-    loader = Loader(skeleton, DummySource.of(skeleton), model.dtype)
-    return loader.load(model.own_names, setting.weights, setting.device).nbytes
+    source = RepeatedSource({name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}, made)
+    loader = Loader(skeleton, source, model.dtype)
+    return loader.load(model.own_names, setting.weights, setting.device, keep=source.keep).nbytes
 
 
 def sample(run: Callable[[Any], None], subjects: Sequence[Any], spend_s: float) -> Sample:

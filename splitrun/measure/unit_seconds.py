@@ -41,7 +41,7 @@ SHARE_OF_MEMORY = 4
 
 Report = Callable[[str], None]
 OpenBench = Callable[[Any, ModelStructure, CutRange, Setting, Sequence[Point]], UnitBench]
-LOAD = "load bytes"
+LOAD, FAST = "load bytes", "decoding threads"
 COMPUTING = ("splitrun.kernels", "splitrun.stage", "splitrun.model")
 
 
@@ -105,9 +105,9 @@ class _Task:
         """The units' seconds and temporary bytes, None when any shape cannot be measured here."""
         layers, points = self.structure.layers, self.points()
         embed = self._found(CutRange(True, 0, 0, False), points)
-        head = self._found(CutRange(False, layers, layers, True), points)
-        if embed is None or head is None:
+        if embed is None:
             return None
+        fast: int | None = None
         stage: Samples | None = None
         alone: dict[str, tuple[Found, int, Found]] = {}
         for index in range(layers):
@@ -115,14 +115,20 @@ class _Task:
             if shape in alone:
                 continue
             count = self._run_length(index, shape)
-            several = self._found(CutRange(False, index, index + count, False), self._repeated(points, count))
-            one = self._found(CutRange(False, index, index + 1, False), points) if count > 1 else several
-            if several is None or one is None:
+            several = self._found(CutRange(False, index, index + count, False), self._repeated(points, count), fast)
+            if several is None:
+                return None
+            fast = several.fast
+            one = self._found(CutRange(False, index, index + 1, False), points, fast) if count > 1 else several
+            if one is None:
                 return None
             alone[shape] = (several, count, one)
             if stage is None and count > 1:
                 rest = less(one.samples, slope(several.samples, one.samples, count, embed.samples))
                 stage = embed.samples | at_most(rest, embed.samples)
+        head = self._found(CutRange(False, layers, layers, True), points, fast)
+        if head is None:
+            return None
         stage = stage or embed.samples
         shapes, peaks = {}, {}
         for shape, (several, count, one) in alone.items():
@@ -173,23 +179,25 @@ class _Task:
         needed = copies_needed(size, self.device.kind, torch_device(self.device.name))
         return max(1, min(needed, room))
 
-    def _found(self, cut: CutRange, points: Sequence[Point]) -> Found | None:
+    def _found(self, cut: CutRange, points: Sequence[Point], fast: int | None = None) -> Found | None:
+        """What was seen of a range, now or before. ``fast``: the threads that other units settled on."""
         units = cut.units(self.structure.layers)
         key = self._key(cut, units)
         kept = {} if self.kept.refresh else self.kept.get(key) or {}
         known = samples_of(kept, points)
         load_bytes = int(kept.get(LOAD, 0))
+        fast = int(kept.get(FAST, 0)) or fast
         missing = [point for point in points if point not in known]
         if missing:
             self.report(f"measuring {_range_text(cut)} in {self.weights} on {self.device.name}")
-            found = self._measure(cut, units, missing)
+            found = self._measure(cut, units, missing, fast)
             if found is None:
                 return None
-            known, load_bytes = known | found.samples, max(load_bytes, found.load_bytes)
-            self.kept.put(key, {**kept, **figures(known), LOAD: load_bytes})
-        return Found(known, load_bytes)
+            known, load_bytes, fast = known | found.samples, max(load_bytes, found.load_bytes), found.fast
+            self.kept.put(key, {**kept, **figures(known), LOAD: load_bytes, FAST: fast or 0})
+        return Found(known, load_bytes, fast)
 
-    def _measure(self, cut: CutRange, units: Sequence[int], points: Sequence[Point]) -> Found | None:
+    def _measure(self, cut: CutRange, units: Sequence[int], points: Sequence[Point], fast: int | None) -> Found | None:
         size = sum(self.profile.units[unit].weight_bytes[self.weights] for unit in units)
         if size * 2 > self.device.budget_bytes:
             return None
@@ -198,11 +206,12 @@ class _Task:
         weights = dtype if cut.embed and dtype in self.profile.units[0].weight_bytes else self.weights
         kind, name, blocks = self.device.kind, torch_device(self.device.name), self.wanted.block_tokens
         copies = 1 if cut.embed else self._copies(size)
-        setting = Setting(kind, name, dtype, weights, blocks, self.threads, copies, self.alone)
+        settles = self.alone and not cut.embed
+        setting = Setting(kind, name, dtype, weights, blocks, self.threads, copies, settles, fast)
         try:
             bench = self.open_bench(self.files.config, self.structure, cut, setting, points)
             try:
-                return Found(bench.time(points), bench.load_bytes)
+                return Found(bench.time(points), bench.load_bytes, bench.fast)
             finally:
                 bench.close()
         except (SplitrunError, RuntimeError, MemoryError, ValueError):

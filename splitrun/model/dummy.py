@@ -5,12 +5,14 @@ Knows nothing of files.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from splitrun.kernels.formats import QUANTIZED
 from splitrun.kernels.weight import Weight
 
 PERIOD = 1 << 20
@@ -79,3 +81,50 @@ class DummySource:
     def place(self, name: str) -> str:
         """For messages."""
         return "dummy weights"
+
+
+class RepeatedSource(DummySource):
+    """Dummy values of which quantized ones are made once: the same tensor of another layer, or of the same model loaded
+    again, is a copy. Quantizing takes tens of times as long.
+
+    ``keep`` is to be given what was loaded, as `Loader.load` does.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], made: dict[str, Weight]) -> None:
+        """``made``: what earlier loads kept, to which this one's is added. All must be of one format."""
+        super().__init__(shapes)
+        self._made = made
+
+    def keep(self, name: str, value: Weight | Tensor) -> None:
+        """Remember a value that can be copied."""
+        if isinstance(value, Weight) and value.storage:
+            self._made.setdefault(_any_layer(name), value)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the values, or of the weight that they are copied from."""
+        weight = self._alike(name)
+        return super().nbytes(name) if weight is None else weight.nbytes
+
+    def stored(self, name: str, dtype: torch.dtype) -> Weight | None:
+        """A copy of the weight of that tensor that was made before; None: there is none."""
+        weight = self._alike(name)
+        if weight is None:
+            return None
+        other = QUANTIZED[weight.format].empty(weight.shape, weight.dtype, weight.device)
+        for target, values in zip(other.storage, weight.storage, strict=True):
+            target.copy_(values)
+        return other
+
+    def stored_format(self, name: str) -> str | None:
+        """Format of that weight."""
+        weight = self._alike(name)
+        return None if weight is None else weight.format
+
+    def _alike(self, name: str) -> Weight | None:
+        weight = self._made.get(_any_layer(name))
+        return weight if weight is not None and tuple(weight.shape) == self.shape(name) else None
+
+
+def _any_layer(name: str) -> str:
+    """The name without the numbers of layer and expert."""
+    return re.sub(r"\.\d+\.", ".#.", name)

@@ -9,7 +9,7 @@ from splitrun.errors import DoesNotFit
 from splitrun.planner import kv
 from splitrun.planner.alike import MAX_SUBSETS, classes_of, subsets
 from splitrun.planner.facts import FORMATS, Cluster, Device, ModelProfile, Workload
-from splitrun.planner.memory import compute_dtype
+from splitrun.planner.memory import kv_dtype_on, pool_budgets
 from splitrun.planner.problem import Split, Tables, excess_of
 from splitrun.planner.search import least_excess
 from splitrun.planner.tables import build_tables
@@ -35,6 +35,38 @@ def does_not_fit(profile: ModelProfile, cluster: Cluster, workload: Workload, fo
     return DoesNotFit(message, shortfall)
 
 
+def refuse_hopeless(profile: ModelProfile, cluster: Cluster, workload: Workload, formats: Sequence[str]) -> None:
+    """Raise DoesNotFit where weights and KV alone take more than all budgets, in the leanest of ``formats`` for every
+    unit: that is known before anything is measured, and no measurement can mend it."""
+    usable = [name for name in formats if _able(cluster, name)]
+    if not usable:
+        return
+    weights = sum(min(unit.weight_bytes[name] for name in usable) for unit in profile.units)
+    weights -= max(profile.tied_bytes.get(name, 0) for name in usable)
+    cache = min(_kept(profile, device, workload, name) for name in usable for device in _able(cluster, name))
+    there = sum(pool_budgets(cluster).values())
+    missing = weights + cache - there
+    if missing <= 0:
+        return
+    leanest = min(usable, key=lambda name: sum(unit.weight_bytes[name] for unit in profile.units))
+    less = f"lower --context {workload.context}" + (
+        f" or --sessions {workload.sessions}" if workload.sessions > 1 else ""
+    )
+    leaner = [name for name in FORMATS[FORMATS.index(leanest) + 1 :] if _loadable(profile, name)]
+    ways = [f"take --weights {leaner[-1]}"] if leaner else []
+    ways += [less] if weights < there else []
+    ways += ["give it more with --memory", "take a smaller model"]
+    budgets = " and ".join(f"{format_bytes(device.budget_bytes)} on {device.name}" for device in cluster.devices)
+    message = (
+        f"{profile.source} does not fit: in {leanest} its weights alone take {format_bytes(weights)} and its KV "
+        f"{format_bytes(cache)}, and the budgets are {budgets}, at least {format_bytes(missing)} too little; "
+        f"{', '.join(ways[:-1])}, or {ways[-1]}"
+    )
+    largest = max(cluster.devices, key=lambda device: device.budget_bytes)
+    shortfall = {device.name: missing if device is largest else 0 for device in cluster.devices}
+    raise DoesNotFit(message, shortfall)
+
+
 def shortfall_text(tables: Tables, split: Split | None, devices: Sequence[Device]) -> str:
     """ "1.20 GiB on cuda:0 and 300 MiB on cpu", for the split that misses least in all."""
     missing = excess_of(tables, split) if split else []
@@ -52,14 +84,17 @@ def fits(profile: ModelProfile, cluster: Cluster, workload: Workload, weights: s
 
 def _held(profile: ModelProfile, device: Device, workload: Workload, weights: str) -> int:
     """Bytes of weights, KV and states, which some device must hold, wherever the layers go."""
-    dtype = compute_dtype(device, weights)
-    groups = profile.groups
+    held = sum(unit.weight_bytes[weights] for unit in profile.units) - profile.tied_bytes.get(weights, 0)
+    return held + _kept(profile, device, workload, weights)
+
+
+def _kept(profile: ModelProfile, device: Device, workload: Workload, weights: str) -> int:
+    """Bytes of KV and states in all layers, if they were on that device."""
+    dtype = kv_dtype_on(device, weights)
     return sum(
-        unit.weight_bytes[weights]
-        + kv.unit_kv_bytes(unit, groups, workload, dtype)
-        + kv.unit_state_bytes(unit, workload)
+        kv.unit_kv_bytes(unit, profile.groups, workload, dtype) + kv.unit_state_bytes(unit, workload)
         for unit in profile.units
-    ) - profile.tied_bytes.get(weights, 0)
+    )
 
 
 def _least(

@@ -78,7 +78,7 @@ def _solve(
     profile: ModelProfile, cluster: Cluster, workload: Workload, weights: str, quality: str, stream: bool
 ) -> tuple[float, Placement]:
     """As ``solve``, with what the plan takes by its objective; what the process takes is the same whatever it uses."""
-    _check(profile, cluster, workload)
+    check_request(profile, cluster, workload)
     tried = allowed_formats(profile, weights)
     most = loss_limit(profile, quality)
     formats = device_formats(profile, cluster, weights)
@@ -253,7 +253,8 @@ def _together(end: StageSpec, run: StageSpec) -> bool:
     return (end.device, end.weights) == (run.device, run.weights)
 
 
-def _check(profile: ModelProfile, cluster: Cluster, workload: Workload) -> None:
+def check_request(profile: ModelProfile, cluster: Cluster, workload: Workload) -> None:
+    """Raise InvalidPlacement where the request contradicts the model or names no device."""
     if not cluster.devices:
         raise InvalidPlacement("no device to plan for; name some with --memory, as in --memory cpu=4GiB")
     if profile.layers < 1:

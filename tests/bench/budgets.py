@@ -8,7 +8,7 @@ With --card, plans take turns on all cards that are there, which must be alike.
 For every budget the planner either makes a plan or refuses. A plan is run with its longest prompt and all its sessions,
 a card's allocator held to the budget; no device's peak may exceed its budget, and what the plan expects must be within
 5 % of it. A refusal must name the true shortfall: with that much more the planner finds a plan, with 2 % less than that
-it does not. Virtual processors are threads of one process, so theirs are added up. Ends with one JSON line; status 1
+it does not. Virtual processors are threads of one process and counted together. Ends with one JSON line; status 1
 when anything fails. Cases that FILE.json holds already count too, so that a long run may be made in pieces (--start).
 """
 
@@ -39,9 +39,11 @@ from turns import Turns
 from splitrun.api import gather_facts
 from splitrun.bench import contest
 from splitrun.errors import DoesNotFit
+from splitrun.planner.estimate import DeviceMemory
 from splitrun.planner.facts import Workload
 from splitrun.planner.facts_file import Facts
 from splitrun.planner.placement import Placement
+from splitrun.planner.seconds import interpolated
 from splitrun.planner.solve import solve
 
 SMALL = SHAPES[DEFAULT] | {
@@ -140,11 +142,10 @@ def judge_refusal(facts: Facts, case: Case, shortfall: Mapping[str, int]) -> Out
 def judge_run(facts: Facts, case: Case, placement: Placement) -> Outcome:
     """Run the plan and compare what it took."""
     assert placement.estimate is not None
-    expected: dict[str, int] = {}
+    expected = expected_bytes(facts, placement)
     budgets: dict[str, int] = {}
     for bill in placement.estimate.devices:
         pool = "cpu" if bill.device.startswith("cpu") else bill.device
-        expected[pool] = expected.get(pool, 0) + bill.expected_bytes
         budgets[pool] = budgets.get(pool, 0) + bill.budget_bytes
     if "cpu" not in placement.device_names and "cpu" in expected:  # the process is there all the same
         expected["cpu"] += facts.cluster.device("cpu").context_bytes
@@ -172,6 +173,35 @@ def judge_run(facts: Facts, case: Case, placement: Placement) -> Outcome:
     if not fault and abs(worst) > WITHIN:
         fault = f"expected {worst:+.1%} of the peak"
     return Outcome(case, fault, None, expected, peak, worst)
+
+
+def expected_bytes(facts: Facts, placement: Placement) -> dict[str, int]:
+    """Device -> what the plan expects to be taken, processors together as "cpu".
+
+    Each must have room for all that it takes when it is alone. In one process the largest workspace of them is taken at
+    a time: they load one after the other, before any computes, and what a history takes is given back at once. Of the
+    others there is what the C library keeps for each thread, a chunk's temporaries.
+    """
+    assert placement.estimate is not None
+    bills = placement.estimate.devices
+    expected = {bill.device: bill.expected_bytes for bill in bills if not bill.device.startswith("cpu")}
+    workers = sorted((bill for bill in bills if bill.device.startswith("cpu")), key=lambda bill: -bill.workspace_bytes)
+    if workers:
+        beside = sum(bill.workspace_bytes - kept_bytes(facts, placement, bill) for bill in workers[1:])
+        expected["cpu"] = sum(bill.expected_bytes for bill in workers) - beside
+    return expected
+
+
+def kept_bytes(facts: Facts, placement: Placement, bill: DeviceMemory) -> int:
+    """A processor's temporaries of the first chunk of a prompt, which its thread keeps; all where none was measured."""
+    tokens = min(placement.workload.chunk_tokens, placement.workload.context)
+    found = [0]
+    for stage in (stage for stage in placement.stages if stage.device == bill.device):
+        peaks = facts.profile.peaks.get((stage.device, stage.weights))
+        if peaks is None:
+            return bill.workspace_bytes
+        found += [round(interpolated(peaks[unit].chunks, tokens)) for unit in stage.units]
+    return min(bill.workspace_bytes, max(found))
 
 
 def main() -> None:

@@ -210,7 +210,13 @@ def test_temporary_bytes_are_those_of_one_stage_and_of_no_longer_step(monkeypatc
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[CutRange, str, int]]:
+def settled() -> list[tuple[bool, int | None]]:
+    """Of every bench, whether it settles on a number of threads, and which was told to it."""
+    return []
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, settled: list[tuple[bool, int | None]]) -> list[tuple[CutRange, str, int]]:
     """What is timed, without a clock: a stage takes 1 ms, the embedding 0.5 ms more, a layer and the head 2 ms."""
     calls: list[tuple[CutRange, str, int]] = []
 
@@ -219,6 +225,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[CutRange, str, int]]:
 
         def __init__(self, config: Any, structure: Any, cut: CutRange, setting: Setting, points: Any) -> None:
             calls.append((cut, setting.weights, len(points)))
+            self.fast = (setting.fast or 3) if setting.settles else None
+            settled.append((setting.settles, setting.fast))
             self.seconds = 1e-3 + 0.5e-3 * cut.embed + 2e-3 * (cut.stop - cut.start) + 2e-3 * cut.head
 
         def time(self, points: Any) -> Any:
@@ -245,8 +253,8 @@ def measured(folder: Path, formats: tuple[str, ...] = ("nf4",), rows: tuple[int,
 def test_each_shape_is_timed_once_and_kept(tmp_path: Path, asked: list[tuple[CutRange, str, int]]) -> None:
     found = measured(tmp_path).seconds["cpu", "nf4"]
     assert [cut for cut, _, _ in asked] == [
-        CutRange(True, 0, 0, False), CutRange(False, 4, 4, True),
-        CutRange(False, 0, 4, False), CutRange(False, 0, 1, False),
+        CutRange(True, 0, 0, False), CutRange(False, 0, 4, False),
+        CutRange(False, 0, 1, False), CutRange(False, 4, 4, True),
     ]  # fmt: skip
     assert [weights for _, weights, _ in asked] == ["bf16", "nf4", "nf4", "nf4"]
     assert [unit.decode_s(1, 9) for unit in found.units] == pytest.approx([0.5e-3, *[2e-3] * 5])
@@ -257,6 +265,37 @@ def test_each_shape_is_timed_once_and_kept(tmp_path: Path, asked: list[tuple[Cut
     assert [points for _, _, points in asked[4:]] == [2] * 4  # the further rows alone
     measured(tmp_path, refresh=True)
     assert len(asked) == 12
+
+
+def test_threads_are_settled_once_for_all_units(
+    tmp_path: Path, asked: list[tuple[CutRange, str, int]], settled: list[tuple[bool, int | None]]
+) -> None:
+    measured(tmp_path)
+    assert settled == [(False, None), (True, None), (True, 3), (True, 3)]
+    measured(tmp_path, rows=(1, 4))  # now from the cache
+    assert settled[4:] == [(False, None), (True, 3), (True, 3), (True, 3)]
+
+
+def test_long_prompts_take_turns_on_two_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[int, int]] = []
+
+    class Noting(Keeping):
+        def __init__(self, number: int) -> None:
+            super().__init__([0])
+            self.number = number
+
+        def run(self, step: Step, incoming: Any) -> None:
+            ran.append((self.number, int(step.counts[0])))
+
+    stages = iter(range(4))
+    monkeypatch.setattr(timing, "load_stage", lambda *arguments: Noting(next(stages)))
+    points = [Point(1, 1, 7), Point(1, 256, 0)]
+    setting = Setting("cpu", "cpu", "bf16", "bf16", 16, copies=4)
+    bench = UnitBench(None, inspect(tiny()), CutRange(True, 0, 0, False), setting, points)
+    bench.time(points, 0.0, peaks=False)
+    bench.close()
+    assert {number for number, tokens in ran if tokens == 1} == {0, 1, 2, 3}
+    assert {number for number, tokens in ran if tokens == 256} == {0, 1}
 
 
 def test_what_does_not_fit_or_fails_is_left_to_bandwidths(

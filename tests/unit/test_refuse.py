@@ -1,0 +1,78 @@
+"""Budgets that are hopeless by weights and KV alone are refused before anything is measured."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planner_models import MIB, device, model
+
+import splitrun
+from splitrun.errors import DoesNotFit, InvalidPlacement
+from splitrun.measure import gather
+from splitrun.planner.facts import Cluster, Workload
+from splitrun.planner.refuse import refuse_hopeless
+from splitrun.planner.solve import allowed_formats, solve
+
+
+def refused(cluster: Cluster, workload: Workload, weights: str = "auto") -> DoesNotFit | None:
+    profile = model()
+    try:
+        refuse_hopeless(profile, cluster, workload, allowed_formats(profile, weights))
+    except DoesNotFit as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+def test_what_is_refused_has_no_plan(kv: str) -> None:
+    draw, outcomes = random.Random(0), []
+    for _ in range(150):
+        names = draw.choice((("cpu",), ("cpu", "cuda:0"), ("cpu", "cpu:1")))
+        devices = tuple(device(name, budget=draw.randrange(1, 200) * MIB) for name in names)
+        cluster = Cluster(devices).keeping(kv)
+        workload = Workload(context=draw.choice((64, 4096, 32768)), sessions=draw.choice((1, 8)))
+        weights = draw.choice(("auto", "bf16", "nf4"))
+        error = refused(cluster, workload, weights)
+        outcomes.append(error is not None)
+        if error is None:
+            continue
+        missing = sum(error.shortfall_bytes.values())
+        assert missing > 0
+        with pytest.raises(DoesNotFit) as caught:
+            solve(model(), cluster, workload, weights)
+        assert sum(caught.value.shortfall_bytes.values()) >= missing
+    assert 20 < sum(outcomes) < 130
+
+
+def test_devices_that_share_memory_are_counted_once() -> None:
+    cpu, card = device(budget=60 * MIB), device("cuda:0", budget=60 * MIB)
+    workload = Workload(context=64)
+    assert refused(Cluster((cpu, card)), workload, "int8") is None
+    assert refused(Cluster((cpu, replace(card, memory_pool=cpu.memory_pool))), workload, "int8") is not None
+
+
+@pytest.mark.parametrize(
+    ("budget", "context", "weights", "advice"),
+    [
+        (30, 64, "auto", "; give it more with --memory, or take a smaller model"),
+        (90, 64, "int8", "take --weights nf4, give it more"),
+        (70, 32768, "nf4", "; lower --context 32768, give it more"),
+    ],
+)
+def test_a_hopeless_budget_says_what_would_mend_it(budget: int, context: int, weights: str, advice: str) -> None:
+    error = refused(Cluster((device(budget=budget * MIB),)), Workload(context=context), weights)
+    assert error is not None
+    assert advice in str(error)
+    assert "\n" not in str(error)
+
+
+def test_nothing_is_timed_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPLITRUN_CACHE", str(tmp_path))
+    monkeypatch.setattr(gather, "measure", lambda *arguments: pytest.fail("timed"))
+    with pytest.raises(DoesNotFit, match=r"its weights alone take .*, and the budgets are 1.00 MiB on cpu"):
+        splitrun.plan("demo", memory={"cpu": "1MiB"})
+    with pytest.raises(InvalidPlacement, match="is longer than"):
+        splitrun.plan("demo", context=1 << 20)
