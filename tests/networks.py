@@ -1,7 +1,7 @@
 """A second network on this machine, for tests: a namespace of Linux at the other end of a line that is slow or rough.
 
-``shaped`` is a pair of virtual cards with a rate (``tc``); ``rough`` a line through this process, which delays and
-loses packets: kernels of test machines often lack what ``tc`` needs for that. Both need root.
+``wire`` is a pair of virtual cards (veth), ``shaped`` one with a rate (``tc``); ``rough`` a line through this process,
+which delays and loses packets: kernels of test machines often lack what ``tc`` needs for that. All need root.
 """
 
 from __future__ import annotations
@@ -39,25 +39,32 @@ def possible() -> bool:
 
 @dataclass(frozen=True)
 class Line:
-    """The two ends: ``here`` and ``there`` are addresses, ``namespace`` the other network's name."""
+    """The two ends: ``here`` and ``there`` are addresses, ``namespace`` the other network's name, ``card`` the card
+    there."""
 
     namespace: str
     here: str
     there: str
-    interface: str
+    card: str
 
     def command(self, *words: str) -> list[str]:
         """A command line that runs in the other network."""
         return ["ip", "netns", "exec", self.namespace, *words]
 
     def set(self, state: str) -> None:
-        """Take the line "down", or "up" again."""
-        run("ip", "link", "set", self.interface, state)
+        """Pull the plug at the other end ("down"), or put it in again ("up"). What is sent from here then goes
+        nowhere, and not another way."""
+        run(*self.command("ip", "link", "set", self.card, state))
 
 
 def run(*words: str) -> None:
     """Run a command that must succeed."""
     subprocess.run(words, check=True, capture_output=True)
+
+
+def output(*words: str) -> str:
+    """What a command that must succeed prints."""
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
 
 def enter(namespace: str) -> None:
@@ -68,53 +75,67 @@ def enter(namespace: str) -> None:
 
 
 @contextmanager
-def shaped(number: int, rate: str = "1gbit") -> Iterator[Line]:
-    """A line with that rate in both directions. ``number`` (1 to 250) tells lines apart."""
-    near, far = f"sr{number}a", f"sr{number}b"
-    with _namespace(number, near) as line:
+def wire(number: int) -> Iterator[Line]:
+    """A line as fast as this machine. ``number`` (1 to 250) tells lines apart."""
+    near, far = ends(number)
+    with _namespace(number) as line:
         run("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", line.namespace)
         run("ip", "addr", "add", f"{line.here}/24", "dev", near)
         run("ip", "link", "set", near, "up")
         run(*line.command("ip", "addr", "add", f"{line.there}/24", "dev", far))
         run(*line.command("ip", "link", "set", far, "up"))
+        yield line
+
+
+@contextmanager
+def shaped(number: int, rate: str = "1gbit") -> Iterator[Line]:
+    """A line with that rate in both directions."""
+    near, far = ends(number)
+    with wire(number) as line:
         shape = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
         run("tc", "qdisc", "add", "dev", near, *shape)
         run(*line.command("tc", "qdisc", "add", "dev", far, *shape))
         yield line
 
 
+def ends(number: int) -> tuple[str, str]:
+    """The names of a line's two cards: here, and in the other network."""
+    return f"sr{number}a", f"sr{number}b"
+
+
 @contextmanager
 def rough(number: int, round_trip_s: float, loss: float) -> Iterator[Line]:
     """A line with a delay, on which each packet is lost with the probability ``loss``, in both directions."""
-    near, far = f"sr{number}a", f"sr{number}b"
-    with _namespace(number, near) as line:
-        ends = [_tap(near, None), _tap(far, line.namespace)]
+    near, far = ends(number)
+    with _namespace(number) as line:
+        cards = [_tap(near, None), _tap(far, line.namespace)]
         run("ip", "addr", "add", f"{line.here}/24", "dev", near)
         run("ip", "link", "set", near, "up")
         run(*line.command("ip", "addr", "add", f"{line.there}/24", "dev", far))
         run(*line.command("ip", "link", "set", far, "up"))
         ended = threading.Event()
-        thread = threading.Thread(target=_carry, args=(ends, round_trip_s / 2, loss, ended), daemon=True)
+        thread = threading.Thread(target=_carry, args=(cards, round_trip_s / 2, loss, ended), daemon=True)
         thread.start()
         try:
             yield line
         finally:
             ended.set()
             thread.join()
-            for end in ends:
+            for end in cards:
                 os.close(end)
 
 
 @contextmanager
-def _namespace(number: int, interface: str) -> Iterator[Line]:
+def _namespace(number: int) -> Iterator[Line]:
+    near, far = ends(number)
     name = f"splitrun-{os.getpid()}-{number}"
     run("ip", "netns", "add", name)
-    line = Line(name, f"10.203.{number}.1", f"10.203.{number}.2", interface)
+    line = Line(name, f"10.203.{number}.1", f"10.203.{number}.2", far)
     try:
         run(*line.command("ip", "link", "set", "lo", "up"))
         yield line
     finally:
-        subprocess.run(["ip", "link", "delete", interface], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "delete", near], check=False, capture_output=True)
         run("ip", "netns", "delete", name)
 
 

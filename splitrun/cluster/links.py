@@ -9,7 +9,7 @@ import queue
 import secrets
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import combinations
 
@@ -141,6 +141,20 @@ def check_nodes(nodes: Nodes) -> Iterator[tuple[str, str, bool]]:
         for node in found:
             line, fault = _verdict(node, nodes.own.name, links.faults, ways)
             yield node.name, line, fault
+
+
+def troubles(nodes: Nodes, names: Collection[str]) -> dict[str, str]:
+    """What hinders these nodes from being used now, though they may be there: name -> fault; empty when all do.
+
+    Raises ClusterError when the head does not answer."""
+    found = {node.name: node for node in nodes.all() if node.name in names}
+    known = {name: found[name].trouble if name in found else "gone" for name in names}
+    faults = {name: trouble for name, trouble in known.items() if trouble}
+    if faults:
+        return faults
+    with Links(nodes, list(found.values())) as links:
+        links.all()
+        return dict(links.faults)
 
 
 def _verdict(

@@ -30,8 +30,9 @@ FIRST_CONTACT_S = 20.0
 CONTACT_S = 2.5
 """How long it may take from then on, or three times what it took before, if that is more."""
 KILL_S = 1.5
-"""How long a keeper may take to end its process; one that takes longer is out of reach."""
-
+"""How long a keeper may take to end its process, or to answer anything; one that takes longer is out of reach."""
+LAST_CHANCE_S = 0.5
+"""How long one may take that has not answered for so long already."""
 STORE_S = 60.0
 
 
@@ -124,6 +125,7 @@ class NodeProcess:
         self._asked: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._said = Sayings(device)
         self._contacted = threading.Event()
+        self._answered_s = time.monotonic()
         self._closing = threading.Event()
         self.end = ""
         self._thread = threading.Thread(target=self._listen, name=f"splitrun {device}", daemon=True)
@@ -158,7 +160,7 @@ class NodeProcess:
         reached = True
         if self._contacted.is_set():
             try:
-                _waited(_asked(self._actor.kill), KILL_S)
+                _waited(_asked(self._actor.kill), self._kill_s)
             except GetTimeoutError:
                 reached = False
             except RayError:
@@ -168,6 +170,12 @@ class NodeProcess:
         if not reached:
             raise NodeLost(f"{self._said.name}: its node does not answer")
         self._thread.join(2 * POLL_S)
+
+    @property
+    def _kill_s(self) -> float:
+        """How long to wait for the keeper: it says something every POLL_S, unless it is out of reach."""
+        silent_s = time.monotonic() - self._answered_s - POLL_S
+        return max(LAST_CHANCE_S, KILL_S - max(0.0, silent_s))
 
     def store(self, folder: str, file: str, start: int, data: bytes) -> Any:
         """Send a piece of a file there; returns what ``await_stored`` waits for. Raises ClusterError."""
@@ -215,6 +223,7 @@ class NodeProcess:
                 continue  # whoever waits for a sign of life has a clock of its own
             except RayError as error:
                 self.end = f"was lost with its node or keeper ({type(error).__name__})"
+            self._answered_s = time.monotonic()
             if not self._contacted.is_set():
                 self._contacted.set()
                 self._on_contact(time.monotonic() - began)

@@ -47,6 +47,7 @@ from splitrun.model.structure import ModelStructure
 from splitrun.planner.placement import Placement
 from splitrun.planner.placement_file import dump
 from splitrun.stage.batch import Traits
+from splitrun.transport.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,7 @@ class _Joined:
         if self._remote is None:
             self._pipeline = Pipeline(links, deliver)
             return self._pipeline
-        journals = make_journals(placement, stage_peers(placement), self._loaded.stages) if self._journaled else {}
-        self._pipeline = Pipeline(links, self._remote.outcome, self._remote, journals=journals)
+        self._pipeline = Pipeline(links, self._remote.outcome, self._remote, journals=self._journals(placement))
         self._remote.run(self._pipeline, deliver)
         return self._pipeline
 
@@ -186,8 +186,12 @@ class _Joined:
         assert self._pipeline is not None, "stages are lost while they run"
         self._loaded = load_more(self._loading, placement, self._loaded, stages)
         links = self.links(placement)
-        self._pipeline.relink(links)
+        self._pipeline.relink(links, self._journals(placement))
         return self.line(placement, links, close)
+
+    def _journals(self, placement: Placement) -> dict[int, Journal]:
+        """A journal for each stage elsewhere behind one that is here, if what is sent is kept."""
+        return make_journals(placement, stage_peers(placement), self._loaded.stages) if self._journaled else {}
 
 
 def stage_peers(placement: Placement) -> tuple[str, ...]:

@@ -166,11 +166,12 @@ class Pipeline:
 
         link.worker.post(place, failed)
 
-    def relink(self, links: Sequence[Link | RemoteLink]) -> None:
-        """Go on with these links: the same stages, some of which have come from elsewhere. Nothing may run meanwhile
-        but steps of an epoch that has ended."""
+    def relink(self, links: Sequence[Link | RemoteLink], journals: Mapping[int, Journal]) -> None:
+        """Go on with these links: the same stages, some of which have come from elsewhere. ``journals``: those that the
+        new links need; what is kept already stays. Nothing may run meanwhile but steps of an epoch that has ended."""
         assert len(links) == len(self._links), "stages change their place, not their number"
         self._links = tuple(links)
+        self._journals = {**journals, **self._journals}
         self._local = tuple(link for link in self._links if isinstance(link, Link))
 
     def work(self, index: int, task: Callable[[], None], failed: Callable[[Exception], None]) -> None:
@@ -251,12 +252,20 @@ class Pipeline:
             journal.keep(step, activation)
 
     def _arriving(self, index: int, step: Step, parcel: Parcel | None) -> Tensor | None:
-        """The activation for a stage here: what was kept of it where the stage before has only passed the step on."""
-        if parcel is None and index in self._journals and self._passed_on(index, step):
+        """The activation for a stage here: what was kept of it where the stage before has only passed the step on.
+
+        One that was elsewhere before has a journal; it is kept up, because the stage behind may be lost next."""
+        journal = self._journals.get(index)
+        if journal is None:
+            return self._received(index, parcel)
+        if parcel is None and self._passed_on(index, step):
             hop = self._links[index - 1].onward
             assert hop is not None, "a stage with another behind it has a hop"
-            parcel = hop.send(self._journals[index].read(step))
-        return self._received(index, parcel)
+            return self._received(index, hop.send(journal.read(step)))
+        activation = self._received(index, parcel)
+        if activation is not None:
+            journal.keep(step, activation.to("cpu"))
+        return activation
 
     def _passed_on(self, index: int, step: Step) -> bool:
         """Whether the stage before has not computed the step."""

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Collection
 
 from splitrun.cluster.facts import remaining_facts
+from splitrun.cluster.links import troubles
 from splitrun.cluster.nodes import Nodes
 from splitrun.cluster.process import machine_of
 from splitrun.engine.core import EngineCore
@@ -22,6 +23,8 @@ from splitrun.planner.placement import Placement, StageSpec
 
 RETURN_S = 2.0
 """How often to look whether a lost node is back."""
+MOST_RETURN_S = 60.0
+"""How often at least, where it was back and did not do: each time after twice as long."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -115,13 +118,28 @@ class Succession:
         self._placement, self._line = placement, line
 
     def _await_return(self) -> None:
-        """Move back when every lost node is back."""
+        """Move back when every lost node is back, and one of its processes can be started and reached."""
         assert self._core is not None
-        while not self._core.closed.wait(RETURN_S):
-            if self._lost and self._lost <= living():
+        wait_s = RETURN_S
+        while not self._core.closed.wait(wait_s):
+            if not self._lost or not self._lost <= living():
+                wait_s = RETURN_S
+                continue
+            if not self._troubled():
                 with self._turn:
                     back = ", ".join(sorted(self._lost))
                     self._core.replace(f"{back} is back: stages are moving there", self._as_first)
+            wait_s = min(2 * wait_s, MOST_RETURN_S) if self._lost else RETURN_S
+
+    def _troubled(self) -> bool:
+        """Whether a lost node is there, but not of use: found out before anything is closed here."""
+        try:
+            faults = troubles(Nodes(), self._lost)
+        except ClusterError as error:
+            faults = {"the head": str(error)}
+        for name, fault in faults.items():
+            _LOG.warning("%s is back, but cannot be used yet: %s", name, fault)
+        return bool(faults)
 
     def _as_first(self) -> Line:
         lost, self._lost = self._lost, set()

@@ -32,7 +32,7 @@ from pathlib import Path
 import psutil
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-sys.path += [str(Path(__file__).parent.parent / "integration"), str(Path(__file__).parent.parent / "unit")]
+sys.path += [str(Path(__file__).parent.parent / name) for name in (".", "integration", "unit")]
 from node_clusters import cluster
 
 import splitrun

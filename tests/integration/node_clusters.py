@@ -6,12 +6,14 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import networks
 import psutil
 
 from splitrun.cluster import node
@@ -49,6 +51,25 @@ class TestCluster:
         else:
             token = self.homes[head].token()
             node.join(home, f"127.0.0.1:{self.ports[head]}", token, port=port, name=name)
+
+    def lead(self) -> None:
+        """Let this process use the cluster of the first node."""
+        os.environ["SPLITRUN_HOME"] = str(next(iter(self.homes.values())).folder)
+
+    def start_beyond(self, line: networks.Line, name: str) -> None:
+        """Join the head, which listens at this end of the line, as a machine at the other end: its own network, home
+        and cache."""
+        head = next(iter(self.homes))
+        environment = {
+            **os.environ,
+            "HOME": str(self.folder / f"{name} home"),
+            "SPLITRUN_HOME": str(self.add(name).folder),
+            "SPLITRUN_CACHE": str(self.folder / f"{name} cache"),
+            "SPLITRUN_TOKEN": self.homes[head].token(),
+        }
+        words = ["node", "join", f"{line.here}:{self.ports[head]}", "--name", name, "--port", str(self.ports[name])]
+        command = line.command(sys.executable, "-m", "splitrun", *words)
+        subprocess.run(command, check=True, env=environment, capture_output=True)
 
     def processes(self, name: str) -> list[psutil.Process]:
         """The node's process and everything that it started."""
@@ -117,7 +138,7 @@ def cluster(folder: Path, *names: str) -> Iterator[TestCluster]:
     try:
         for name in names:
             made.start(name)
-            os.environ["SPLITRUN_HOME"] = str(made.homes[names[0]].folder)
+            made.lead()
         yield made
     finally:
         os.environ["SPLITRUN_HOME"] = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -317,6 +318,33 @@ def test_a_whole_node_is_lost_and_comes_back(
             assert run(engine) == expected["greedy"]
         assert run(engine) == expected["greedy"]
         assert engine.core.status().healthy
+    node.stop(nodes.homes["three"])
+
+
+@pytest.mark.long
+def test_a_node_that_stands_still_is_not_taken_for_one_that_is_back(
+    nodes: TestCluster, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its system accepts connections and Ray counts it in: nothing is closed here before a process runs there."""
+    monkeypatch.setattr(succession, "RETURN_S", 0.1)
+    nodes.start("three")
+    with splitrun.Engine(demo("cpu", "three/cpu"), chunk_tokens=16, patience=PATIENCE, rebalance=True) as engine:
+        pipeline, frozen = engine.core.pipeline, nodes.processes("three")
+        after_steps(engine, 9, lambda: nodes.lose("three", signal.SIGSTOP))
+        assert run(engine, SAMPLED) == expected["sampled"]
+        until = time.monotonic() + 4
+        while time.monotonic() < until:
+            assert run(engine) == expected["greedy"]
+        assert engine.core.pipeline is pipeline
+        assert [stage.device for stage in engine.core.status().stages] == ["cpu", "cpu"]
+        for process in frozen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
+        deadline = time.monotonic() + 90
+        while [stage.device for stage in engine.core.status().stages] != ["cpu", "three/cpu"]:
+            assert time.monotonic() < deadline, "the node is back and not used"
+            assert run(engine) == expected["greedy"]
+        assert run(engine) == expected["greedy"]
     node.stop(nodes.homes["three"])
 
 

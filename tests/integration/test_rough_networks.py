@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -36,13 +33,8 @@ def nodes(line: networks.Line, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """The head here, a node "far" at the other end of the line."""
     with cluster(tmp_path_factory.mktemp("rough")) as made:
         made.start("near", line.here)
-        environment = {**os.environ, "SPLITRUN_HOME": str(made.add("far").folder),
-                       "SPLITRUN_TOKEN": made.homes["near"].token()}  # fmt: skip
-        words = ["node", "join", f"{line.here}:{made.ports['near']}", "--name", "far", "--port", str(made.ports["far"])]
-        subprocess.run(
-            line.command(sys.executable, "-m", "splitrun", *words), check=True, env=environment, capture_output=True
-        )
-        os.environ["SPLITRUN_HOME"] = str(made.homes["near"].folder)
+        made.start_beyond(line, "far")
+        made.lead()
         yield made
 
 

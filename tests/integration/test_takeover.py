@@ -94,6 +94,37 @@ def test_what_a_lost_node_did_is_computed_here(
         assert remote._kept.nbytes == 0
 
 
+@pytest.mark.parametrize("devices", [("cpu", ONE, TWO), pytest.param((ONE, TWO), marks=pytest.mark.long)])
+@pytest.mark.parametrize("same", [True, pytest.param(False, marks=pytest.mark.long)], ids=["same", "later"])
+def test_the_stage_behind_is_lost_afterwards(
+    expected: list[tuple[int, ...]], keeping: str, monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], same: bool
+) -> None:
+    """It comes back, while the requests run that saw the first loss, or later ones. What it was sent is kept by the
+    stage that has come here meanwhile."""
+    placement = demo(*devices)
+    with splitrun.Engine(placement, chunk_tokens=16, patience=PATIENCE) as engine:
+        remote, starter = remote_of(engine), remote_of(engine)._starter
+        remote._successor = Here(engine.core, placement)
+
+        def gone(device: str, job: Any) -> Any:
+            if device == ONE:
+                raise NodeLost(f"{device}: its node has left")
+            return starter(device, job)
+
+        def kill(device: str) -> None:
+            os.kill(process_of(engine, device).process_id, signal.SIGKILL)
+
+        monkeypatch.setattr(remote, "_starter", gone)
+        at_step(engine, monkeypatch, 15, lambda: kill(ONE))
+        if not same:
+            assert run(engine, SAMPLED) == expected
+        at_step(engine, monkeypatch, 32 if same else 21, lambda: kill(TWO))
+        assert run(engine, SAMPLED) == expected
+        assert engine.core.status().stages[-1].restarts == 1
+        assert [stage.device for stage in engine.core.status().stages][-2:] == ["cpu", TWO]
+        assert run(engine, SAMPLED) == expected
+
+
 @pytest.mark.long
 def test_one_node_after_the_other(expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     """In the end everything is here; the second is lost while the first's KV is put in its place."""
