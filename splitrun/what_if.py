@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from splitrun.errors import InvalidPlacement
 
 if TYPE_CHECKING:
-    from splitrun.planner.facts import Objective, Workload
+    from splitrun.planner.facts import Cluster, Objective, Workload
     from splitrun.planner.facts_file import Facts
     from splitrun.planner.placement import Placement
     from splitrun.planner.what_if import Changes
@@ -74,6 +74,13 @@ def _of_placement(question: Question) -> tuple[Question, Workload | None]:
     return replace(question, named=placement.model.source, revision=placement.model.revision), placement.workload
 
 
+def _refuse_names(cluster: Cluster, changes: Changes) -> None:
+    """Raise InvalidPlacement for names that are not known, before anything is timed."""
+    from splitrun.planner.what_if import changed
+
+    changed(cluster, changes)
+
+
 def _start(question: Question, report: Callable[[str], None]) -> Facts:
     """The facts before the changes."""
     from splitrun.api import gather_facts, read_facts_for
@@ -86,8 +93,9 @@ def _start(question: Question, report: Callable[[str], None]) -> Facts:
         return read_facts_for(question.facts, question.named, question.memory)
     if question.machine is None:
         return gather_facts(
-            question.named, question.memory, question.weights, question.revision, question.load, (1,), report=report
-        )
+            question.named, question.memory, question.weights, question.revision, question.load, (1,), report=report,
+            check=lambda profile, cluster: _refuse_names(cluster, question.changes),
+        )  # fmt: skip
     cluster = machine_of(question.machine)
     if question.memory is not None:
         cluster = with_budgets(cluster, question.memory, question.machine)

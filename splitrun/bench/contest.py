@@ -44,6 +44,13 @@ def plan_in(process: Executor, model: str, options: dict[str, Any]) -> Placement
     return process.submit(plan, model, **options).result()
 
 
+def check_in(process: Executor, placement: Placement, file: str, load: Literal["weights", "dummy"]) -> None:
+    """``api.check`` in that process: raises InvalidPlacement for a stale placement."""
+    from splitrun.api import check
+
+    process.submit(check, placement, file, load=load).result()
+
+
 def predict_in(process: Executor, placement: Placement, terms: Terms) -> Estimate:
     """``api.predict`` on the terms of the contest, in that process."""
     from splitrun.api import predict

@@ -99,12 +99,15 @@ def _contest(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "placement.yaml")
         with contest.other_process() as process:
-            placement = Placement.load(model) if is_placement(model) else contest.plan_in(process, model, options)
+            placed = is_placement(model)
+            placement = Placement.load(model) if placed else contest.plan_in(process, model, options)
             if prompt_tokens + new_tokens > placement.workload.context:
                 raise InvalidRequest(
                     f"{prompt_tokens} + {new_tokens} tokens exceed the planned context of "
                     f"{placement.workload.context}; lower --prompt-tokens, or plan with a larger --context"
                 )
+            if placed:
+                contest.check_in(process, placement, model, options["load"])
             show(placement.explain(), err=json_output)
             placement.save(file)
             terms = contest.make_terms(placement, file, prompt_tokens, new_tokens, repeat, options["load"])

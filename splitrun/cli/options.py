@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from splitrun.errors import InvalidPlacement
+
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="'demo', a model directory, or a Hugging Face Hub id.")
 ]
@@ -131,6 +133,15 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 def is_placement(text: str) -> bool:
     """Whether an argument names a placement file rather than a model."""
     return text.endswith((".yaml", ".yml"))
+
+
+def refuse_placement(model: str) -> None:
+    """Raise InvalidPlacement where a placement file is named in a model's place."""
+    if is_placement(model):
+        raise InvalidPlacement(
+            f"{model} is named like a placement file, which is planned already: name its model, or compare it with "
+            f"this machine: splitrun check {model}"
+        )
 
 
 def refuse_destinations(files: Mapping[str, Path | None]) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from splitrun.cli.colours import show
-from splitrun.cli.options import refuse_destinations
+from splitrun.cli.options import is_placement, refuse_destinations
+from splitrun.errors import InvalidPlacement
 
 if TYPE_CHECKING:
     from splitrun.planner.placement import Placement
@@ -24,8 +25,16 @@ class Destination:
     json_output: bool = False
 
     def check(self) -> None:
-        """Before minutes of planning: raise InvalidPlacement for a file that could not be written."""
+        """Before minutes of planning: raise InvalidPlacement for a file that could not be written, or not be found as
+        what it is."""
         refuse_destinations({"-o": self.output, "--svg": self.svg})
+        if self.output is not None and not is_placement(self.output.name):
+            raise InvalidPlacement(
+                f"{self.output}: serve, run and check know a placement file by its ending: name it "
+                f"{self.output.with_suffix('.yaml')}"
+            )
+        if self.output is not None and self.output == self.svg:
+            raise InvalidPlacement(f"-o and --svg both name {self.output}; give each a file of its own")
 
     def send(self, placement: Placement, derive: bool = False) -> None:
         """Save, draw and print; with ``derive`` also how the figures come about."""

@@ -17,6 +17,7 @@ from splitrun.cli.options import (
     Planning,
     SessionsOption,
     SvgOption,
+    refuse_placement,
     spread,
 )
 from splitrun.cli.outcome import Destination
@@ -46,6 +47,7 @@ def plan(
     """Plan MODEL over the devices at hand and explain the plan; nothing is loaded."""
     import splitrun
 
+    refuse_placement(model)
     if json_output and derive:
         raise InvalidPlacement("--explain tells a person and --json a program; give one of them")
     destination = Destination(output, svg, json_output)

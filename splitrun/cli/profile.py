@@ -16,6 +16,7 @@ from splitrun.cli.options import (
     RevisionOption,
     WeightsOption,
     refuse_destinations,
+    refuse_placement,
 )
 
 
@@ -37,6 +38,7 @@ def profile(
     from splitrun.planner.facts_file import plain, write_facts
     from splitrun.planner.profile_table import profile_lines
 
+    refuse_placement(model)
     refuse_destinations({"--facts": facts})
     found = gather_facts(
         model,

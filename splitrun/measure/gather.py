@@ -53,12 +53,13 @@ def gather(
     structure = inspect(files.config)
     facts = profile(files, structure)
     wanted = Wanted(formats(facts, cluster), rows)
+    card = next((device.name for device in cluster.devices if device.kind == "cuda"), None)
     check(facts, cluster)
+    if engine is not None:
+        cluster = with_engine(cluster, engine(machine.cache, card))
+        check(facts, cluster)
     if refresh:
         forget(machine.cache, cluster.devices, FORMATS)
     timed = measure(files, structure, facts, cluster, wanted, machine.cache, report)
-    card = next((device.name for device in cluster.devices if device.kind == "cuda"), None)
     timed = calibrated(timed, cluster, machine.cache)
-    if engine is not None:
-        cluster = with_engine(cluster, engine(machine.cache, card))
     return Facts(timed, cluster, __version__)

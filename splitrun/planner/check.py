@@ -73,4 +73,7 @@ def _plan_again(placement: Placement, file: str, max_context: int | None = None)
         options += f" --sessions {workload.sessions}"
     if workload.objective != "latency":
         options += f" --objective {workload.objective}"
+    formats = {stage.weights for stage in placement.stages}
+    if len(formats) == 1 and formats != {"nf4"}:  # --weights auto may take less precise ones
+        options += f" --weights {formats.pop()}"
     return f"splitrun plan {placement.model.source} {options} -o {file}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -74,9 +74,11 @@ class Sheet:
         )
 
 
-def find_device(name: str, what: str) -> Sheet:
-    """The sheet of that name, letter case and blanks aside. Raises InvalidPlacement with the nearest names."""
-    facts = _pick({**_read("gpus"), **_read("cpus")}, name, what)
+def find_device(name: str, what: str, listed: Sequence[str] = ("gpus", "cpus")) -> Sheet:
+    """The sheet of that name, letter case and blanks aside. Raises InvalidPlacement with the nearest names, or with
+    those of the tables that are ``listed`` where none is near."""
+    known = {**_read("gpus"), **_read("cpus")}
+    facts = _pick(known, name, what, [each for table in listed for each in _read(table)])
     return Sheet(facts[0], str(facts[1]["kind"]), facts[1])
 
 
@@ -91,14 +93,16 @@ def device_names() -> tuple[str, ...]:
     return (*_read("gpus"), *_read("cpus"))
 
 
-def _pick(known: Mapping[str, Mapping[str, Any]], name: str, what: str) -> tuple[str, Mapping[str, Any]]:
+def _pick(
+    known: Mapping[str, Mapping[str, Any]], name: str, what: str, listed: Sequence[str] = ()
+) -> tuple[str, Mapping[str, Any]]:
     plain = {_plain(key): key for key in known}
     found = plain.get(_plain(name))
     if found is None:
         near = difflib.get_close_matches(_plain(name[:60]), list(plain), n=3, cutoff=0.4)
         nearest = f"did you mean {' or '.join(plain[each] for each in near)}?"
         raise InvalidPlacement(
-            f"{what} {name[:60]!r} is not known; {nearest if near else 'known: ' + ', '.join(known)}"
+            f"{what} {name[:60]!r} is not known; {nearest if near else 'known: ' + ', '.join(listed or known)}"
         )
     return found, known[found]
 

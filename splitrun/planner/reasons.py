@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy
 
 from splitrun.planner.alike import classes_of
-from splitrun.planner.facts import Cluster, Device, ModelProfile, Workload
+from splitrun.planner.facts import FORMATS, Cluster, Device, ModelProfile, Workload
 from splitrun.planner.many import least_possible
 from splitrun.planner.placement import Placement
 from splitrun.planner.problem import INFINITE, Split, Tables, busy_s, excess_of, used_devices
@@ -28,6 +28,8 @@ MEASURES = {
     "first-token": "to the first token",
 }
 UNLIMITED_BYTES = 1 << 60
+LAYERS = 1
+"""Of a device's formats, those of embedding, layers and head, the layers'."""
 SHORTER = 4
 """The context that is tried as advice is one part in so many of the one asked for."""
 
@@ -104,6 +106,25 @@ def runner_up(found: Findings) -> list[str]:
     if device is None or values[device] == INFINITE:
         return []
     return [f"the runner-up does without {found.devices[device].name}: {found.instead(values[device])}"]
+
+
+def other_format(
+    found: Findings, profile: ModelProfile, cluster: Cluster, formats: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """The best plan without the format of most layers, and what it would cost; nothing when none fits."""
+    split = found.outcome.split
+    if split is None:
+        return []
+    number = max(split.runs, key=lambda run: run[2] - run[1])[0]
+    main = FORMATS[split.formats[number][LAYERS]]
+    rest = {name: tuple(each for each in known if each != main) for name, known in formats.items()}
+    if not any(rest.values()):
+        return []
+    outcome = fastest(build_tables(profile, cluster, rest, found.workload), found.bottleneck)
+    if outcome.split is None:
+        return []
+    instead = FORMATS[outcome.split.formats[outcome.split.runs[0][0]][LAYERS]]
+    return [f"the runner-up has weights in {instead}, not {main}: {found.instead(outcome.value)}"]
 
 
 def limit(found: Findings) -> str:

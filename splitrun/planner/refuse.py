@@ -44,7 +44,7 @@ def refuse_hopeless(profile: ModelProfile, cluster: Cluster, workload: Workload,
     weights = sum(min(unit.weight_bytes[name] for name in usable) for unit in profile.units)
     weights -= max(profile.tied_bytes.get(name, 0) for name in usable)
     cache = min(_kept(profile, device, workload, name) for name in usable for device in _able(cluster, name))
-    there = sum(pool_budgets(cluster).values())
+    there = _room(cluster)
     missing = weights + cache - there
     if missing <= 0:
         return
@@ -57,14 +57,24 @@ def refuse_hopeless(profile: ModelProfile, cluster: Cluster, workload: Workload,
     ways += [less] if weights < there else []
     ways += ["give it more with --memory", "take a smaller model"]
     budgets = " and ".join(f"{format_bytes(device.budget_bytes)} on {device.name}" for device in cluster.devices)
+    taken = sum(pool_budgets(cluster).values()) - there
+    process = f", {format_bytes(taken)} of it for process and context" if taken else ""
     message = (
         f"{profile.source} does not fit: in {leanest} its weights alone take {format_bytes(weights)} and its KV "
-        f"{format_bytes(cache)}, and the budgets are {budgets}, at least {format_bytes(missing)} too little; "
+        f"{format_bytes(cache)}, and the budgets are {budgets}{process}: at least {format_bytes(missing)} too little; "
         f"{', '.join(ways[:-1])}, or {ways[-1]}"
     )
     largest = max(cluster.devices, key=lambda device: device.budget_bytes)
     shortfall = {device.name: missing if device is largest else 0 for device in cluster.devices}
     raise DoesNotFit(message, shortfall)
+
+
+def _room(cluster: Cluster) -> int:
+    """Bytes of all budgets beside what is taken before any model, of every memory the least that one device takes."""
+    taken: dict[str, int] = {}
+    for device in cluster.devices:
+        taken[device.memory_pool] = min(taken.get(device.memory_pool, device.context_bytes), device.context_bytes)
+    return sum(max(0, budget - taken[pool]) for pool, budget in pool_budgets(cluster).items())
 
 
 def shortfall_text(tables: Tables, split: Split | None, devices: Sequence[Device]) -> str:

@@ -21,7 +21,17 @@ from splitrun.planner.memory import kv_dtype_on
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
 from splitrun.planner.problem import Split, used_devices
 from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss
-from splitrun.planner.reasons import Findings, left_out, limit, measure_text, more_context, runner_up, slowest, untimed
+from splitrun.planner.reasons import (
+    Findings,
+    left_out,
+    limit,
+    measure_text,
+    more_context,
+    other_format,
+    runner_up,
+    slowest,
+    untimed,
+)
 from splitrun.planner.refuse import does_not_fit
 from splitrun.planner.search import fastest
 from splitrun.planner.stream import prompt_notes, with_stream_buffer
@@ -108,14 +118,16 @@ def _solve(
     found = Findings(tables, outcome, devices, workload, own_s)
     notes += left_out(found)
     if outcome is quickest:
-        notes += runner_up(found) + more_context(found, profile, cluster, formats)
+        notes += runner_up(found) or other_format(found, profile, cluster, formats)
+        notes += more_context(found, profile, cluster, formats)
         binding = limit(found)
     else:
         binding = f"--quality {quality}: weights that lose more would give {found.instead(quickest.value)}"
     notes += untimed(profile, cluster, plan)
     loss = loss_share(profile, plan)
     if weights == "auto" and loss:
-        notes.append(f"weights lose {loss:.0%} of what nf4 throughout loses; --quality, such as int8, keeps more")
+        told = "all weights are nf4" if loss > 0.995 else f"weights lose {loss:.0%} of what nf4 throughout loses"
+        notes.append(f"{told}; --quality, such as int8, keeps more of their precision")
     if stream:
         plan = with_stream_buffer(profile, cluster, plan)
         notes += prompt_notes(profile, cluster, plan)

@@ -37,7 +37,7 @@ def changed(cluster: Cluster, changes: Changes) -> tuple[Cluster, list[str]]:
     notes: list[str] = []
     process_bytes = cluster.card_process_bytes
     for text in changes.add:
-        sheet = find_device(text, "--add")
+        sheet = find_device(text, "--add", ["gpus"])
         if sheet.kind == "cpu":
             raise InvalidPlacement(f"--add {text!r} is a processor: name it with --machine or --add-node")
         device = sheet.device(_free_name(devices, sheet.kind, ""), HOST_POOL)
@@ -65,7 +65,7 @@ def changed(cluster: Cluster, changes: Changes) -> tuple[Cluster, list[str]]:
 
 def machine_of(name: str) -> Cluster:
     """A machine with that processor alone."""
-    sheet = find_device(name, "--machine")
+    sheet = find_device(name, "--machine", ["cpus"])
     if sheet.kind != "cpu":
         raise InvalidPlacement(f"--machine {name!r} is no processor: name one, and the card with --add")
     return Cluster((sheet.device("cpu", HOST_POOL),))

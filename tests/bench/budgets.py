@@ -42,6 +42,7 @@ from splitrun.errors import DoesNotFit
 from splitrun.planner.estimate import DeviceMemory
 from splitrun.planner.facts import Workload
 from splitrun.planner.facts_file import Facts
+from splitrun.planner.memory import placement_memory
 from splitrun.planner.placement import Placement
 from splitrun.planner.seconds import interpolated
 from splitrun.planner.solve import solve
@@ -178,17 +179,24 @@ def judge_run(facts: Facts, case: Case, placement: Placement) -> Outcome:
 def expected_bytes(facts: Facts, placement: Placement) -> dict[str, int]:
     """Device -> what the plan expects to be taken, processors together as "cpu".
 
-    Each must have room for all that it takes when it is alone. In one process the largest workspace of them is taken at
-    a time: they load one after the other, before any computes, and what a history takes is given back at once. Of the
-    others there is what the C library keeps for each thread, a chunk's temporaries.
+    Each must have room for all that it takes when it is alone. In one process they load one after the other, before any
+    computes; then there is the largest workspace of them, and of the others what the C library keeps for each thread, a
+    chunk's temporaries: what a history takes is given back at once.
     """
     assert placement.estimate is not None
     bills = placement.estimate.devices
     expected = {bill.device: bill.expected_bytes for bill in bills if not bill.device.startswith("cpu")}
-    workers = sorted((bill for bill in bills if bill.device.startswith("cpu")), key=lambda bill: -bill.workspace_bytes)
+    workers = [bill for bill in bills if bill.device.startswith("cpu")]
     if workers:
-        beside = sum(bill.workspace_bytes - kept_bytes(facts, placement, bill) for bill in workers[1:])
-        expected["cpu"] = sum(bill.expected_bytes for bill in workers) - beside
+        loaded = {
+            key: tuple(replace(peak, load_bytes=0) for peak in found) for key, found in facts.profile.peaks.items()
+        }
+        again = placement_memory(replace(facts.profile, peaks=loaded), facts.cluster, placement)
+        computing = {bill.device: bill.workspace_bytes for bill in again}
+        kept = {bill.device: min(computing[bill.device], kept_bytes(facts, placement, bill)) for bill in workers}
+        most = max(sum(kept.values()) - kept[name] + computing[name] for name in kept)
+        most = max(most, *(bill.workspace_bytes for bill in workers))
+        expected["cpu"] = sum(bill.expected_bytes - bill.workspace_bytes for bill in workers) + most
     return expected
 
 
@@ -201,7 +209,7 @@ def kept_bytes(facts: Facts, placement: Placement, bill: DeviceMemory) -> int:
         if peaks is None:
             return bill.workspace_bytes
         found += [round(interpolated(peaks[unit].chunks, tokens)) for unit in stage.units]
-    return min(bill.workspace_bytes, max(found))
+    return max(found)
 
 
 def main() -> None:

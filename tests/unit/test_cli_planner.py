@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from splitrun.__main__ import main
-from splitrun.measure import timing
+from splitrun.measure import gather, timing
 from splitrun.planner.placement import Placement
 
 MACHINE = ("--machine", "desktop DDR4 CPU")
@@ -77,7 +77,9 @@ def test_what_if_warns_of_what_cannot_run(capsys: pytest.CaptureFixture[str]) ->
         (["what-if", "demo", *MACHINE, "--add", "GTX 1066"], "--add 'GTX 1066' is not known; did you mean"),
         (["what-if", "demo", *MACHINE, "--add-node", "GTX 1066"], "--add-node 'GTX 1066' is not known"),
         (["what-if", "demo", *MACHINE, "--link", "string"], "--link 'string' is not known"),
-        (["what-if", "demo", "--machine", "toaster"], "--machine 'toaster' is not known"),
+        (["what-if", "demo", "--machine", "toaster"], "--machine 'toaster' is not known; known: desktop DDR4 CPU, "),
+        (["plan", "demo", "-o", "plan.txt"], "by its ending: name it plan.yaml"),
+        (["plan", "demo", "-o", "p.yaml", "--svg", "p.yaml"], "-o and --svg both name p.yaml"),
         (["what-if", "demo", *MACHINE, "--drop", "cuda:1"], "--drop: there is no 'cuda:1': there is cpu"),
         (["what-if", "demo", *MACHINE, "--facts", "x.json"], "--machine and --facts both say where to start"),
         (["what-if", "demo", *MACHINE, "--memory", "cpu=0"], "a budget of 0 for cpu"),
@@ -95,6 +97,11 @@ def test_what_if_warns_of_what_cannot_run(capsys: pytest.CaptureFixture[str]) ->
         (["plan", "demo", "--memory", "cpu=-1GiB"], "'-1GiB' is not a size; write it like 4GiB"),
         (["check", "demo"], "demo is no placement file"),
         (["check", "nothere.yaml"], "no such file"),
+        (
+            ["plan", "mine.yaml"],
+            "which is planned already: name its model, or compare it with this machine: splitrun ch",
+        ),
+        (["profile", "mine.yaml"], "which is planned already"),
         (["profile", "./nowhere"], "there is no directory ./nowhere"),
     ],
 )
@@ -103,6 +110,22 @@ def test_refusals_are_one_line(words: list[str], why: str, capsys: Any) -> None:
     error = capsys.readouterr().err
     assert why in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--add", "GTX 1066"], "--add 'GTX 1066' is not known"),
+        (["--drop", "cuda:7"], "--drop: there is no 'cuda:7'"),
+        (["--drop", "cpu"], "no device is left"),
+    ],
+)
+def test_names_are_looked_up_before_anything_is_timed(
+    words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gather, "measure", lambda *arguments: pytest.fail("timed"))
+    assert main(["what-if", "demo", *words]) == 2
+    assert why in capsys.readouterr().err
 
 
 def test_facts_of_another_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

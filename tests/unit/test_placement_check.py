@@ -14,7 +14,7 @@ from splitrun.planner.solve import solve
 
 MACHINE = Cluster((device(), device("cuda:0", budget=GIB, bandwidth=300e9)))
 PLAN = solve(model(layers=8, values=100 * MIB), MACHINE, Workload(), "bf16")
-COMMAND = "splitrun plan some/model --context 4096 -o mine.yaml"
+COMMAND = "splitrun plan some/model --context 4096 --weights bf16 -o mine.yaml"
 
 
 def reasons(**change: Any) -> list[str]:
@@ -83,7 +83,22 @@ def test_devices_of_one_memory_count_together() -> None:
         assert len(reasons(cluster=Cluster(shared))) == count
 
 
+@pytest.mark.parametrize(
+    ("formats", "told"),
+    [("int8 int8", " --weights int8"), ("bf16 bf16", " --weights bf16"), ("nf4 nf4", ""), ("bf16 nf4", "")],
+)
+def test_the_command_keeps_the_precision(formats: str, told: str) -> None:
+    first, second = formats.split()
+    stages = (replace(PLAN.stages[0], weights=first), *(replace(each, weights=second) for each in PLAN.stages[1:]))
+    assert len(stages) > 1
+    (reason,) = reasons(plan=replace(PLAN, stages=stages), layers=9)
+    assert reason.endswith(f"--context 4096{told} -o mine.yaml")
+
+
 def test_the_command_repeats_the_workload() -> None:
     plan = replace(PLAN, workload=Workload(512, 3, "throughput"))
     (reason,) = reasons(plan=plan, layers=9)
-    assert "splitrun plan some/model --context 512 --sessions 3 --objective throughput -o mine.yaml" in reason
+    assert (
+        "splitrun plan some/model --context 512 --sessions 3 --objective throughput --weights bf16 -o mine.yaml"
+        in reason
+    )

@@ -48,10 +48,18 @@ def test_what_is_refused_has_no_plan(kv: str) -> None:
 
 
 def test_devices_that_share_memory_are_counted_once() -> None:
-    cpu, card = device(budget=60 * MIB), device("cuda:0", budget=60 * MIB)
+    cpu, card = device(budget=60 * MIB), device("cuda:0", budget=60 * MIB, context_bytes=0)
     workload = Workload(context=64)
     assert refused(Cluster((cpu, card)), workload, "int8") is None
     assert refused(Cluster((cpu, replace(card, memory_pool=cpu.memory_pool))), workload, "int8") is not None
+
+
+def test_what_the_process_takes_is_no_room() -> None:
+    workload, needed = Workload(context=64), 57 * MIB  # 100 MiB of values in nf4, and KV
+    assert refused(Cluster((device(budget=needed + 40 * MIB, context_bytes=40 * MIB),)), workload) is None
+    error = refused(Cluster((device(budget=needed + 38 * MIB, context_bytes=40 * MIB),)), workload)
+    assert error is not None
+    assert "95.0 MiB on cpu, 40.0 MiB of it for process and context: at least" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,11 @@ def test_auto_takes_the_fastest_format_within_the_quality() -> None:
         formats[quality] = ([stage.weights for stage in placement.stages], placement.estimate.notes[-1])
     assert formats["nf4"] == (
         ["nf4"],
-        "weights lose 100% of what nf4 throughout loses; --quality, such as int8, keeps more",
+        "all weights are nf4; --quality, such as int8, keeps more of their precision",
     )
     assert formats["int8"] == (
         ["int8"],
-        "weights lose 9% of what nf4 throughout loses; --quality, such as int8, keeps more",
+        "weights lose 9% of what nf4 throughout loses; --quality, such as int8, keeps more of their precision",
     )
     assert formats["0.5"][0] == ["nf4", "int8", "nf4"]  # the ends, which are a fifth of the weights
     with pytest.raises(DoesNotFit, match=r"no plan within --quality bf16 fits; .* allow that with --quality 1.00"):
@@ -123,6 +123,22 @@ def test_int8_keys_and_values_where_a_device_asks_for_them() -> None:
 def test_qualities_refused(quality: str) -> None:
     with pytest.raises(InvalidPlacement, match="is neither a weight format"):
         solve(model(), Cluster((device(),)), Workload(), quality=quality)
+
+
+def test_on_one_device_the_runner_up_has_another_format() -> None:
+    for budget, named in ((GIB, "int8, not nf4"), (100 * MIB, "")):
+        placement = solve(model(layers=8, values=10 * MIB), Cluster((device(budget=budget),)), Workload(context=512))
+        assert placement.estimate is not None
+        notes = [note for note in placement.estimate.notes if "runner-up" in note]
+        assert [f"the runner-up has weights in {named}: " in note for note in notes] == [True] * bool(named)
+        if named:
+            other = solve(
+                model(layers=8, values=10 * MIB), Cluster((device(budget=budget),)), Workload(context=512), "int8"
+            )
+            assert other.estimate is not None
+            assert f" {other.estimate.decode_tokens_per_s:.0f} instead of " in notes[0]
+    (fixed,) = solve(model(), Cluster((device(),)), Workload(), "int8").estimate.notes or ("",)  # type: ignore[union-attr]
+    assert "runner-up" not in fixed
 
 
 def test_the_runner_up_and_a_shorter_context_come_with_numbers() -> None:

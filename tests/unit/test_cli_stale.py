@@ -1,0 +1,64 @@
+"""Every command that loads a placement refuses one that no longer holds, in one line with the command that mends it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from splitrun.__main__ import main
+from splitrun.planner.facts import Workload
+from splitrun.planner.placement import ModelRef, Placement, StageSpec
+
+PLAN = Placement(
+    1, ModelRef("demo", layers=8), Workload(context=128), (StageSpec("cpu", True, (0, 8), True, "bf16"),)
+)  # fmt: skip
+STALE = {
+    "other hardware": (replace(PLAN, stages=(replace(PLAN.stages[0], device="cuda:7"),)), "device cuda:7 is not here"),
+    "a node that is gone": (
+        replace(PLAN, stages=(replace(PLAN.stages[0], device="attic/cpu"),)),
+        "device attic/cpu is",
+    ),
+    "another checkpoint": (replace(PLAN, model=replace(PLAN.model, fingerprint="sha256:" + "0" * 64)), "demo changed"),
+    "another size": (
+        replace(PLAN, model=replace(PLAN.model, layers=9), stages=(replace(PLAN.stages[0], layers=(0, 9)),)),
+        "the placement splits 9 layers, but demo has 8",
+    ),
+    "too long a context": (replace(PLAN, workload=Workload(context=50_000)), "context 50000 is longer than"),
+    "more memory than there is": (replace(PLAN, devices={"cpu": 1 << 50}), "is free; free some memory"),
+}
+COMMANDS = {
+    "check": [],
+    "run": ["hello"],
+    "serve": ["--port", "0"],
+    "trace": ["hello"],
+    "bench": ["--prompt-tokens", "9"],
+}
+
+
+@pytest.mark.parametrize("reason", STALE)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_stale_placement_is_refused_with_what_mends_it(
+    command: str, reason: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    placement, why = STALE[reason]
+    file = tmp_path / "mine.yaml"
+    placement.save(file)
+    assert main([command, str(file), *COMMANDS[command]]) == 2
+    out, error = capfd.readouterr()
+    assert out == ""
+    assert error.startswith(f"splitrun: {file}: ")
+    assert error.count("\n") == 1
+    assert why in error
+    assert "plan again: splitrun plan demo --context " in error
+    assert error.endswith(f" --weights bf16 -o {file}\n")
+
+
+def test_a_placement_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    PLAN.save(file)
+    file.write_text(file.read_text("utf-8").replace("version: 1", "version: 2"), "utf-8")
+    for command, words in COMMANDS.items():
+        assert main([command, str(file), *words]) == 2
+        assert "version: this splitrun reads version 1; plan again with: splitrun plan" in capsys.readouterr().err
