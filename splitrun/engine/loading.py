@@ -281,7 +281,9 @@ def make_links(
             behind = loaded.stages.get(index + 1)
             reads_host = behind is not None and behind.reads_host
             onward = None if following is None else ring.hop(spec, following, reads_host)
-            stage.gives_host = isinstance(onward, DeviceToHost) and ring.depth <= stage.most_left
+            stage.gives_host = False
+            if isinstance(onward, DeviceToHost) and ring.depth <= stage.most_left:
+                stage.gives_host, onward.left = True, stage.left
             worker = loaded.workers[_worker_device(placement, index, loaded)]
             links.append(Link(stage, worker, name, onward, relief(placement, spec.device)))
         else:

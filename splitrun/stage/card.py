@@ -50,6 +50,10 @@ class CardStage(RangeStage):
         """As `RangeStage.any_thread`; decoding takes kernels of our own."""
         return step.rows <= ROWS and int(step.query_starts[-1]) == step.rows and not _scored(step)
 
+    def left(self) -> torch.cuda.Event | None:
+        """As `RangeStage.left`."""
+        return self._graphs.done
+
     @torch.inference_mode()
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """As `RangeStage.run`. Greedy rows that only decode bring back their ids and nothing else."""

@@ -116,6 +116,11 @@ class DecodeGraphs:
         """The same in pinned memory, once the work in the current stream is done; written anew after SLOTS runs."""
         return self._slots.left(rows)
 
+    @property
+    def done(self) -> torch.cuda.Event | None:
+        """Behind the latest run; None where work is done when it is launched."""
+        return self._slots.done
+
     def chosen(self, rows: int) -> list[int]:
         """The most likely token of each row, -1 where its logits are not finite. Waits for the GPU."""
         self._slots.wait()

@@ -48,6 +48,21 @@ class StagingRing:
             event.record()
 
 
+class _SlotView:
+    """The numbers of one slot, part by part: views are made once, since making them takes longer than writing."""
+
+    def __init__(self, slot: IntArray, groups: int, blocks: int) -> None:
+        self.ids, self.lengths, self.arrived = slot[:ROWS], slot[ROWS : 2 * ROWS], slot[-1:]
+        self.tables = slot[2 * ROWS : -1].reshape(groups, ROWS, blocks)
+        self._rows = ROWS
+
+    def show(self, rows: int) -> None:
+        """Mark rows beyond so many as absent; those that are shown get their lengths next."""
+        if rows < self._rows:
+            self.lengths[rows:] = -1
+        self._rows = rows
+
+
 class DecodeSlots:
     """What decoding takes from a step and gives back, in pinned memory that graphs read and write: a token a row."""
 
@@ -73,27 +88,25 @@ class DecodeSlots:
         numbers = ROWS * (2 + len(self._groups) * blocks)
         self._numbers = torch.zeros(numbers, dtype=torch.int32, device=self._hidden.device)
         self._slots = torch.zeros((SLOTS, numbers + 1), dtype=torch.int32, pin_memory=self._pinned)
-        self._views: IntArray = self._slots.numpy()
+        self._views = [_SlotView(slot, len(self._groups), blocks) for slot in self._slots.numpy()]
         self.ids, self.lengths = self._numbers[:ROWS], self._numbers[ROWS : 2 * ROWS]
 
     def write(self, step: Step, rows: Sequence[int], incoming: Tensor | None, offset: int = 0) -> None:
         """Fill the next slot with rows of a step, each with its new token at ``offset``; rows beyond them are marked as
         absent. ``incoming``: their activation, here or on the device."""
-        host, count, blocks = self._free(), len(rows), self.blocks
-        picked: slice | IntArray = slice(None)
-        if count == len(step.token_ids):  # every row with its one token
-            host[:count] = step.token_ids
-        else:
+        view, count = self._free(), len(rows)
+        ids, lengths = step.token_ids, step.context_lengths
+        if count != len(ids):  # else: every row with its one token
             picked = numpy.asarray(rows, dtype=numpy.int32)
-            host[:count] = step.token_ids[step.query_starts[picked] + offset]
-        host[ROWS + count : 2 * ROWS] = -1
-        host[ROWS : ROWS + count] = step.context_lengths[picked] + offset
-        for place, group in enumerate(self._groups):
-            table = step.block_tables[group][picked]
-            start = 2 * ROWS + place * ROWS * blocks
-            host[start : start + ROWS * blocks].reshape(ROWS, blocks)[:count, : table.shape[1]] = table
-        here = incoming is not None and incoming.device.type == "cpu"
-        host[-1] = here
+            ids, lengths = ids[step.query_starts[picked] + offset], lengths[picked] + offset
+        view.show(count)
+        if self._arriving is None:
+            view.ids[:count] = ids
+        view.lengths[:count] = lengths
+        for cells, group in zip(view.tables, self._groups, strict=True):
+            table = step.block_tables[group]
+            cells[:count, : table.shape[1]] = table if count == len(table) else table[picked]
+        view.arrived[0] = here = incoming is not None and incoming.device.type == "cpu"
         if incoming is None:
             return
         target = self._hidden if not here or self._arriving is None else self._arriving[self._next]
@@ -101,9 +114,9 @@ class DecodeSlots:
 
     def write_absent(self) -> None:
         """Fill the next slot with no row at all: a first run must not write into anybody's blocks."""
-        host = self._free()
-        host[ROWS : 2 * ROWS] = -1
-        host[-1] = 0
+        view = self._free()
+        view.show(0)
+        view.arrived[0] = 0
 
     def take(self, rows: int) -> None:
         """The first launch of a run of that many rows."""
@@ -128,19 +141,22 @@ class DecodeSlots:
         """What the latest run delivers, once it is done. Shape: (rows, …); written anew after SLOTS runs."""
         return self._left[self._latest, :rows]
 
+    @property
+    def done(self) -> torch.cuda.Event | None:
+        """Behind the latest run; None where work is done when it is launched."""
+        return self._done[self._latest]
+
     def wait(self) -> None:
         """Wait until the latest run is done."""
-        event = self._done[self._latest]
-        if event is not None:
-            event.synchronize()
+        if self.done is not None:
+            self.done.synchronize()
 
-    def _free(self) -> IntArray:
+    def _free(self) -> _SlotView:
         """The next slot, once the run that read it last is done."""
         event = self._done[self._next]
         if event is not None:
             event.synchronize()
-        slot: IntArray = self._views[self._next]
-        return slot
+        return self._views[self._next]
 
     def history(self, group: str, rows: int) -> History:
         """Where the first rows' tokens stand, for the layers of a KV group."""

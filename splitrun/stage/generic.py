@@ -65,8 +65,8 @@ class RangeStage(ABC):
     reads_host = False
     """Whether activations from the processor may come in pinned memory, to be copied by the stage."""
     most_left = 0
-    """How many activations of decoded rows the stage can have left in pinned memory at once, where they are when the
-    work in the current stream is done."""
+    """How many activations of decoded rows the stage can have left in pinned memory at once; `left` says when one is
+    there."""
     gives_host = False
     """Whether it is to do so: the stage behind is on the processor. Set by who puts stages in a row."""
     thread_counts: ThreadCounts | None = None
@@ -77,6 +77,10 @@ class RangeStage(ABC):
         self.rules = rules
         self.weight_bytes = weight_bytes
         self._stores = stores
+
+    def left(self) -> torch.cuda.Event | None:
+        """The event behind the activation that was left in pinned memory last; None: it is there already."""
+        return None
 
     def any_thread(self, step: Step) -> bool:
         """Whether a step may run on any thread: libraries that keep memory for each thread, as cuBLAS does, have no

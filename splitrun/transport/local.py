@@ -26,6 +26,8 @@ Task = Callable[[], Callable[[], None] | None]
 """Work on a device. What it returns is called behind it, when the device is free for others."""
 Failed = Callable[[Exception], None]
 
+FEW_ROWS = 16
+"""Rows that a stage that reads pinned memory copies there without the help of a hop: those of a decoding step."""
 _CURRENT = threading.local()
 """``worker``: the worker whose thread this is."""
 
@@ -193,19 +195,21 @@ class PinnedRing:
 
 
 class DeviceToHost:
-    """From a GPU to the CPU through pinned memory."""
+    """From a GPU to the CPU through pinned memory. ``left``: the event behind what the stage has just left in pinned
+    memory itself, None when it is there already."""
 
     def __init__(self, ring: PinnedRing) -> None:
         self._ring = ring
+        self.left: Callable[[], torch.cuda.Event | None] = ring.mark
 
     def send(self, activation: Tensor) -> Parcel:
-        """Copy on the source's stream and mark its end; one that the stage leaves in pinned memory needs but the mark.
-        Devices other than CUDA's have no such events: they wait."""
-        if activation.device.type not in ("cuda", "cpu"):
+        """Copy on the source's stream and mark its end, unless the stage has left it in pinned memory. Devices other
+        than CUDA's have no such events: they wait."""
+        if activation.device.type == "cpu":
+            return Parcel(activation, self.left())
+        if activation.device.type != "cuda":
             return Parcel(activation.to("cpu"))
         buffer = self._ring.take(activation.shape[0])
-        if activation.device.type == "cpu":
-            return Parcel(activation, self._ring.mark())
         buffer.copy_(activation, non_blocking=True)
         return Parcel(buffer, self._ring.mark())
 
@@ -224,7 +228,9 @@ class HostToDevice:
         self._target = None if target is None else torch.device(target)
 
     def send(self, activation: Tensor) -> Parcel:
-        """Put the activation into pinned memory."""
+        """Put the activation into pinned memory; a few rows the target puts there itself."""
+        if self._target is None and activation.shape[0] <= FEW_ROWS:
+            return Parcel(activation)
         buffer = self._ring.take(activation.shape[0])
         buffer.copy_(activation)
         return Parcel(buffer)

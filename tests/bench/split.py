@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from copy import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from splitrun.stage.card import CardStage
 from splitrun.stage.card_graph import Captures, DecodeGraphs
 from splitrun.stage.card_model import card_model
 from splitrun.stage.generic import RangeStage
+from splitrun.transport.local import DeviceToHost
 
 FILE = """version: 1
 model: {{source: {model}, layers: {layers}}}
@@ -250,6 +252,11 @@ class Passing:
         """Always."""
         return True
 
+    def left(self) -> torch.cuda.Event | None:
+        """Behind what it has left in pinned memory."""
+        assert self._graphs
+        return self._graphs.done
+
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """As a stage does."""
         if self._last:
@@ -273,8 +280,10 @@ def passing(engine: Engine, behind: int) -> float:
     empty = []
     for link in links:
         assert isinstance(link.stage, RangeStage)
-        stage = Passing(link.stage, link.onward is None)
-        empty.append(Link(stage, link.worker, link.name, link.onward))
+        stage, onward = Passing(link.stage, link.onward is None), copy(link.onward)
+        if isinstance(onward, DeviceToHost):
+            onward.left = stage.left
+        empty.append(Link(stage, link.worker, link.name, onward))
     moments: list[float] = []
     done = threading.Event()
 
