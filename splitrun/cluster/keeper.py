@@ -1,8 +1,8 @@
 """The Ray actor of a stage: starts the stage's process on its node, passes lines to and fro, and ends it.
 
 The stage is a process of its own, so that it can be ended whatever it does, and Ray's threads do not compute beside it.
-When nobody asks what the stage says for ORPHAN_S, the coordinator is gone or out of reach: the stage ends and so does
-the actor. Knows nothing of what the process computes.
+When nobody asks what the stage says or tells it anything for ORPHAN_S, the coordinator is gone or out of reach: the
+stage ends and so does the actor. Knows nothing of what the process computes.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Keeper:
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """Pass a line to the process."""
+        self._unheard_s = 0.0
         self._process.tell(message)
 
     def store(self, folder: str, file: str, start: int, data: bytes) -> None:

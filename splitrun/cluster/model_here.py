@@ -13,6 +13,7 @@ from splitrun.cluster.model_there import describe_model
 from splitrun.errors import SplitrunError
 from splitrun.model.files import ModelFiles
 from splitrun.model.source import weight_files
+from splitrun.quantities import format_bytes
 
 if TYPE_CHECKING:
     from splitrun.cluster.nodes import NodeProcess
@@ -77,4 +78,4 @@ class Provider:
         if now - self._told > TELL_S:
             self._told = now
             rate = self._sent_bytes / max(now - self._began, 1e-3) / 1e6
-            _LOG.warning("%s: %d MB of weights sent, %.0f MB/s", process.name, self._sent_bytes // 10**6, rate)
+            _LOG.warning("%s: %s of weights sent, %.0f MB/s", process.name, format_bytes(self._sent_bytes), rate)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from splitrun.cluster.home import Home, NodeRecord
@@ -210,17 +211,22 @@ class NodeProcess:
         from ray.exceptions import GetTimeoutError, RayError
 
         began = time.monotonic()
+        answer: Any = None
         while not self._closing.is_set():
             try:
-                for message in _waited(_asked(self._actor.said, POLL_S), 4 * POLL_S):
+                answer = answer or _asked(self._actor.said, POLL_S)
+                for message in _waited(answer, 4 * POLL_S):
                     if "ended" in message:
                         self.end = str(message["ended"]) or "has ended"
                     elif "wants" in message or "lacks_model" in message:
                         self._asked.put(message)
                     else:
                         self._said.add(message)
+                answer = None
             except GetTimeoutError:
-                continue  # whoever waits for a sign of life has a clock of its own
+                # Late, but what it brings is said once. Whoever waits for a sign of life has a clock of its own.
+                self.tell({"alive": True})
+                continue
             except RayError as error:
                 self.end = f"was lost with its node or keeper ({type(error).__name__})"
             self._answered_s = time.monotonic()
@@ -274,3 +280,10 @@ def _connect(record: NodeRecord) -> None:
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ClusterError(f"Ray at {record.head} cannot be reached from here: {reason}") from error
+    # What it has to say of nodes would go to standard output, which is the user's; of those that matter we speak.
+    worker: Any = import_module("ray._private.worker")
+    worker.print_to_stdstream = _said_nothing
+
+
+def _said_nothing(data: object, ignore_prefix: bool = False) -> None:
+    """In place of Ray's function that prints."""

@@ -12,7 +12,7 @@ import queue
 import re
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from splitrun import errors
@@ -33,6 +33,17 @@ def local_device(name: str) -> str:
 def machine_of(device: str) -> str:
     """The node that a device belongs to, "" for this machine and processes on it."""
     return local_device(device).rpartition("/")[0]
+
+
+def failures_of(devices: Iterable[str], action: Callable[[str], object]) -> dict[str, SplitrunError]:
+    """Do something for each device; device -> the error, for those where it failed."""
+    failures: dict[str, SplitrunError] = {}
+    for device in sorted(devices):
+        try:
+            action(device)
+        except SplitrunError as error:
+            failures[device] = error
+    return failures
 
 
 class StageHandle(Protocol):

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from splitrun.cluster.nodes import NodeLost
-from splitrun.cluster.process import StageHandle
+from splitrun.cluster.process import StageHandle, failures_of
 from splitrun.engine.exchange import COORDINATOR, Exchange, Route
 from splitrun.engine.kept import KeptKV
 from splitrun.engine.outcome import Failure, Interruption, Outcome, Restarted, Resumed
@@ -150,28 +150,21 @@ class RemoteStages:
         """Start these processes, and tell all of them who the peers are. Returns what failed; empty: all run."""
         patience = self._patience.start_s
         began = time.monotonic()
-        failures = self._each(devices, self._start)
-        failures |= self._each(devices - failures.keys(), lambda device: self._learn_address(device, patience))
-        failures |= self._each(devices - failures.keys(), lambda device: self._await_loading(device, patience))
+        failures = failures_of(devices, self._start)
+        failures |= failures_of(devices - failures.keys(), lambda device: self._learn_address(device, patience))
+        failures |= failures_of(devices - failures.keys(), lambda device: self._await_loading(device, patience))
         if failures:
             return failures
         peers = {name: (address.endpoint, address.public_key) for name, address in self._addresses.items()}
+        self._signs.listen_for(devices)
         for process in self._processes.values():
             process.tell({"peers": peers})
-        failures = self._each(self._jobs, lambda device: self._processes[device].expect("connected", patience))
+        failures = failures_of(self._jobs, lambda device: self._processes[device].expect("connected", patience))
+        failures |= failures_of(devices - failures.keys(), lambda device: self._await_sign(device, patience))
         self._signs.forgive()
         self._stalled_s = 0.0
         if devices:
             self.loading_s = time.monotonic() - began
-        return failures
-
-    def _each(self, devices: Iterable[str], action: Callable[[str], object]) -> dict[str, SplitrunError]:
-        failures: dict[str, SplitrunError] = {}
-        for device in sorted(devices):
-            try:
-                action(device)
-            except SplitrunError as error:
-                failures[device] = error
         return failures
 
     def _start(self, device: str) -> None:
@@ -194,6 +187,9 @@ class RemoteStages:
     def _await_loading(self, device: str, silence_s: float) -> None:
         loaded = self._processes[device].expect("loaded", silence_s)
         self.memory_bytes |= {int(index): int(count) for index, count in loaded.items()}
+
+    def _await_sign(self, device: str, silence_s: float) -> None:
+        self._signs.await_first(device, silence_s, lambda: self._processes[device].end)
 
     def _watch(self) -> None:
         """Notice what is lost. Silence is counted in this thread's own ticks: when the whole machine stood still, or
@@ -294,6 +290,7 @@ class RemoteStages:
         if frame.stage >= len(self._exchange.route.peers):
             raise MalformedMessage(f"there is no stage {frame.stage}")
         device = self._exchange.route.peers[frame.stage]
+        self._signs.heard(self._exchange.route.peers[frame.stage - (frame.kind is Kind.STEP)])
         if frame.kind is Kind.BEAT:
             self._signs.beat(device, frame, self._clocks)
         elif frame.kind is Kind.SPANS and self._exchange.pipeline is not None:

@@ -5,14 +5,18 @@ Knows which device runs which stages; what is done about silence is another's bu
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from splitrun import errors
 from splitrun.engine.record import Record, Span, StageClock
-from splitrun.errors import StageError
+from splitrun.errors import StageError, StageLost
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.transport.frames import Frame
+
+FIRST_LOOK_S = 0.05
+"""How often to look whether a process has ended that was not heard yet."""
 
 
 class Signs:
@@ -21,12 +25,35 @@ class Signs:
     def __init__(self, peers: tuple[str, ...], devices: Iterable[str]) -> None:
         self._peers = peers
         self.silence_s = dict.fromkeys(devices, 0.0)
+        self._first = {device: threading.Event() for device in self.silence_s}
         self._busy: dict[str, bool] = {}
         self._offsets_s: dict[str, float] = {}
 
     def forgive(self) -> None:
         """Count silence from now on."""
         self.silence_s = dict.fromkeys(self.silence_s, 0.0)
+
+    def heard(self, device: str) -> None:
+        """Something came from there. Heartbeats have a connection of their own, and one lost packet holds it up for a
+        second or two where the way is long: what comes on another is as good a sign."""
+        if device in self.silence_s:
+            self.silence_s[device] = 0.0
+            self._first[device].set()
+
+    def listen_for(self, devices: Iterable[str]) -> None:
+        """These are about to connect: what was heard before was of others."""
+        for device in devices:
+            self._first[device].clear()
+
+    def await_first(self, device: str, most_s: float, ended: Callable[[], str]) -> None:
+        """Wait for the first sign since ``listen_for``: over a long way, connecting alone may take longer than a
+        running process may be silent. Raises StageLost after ``most_s``, or when ``ended`` says how it ended."""
+        until = time.monotonic() + most_s
+        while not self._first[device].wait(FIRST_LOOK_S):
+            if reason := ended():
+                raise StageLost(f"{device} {reason}")
+            if time.monotonic() > until:
+                raise StageLost(f"{device} runs, but nothing of it arrives: does the firewall here let its ports in?")
 
     def forget(self, device: str) -> None:
         """Nothing is heard of that device from now on, and nobody misses it."""
@@ -51,8 +78,7 @@ class Signs:
 
     def beat(self, device: str, frame: Frame, clocks: tuple[StageClock, ...]) -> None:
         """A heartbeat, with the figures of the device's stages. Modifies the clocks. Raises MalformedMessage."""
-        self.silence_s[self.known(device)] = 0.0
-        self._busy[device] = bool(frame.control.get("busy"))
+        self._busy[self.known(device)] = bool(frame.control.get("busy"))
         told = frame.control.get("clocks")
         if not clocks or not isinstance(told, dict):
             return

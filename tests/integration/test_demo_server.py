@@ -112,5 +112,7 @@ def test_a_server_with_processes_opens_nothing_to_others_and_shows_no_key(tmp_pa
                 server.terminate()
         log.seek(0)
         lines = log.read().decode().splitlines()
-    assert any(json.loads(line)["message"] == "step" for line in lines if line.startswith("{"))
+    told = [json.loads(line) for line in lines if line.startswith("{")]
+    ((number,),) = [one["requests"] for one in told if one["message"] == "request"]
+    assert {one["where"] for one in told if number in one.get("requests", ())} == {"http", "coordinator", "process/cpu"}
     assert not any(secret in line for secret in (key, token) for line in lines)

@@ -24,7 +24,8 @@ from test_processes import GREEDY, SAMPLED, at_step, cut_everywhere, demo, plan,
 from test_recovery import IN_FLIGHT, OUTPUTS, PROMPTS, computed
 
 import splitrun
-from splitrun.cluster import node, runtime
+from splitrun.cluster import links, node, runtime
+from splitrun.cluster import nodes as cluster_nodes
 from splitrun.cluster.home import Home
 from splitrun.cluster.nodes import Membership, Nodes
 from splitrun.cluster.versions import own_versions
@@ -197,6 +198,15 @@ def test_a_frame_without_a_key_of_the_session_is_refused(engine: splitrun.Engine
         assert run(engine) == expected["greedy"]
     finally:
         stranger.close()
+
+
+def test_ray_prints_nothing(engine: splitrun.Engine, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of nodes that die, say: what it does say goes through one function of its own."""
+    from ray._private import worker
+
+    assert "print_to_stdstream" in worker.listen_error_messages.__code__.co_names
+    worker.print_to_stdstream({"lines": ["a node died"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert capfd.readouterr() == ("", "")
 
 
 JOB = """
@@ -393,6 +403,29 @@ def test_the_check_names_every_node(nodes: TestCluster) -> None:
     lines = {name: (line, fault) for name, line, fault in check_nodes(Nodes())}
     assert lines["one"] == ("here", False)
     assert lines["two"][0].startswith("good: ")
+
+
+def test_what_is_said_late_is_not_lost(nodes: TestCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow line each answer comes after the time that is waited for it; its end comes late too."""
+    from ray.exceptions import GetTimeoutError
+
+    waited, late = cluster_nodes._waited, list[Any]()
+
+    def slow(reference: Any, most_s: float) -> Any:
+        found = waited(reference, most_s)
+        if reference not in late:
+            late.append(reference)
+            raise GetTimeoutError
+        return found
+
+    monkeypatch.setattr(cluster_nodes, "_waited", slow)
+    job = {"session": 1, "own": "two", "host": "127.0.0.1", "ports": [49152, 65535]}
+    process = Nodes().start("two/cpu", job, links.MODULE)
+    try:
+        endpoint, _ = process.expect("address", 20)
+    finally:
+        process.end_quietly()
+    assert endpoint.startswith("tcp://127.0.0.1:")
 
 
 LEAVING = """

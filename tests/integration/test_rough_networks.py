@@ -22,9 +22,9 @@ pytestmark = [
 SAMPLING = splitrun.SamplingParams(max_tokens=8, temperature=1.2, seed=5, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def line() -> Iterator[networks.Line]:
-    with networks.rough(7, round_trip_s=0.2, loss=0.02) as made:
+@pytest.fixture(scope="module", params=[0.2, 0.4], ids=["200 ms there and back", "200 ms each way"])
+def line(request: pytest.FixtureRequest) -> Iterator[networks.Line]:
+    with networks.rough(7, round_trip_s=request.param, loss=0.02) as made:
         yield made
 
 
