@@ -7,13 +7,18 @@ models.
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from splitrun.kernels.cpu.regions import SMALL_BYTES, Aside, aligned, drop_asides, set_aside
 from splitrun.model.packed_folder import BrokenPack, OpenTensor, Part, TensorFile, last_taken
 
+TURN_S = 2e-4
+"""How long imports keep Python to themselves when the reader wants it, which it does ten times for each tensor. With
+Python's own 5 ms the reader mostly waits."""
 _read: dict[tuple[str, int], int] = {}
 """(file, where a part starts in it) -> the address that it was read to."""
 
@@ -47,10 +52,22 @@ def drop_ahead() -> None:
 
 def _run(work: Sequence[tuple[Aside, Sequence[TensorFile]]]) -> None:
     try:
-        for aside, files in work:
-            _fill(aside, files)
+        with _short_turns():
+            for aside, files in work:
+                _fill(aside, files)
     except (OSError, BrokenPack):
         return  # who loads it finds the same, and says so
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Have threads of Python take turns at short intervals meanwhile."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, TURN_S))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def _fill(aside: Aside, files: Sequence[TensorFile]) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -396,3 +397,13 @@ def test_the_next_start_reads_ahead_what_the_last_one_took(
     used.write_text("much")
     assert packed_folder.last_taken(str(one.path), ["nf4"]) == []
     assert ahead() == 0
+
+
+def test_reading_ahead_lets_python_change_threads_more_often_until_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(read_ahead, "_fill", lambda aside, files: seen.append(sys.getswitchinterval()))
+    usual = sys.getswitchinterval()
+    read_ahead._run([(read_ahead.set_aside(1), [])])
+    read_ahead.drop_ahead()
+    assert seen == [pytest.approx(read_ahead.TURN_S)]
+    assert sys.getswitchinterval() == pytest.approx(usual)
