@@ -200,7 +200,7 @@ static void check_chunk(const struct many *many, const struct many *bf16, int64_
 }
 
 int main(void) {
-    static const int64_t heights[] = {1, 75}, nf4_widths[] = {64, 1088},
+    static const int64_t heights[] = {1, 75, 270}, nf4_widths[] = {64, 1088},
                          int8_widths[] = {4, 132, 1100}, counts[] = {17, 48};
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bf16")) return 77;

@@ -43,13 +43,13 @@ ALWAYS_INLINE void bf16_square(const uint8_t *first, const uint8_t *second, cons
         clear_sums();
     }
     for (int64_t step = 0; step < steps; step++, lines += 16 * ROW) {
-        _tile_stream_loadd(4, first + step * STEP_TILE, STEP_BYTES);
+        _tile_loadd(4, first + step * STEP_TILE, STEP_BYTES);
         _tile_loadd(6, lines, ROW);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, lines + LINE, ROW);
         _tile_dpbf16ps(1, 4, 7);
         if (second) {
-            _tile_stream_loadd(5, second + step * STEP_TILE, STEP_BYTES);
+            _tile_loadd(5, second + step * STEP_TILE, STEP_BYTES);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }

@@ -15,7 +15,8 @@ struct chunk {
     uint16_t *out;
     float *hidden, *projected, *context, *gated; /* Shape: (tokens, their width) */
     uint8_t *packed, *benches;
-    int64_t tokens, bench_bytes, blocks_of_rows, rows_at_once;
+    int64_t tokens, bench_bytes;
+    struct portion products, gates; /* of a task; each gate has its up beside it */
     float unit;
     atomic_int workers;
     struct phase phases[PHASES];
@@ -24,7 +25,6 @@ struct chunk {
 /* A worker's own memory. */
 struct desk {
     struct workbench bench;
-    float *more;              /* sums of a second panel */
     float *wide;              /* Shape: (TILE, widest row) */
     uint8_t *queries, *weights; /* of attention: tiles of 16 tokens, one for each head */
     float *scores, *found;    /* Shape: (heads * TILE, PANEL); found: of each 64 columns of a head */
@@ -41,12 +41,11 @@ static int64_t widest_of(const struct block *block) {
 static int64_t projected_of(const struct block *block) { return block->query.rows + 2 * block->key.rows; }
 
 static struct desk desk_in(const struct block *block, uint8_t *memory, int64_t *bytes) {
-    int64_t rows = (int64_t)(block->heads / block->kv_heads) * TILE, sums = even(ROWS_AT_ONCE * PANEL * 4);
+    int64_t rows = (int64_t)(block->heads / block->kv_heads) * TILE;
     struct desk desk;
-    uint8_t *next = memory + even(workbench_bytes(ROWS_AT_ONCE));
+    uint8_t *next = memory + even(workbench_bytes());
     desk.bench = workbench_in(memory);
-    desk.more = (float *)next;
-    desk.wide = (float *)(next += sums);
+    desk.wide = (float *)next;
     desk.queries = next += even(TILE * widest_of(block) * 4);
     desk.weights = next += rows / TILE * parts(block->width, 32) * STEP_TILE;
     desk.scores = (float *)(next += rows / TILE * (KEYS / 32) * STEP_TILE);
@@ -78,14 +77,28 @@ static void pack_tile(const struct chunk *chunk, const float *values, int64_t co
                       chunk->unit, &packed, tile);
 }
 
-/* A panel and a run of rows; sums get the product. Returns the first row, and how many. */
-static int64_t multiply_task(const struct chunk *chunk, const struct desk *desk, const struct weight *weight, int64_t panel,
-                             int64_t block_of_rows, float *sums, int64_t *rows) {
+/* Panels of a weight, and rows of activations. */
+struct part {
+    int64_t panel, panels, first, rows;
+};
+
+static int64_t groups_of_panels(const struct weight *weight, const struct portion *portion) {
+    return parts(weight_panels(weight), portion->panels);
+}
+
+static struct part part_of(const struct chunk *chunk, const struct weight *weight, const struct portion *portion,
+                           int64_t task) {
+    int64_t blocks = parts(chunk->tokens, portion->rows), panel = task / blocks * portion->panels;
+    int64_t first = task % blocks * portion->rows, panels = weight_panels(weight) - panel, rows = chunk->tokens - first;
+    struct part part = {panel, panels < portion->panels ? panels : portion->panels, first,
+                        rows < portion->rows ? rows : portion->rows};
+    return part;
+}
+
+static void multiply_part(const struct chunk *chunk, const struct desk *desk, const struct weight *weight,
+                          const struct part *part, float *sums) {
     struct packed packed = packed_in(chunk->many, chunk->tokens, weight->columns, chunk->packed);
-    int64_t first = block_of_rows * chunk->rows_at_once, left = chunk->tokens - first;
-    *rows = left < chunk->rows_at_once ? left : chunk->rows_at_once;
-    multiply_panel(chunk->many, weight, panel, &packed, first, *rows, &desk->bench, sums);
-    return first;
+    multiply_panels(chunk->many, weight, part->panel, part->panels, &packed, part->first, part->rows, &desk->bench, sums);
 }
 
 static const float *bias_of(const void *bias, const struct weight *weight, int64_t panel, float *copy) {
@@ -100,38 +113,44 @@ static void project(const struct chunk *chunk, struct desk *desk, int64_t task) 
     const struct weight *weights[] = {&block->query, &block->key, &block->value};
     const void *biases[] = {block->query_bias, block->key_bias, block->value_bias};
     float *target = chunk->projected, bias[PANEL], scales[PANEL];
-    int64_t panel = task / chunk->blocks_of_rows, rows, stride = projected_of(block);
+    int64_t blocks = parts(chunk->tokens, chunk->products.rows), stride = projected_of(block), tasks;
     int which = 0;
-    for (; panel >= weight_panels(weights[which]); which++) {
-        panel -= weight_panels(weights[which]);
+    for (; task >= (tasks = groups_of_panels(weights[which], &chunk->products) * blocks); which++) {
+        task -= tasks;
         target += weights[which]->rows;
     }
     const struct weight *weight = weights[which];
-    float *sums = desk->bench.sums;
-    int64_t first = multiply_task(chunk, desk, weight, panel, task % chunk->blocks_of_rows, sums, &rows);
-    chunk->many->store(sums, rows, panel_outputs(weight, panel), panel_scales(chunk->many, weight, panel, scales),
-                       bias_of(biases[which], weight, panel, bias), FP32, target, first * stride + panel * PANEL, stride);
+    struct part part = part_of(chunk, weight, &chunk->products, task);
+    multiply_part(chunk, desk, weight, &part, desk->bench.sums);
+    for (int64_t i = 0, panel = part.panel; i < part.panels; i++, panel++)
+        chunk->many->store(desk->bench.sums + i * sums_of(part.rows), part.rows, panel_outputs(weight, panel),
+                           panel_scales(chunk->many, weight, panel, scales), bias_of(biases[which], weight, panel, bias),
+                           FP32, target, part.first * stride + panel * PANEL, stride);
 }
 
 static void add_product(const struct chunk *chunk, struct desk *desk, const struct weight *weight, const void *bias,
                         int64_t task) {
-    int64_t panel = task / chunk->blocks_of_rows, rows, stride = weight->rows;
-    float copy[PANEL], scales[PANEL], *sums = desk->bench.sums;
-    int64_t first = multiply_task(chunk, desk, weight, panel, task % chunk->blocks_of_rows, sums, &rows);
-    chunk->bf16->rows->add(sums, rows, panel_outputs(weight, panel), panel_scales(chunk->many, weight, panel, scales),
-                           bias_of(bias, weight, panel, copy), chunk->hidden + first * stride + panel * PANEL, stride);
+    struct part part = part_of(chunk, weight, &chunk->products, task);
+    float copy[PANEL], scales[PANEL];
+    multiply_part(chunk, desk, weight, &part, desk->bench.sums);
+    for (int64_t i = 0, panel = part.panel; i < part.panels; i++, panel++)
+        chunk->bf16->rows->add(desk->bench.sums + i * sums_of(part.rows), part.rows, panel_outputs(weight, panel),
+                               panel_scales(chunk->many, weight, panel, scales), bias_of(bias, weight, panel, copy),
+                               chunk->hidden + part.first * weight->rows + panel * PANEL, weight->rows);
 }
 
 static void gate(const struct chunk *chunk, struct desk *desk, int64_t task) {
     const struct block *block = chunk->block;
-    int64_t panel = task / chunk->blocks_of_rows, part = task % chunk->blocks_of_rows, rows, stride = block->gate.rows;
-    float gate_scales[PANEL], up_scales[PANEL];
-    int64_t first = multiply_task(chunk, desk, &block->gate, panel, part, desk->bench.sums, &rows);
-    multiply_task(chunk, desk, &block->up, panel, part, desk->more, &rows);
-    chunk->bf16->rows->gate(desk->bench.sums, desk->more, rows, panel_outputs(&block->gate, panel),
-                            panel_scales(chunk->many, &block->gate, panel, gate_scales),
-                            panel_scales(chunk->many, &block->up, panel, up_scales),
-                            chunk->gated + first * stride + panel * PANEL, stride);
+    struct part part = part_of(chunk, &block->gate, &chunk->gates, task);
+    int64_t each = sums_of(part.rows), stride = block->gate.rows;
+    float gate_scales[PANEL], up_scales[PANEL], *gates = desk->bench.sums, *ups = gates + part.panels * each;
+    multiply_part(chunk, desk, &block->gate, &part, gates);
+    multiply_part(chunk, desk, &block->up, &part, ups);
+    for (int64_t i = 0, panel = part.panel; i < part.panels; i++, panel++)
+        chunk->bf16->rows->gate(gates + i * each, ups + i * each, part.rows, panel_outputs(&block->gate, panel),
+                                panel_scales(chunk->many, &block->gate, panel, gate_scales),
+                                panel_scales(chunk->many, &block->up, panel, up_scales),
+                                chunk->gated + part.first * stride + panel * PANEL, stride);
 }
 
 /* Where a slot of a row lies in keys and values. */
@@ -301,14 +320,17 @@ EXPORT void splitrun_chunk(const struct many *many, const struct many *bf16, con
     int64_t tokens = rows->rows * rows->count, tiles = parts(tokens, TILE);
     struct chunk chunk = {.many = many, .bf16 = bf16, .block = block, .rows = rows, .in = in, .cosines = cosines,
                           .sines = sines, .out = out, .tokens = tokens, .unit = unit_of(&block->query)};
-    chunk.rows_at_once = rows_of_task(tokens, weight_panels(&block->output), threads);
-    chunk.blocks_of_rows = parts(tokens, chunk.rows_at_once);
-    const int64_t panels = weight_panels(&block->query) + weight_panels(&block->key) + weight_panels(&block->value);
-    const int64_t tasks[PHASES] = {tiles, panels * chunk.blocks_of_rows, tiles,
+    chunk.products = portion_of_task(tokens, weight_panels(&block->output), PANELS_AT_ONCE, threads);
+    chunk.gates = portion_of_task(tokens, weight_panels(&block->gate), PANELS_AT_ONCE / 2, threads);
+    const int64_t blocks = parts(tokens, chunk.products.rows), gates = parts(tokens, chunk.gates.rows);
+    const int64_t projected = groups_of_panels(&block->query, &chunk.products) +
+                              groups_of_panels(&block->key, &chunk.products) +
+                              groups_of_panels(&block->value, &chunk.products);
+    const int64_t tasks[PHASES] = {tiles, projected * blocks, tiles,
                                    rows->rows * parts(rows->count, TILE) * block->kv_heads, tiles,
-                                   weight_panels(&block->output) * chunk.blocks_of_rows, tiles,
-                                   weight_panels(&block->gate) * chunk.blocks_of_rows, tiles,
-                                   weight_panels(&block->down) * chunk.blocks_of_rows, tiles};
+                                   groups_of_panels(&block->output, &chunk.products) * blocks, tiles,
+                                   groups_of_panels(&block->gate, &chunk.gates) * gates, tiles,
+                                   groups_of_panels(&block->down, &chunk.products) * blocks, tiles};
     for (int phase = 0; phase < PHASES; phase++) chunk.phases[phase].tasks = tasks[phase];
     chunk.packed = (uint8_t *)even((int64_t)(uintptr_t)scratch);
     chunk.hidden = (float *)(chunk.packed + even(packed_bytes(many, tokens, widest_of(block))));

@@ -1,4 +1,4 @@
-/* Products of many activation rows: packing, then tasks of one panel and some rows each. */
+/* Products of many activation rows: packing, then tasks of some panels and some rows each. */
 #include "panels.h"
 
 #include "convert.h"
@@ -14,7 +14,8 @@ struct product {
     const void *x, *bias;
     void *out;
     int dtype;
-    int64_t rows, rows_at_once;
+    int64_t rows;
+    struct portion portion;
     struct packed packed;
     uint8_t *benches;
     atomic_int workers;
@@ -42,9 +43,9 @@ struct packed packed_in(const struct many *many, int64_t rows, int64_t columns, 
     return packed;
 }
 
-/* A slab's lines and scales, and sums of some rows in one panel. */
-int64_t workbench_bytes(int64_t rows) {
-    return SLAB_BYTES + MOST_SPAN * PANEL * 4 + parts(rows, TILE) * TILE * PANEL * 4;
+/* A slab's lines and scales, and the sums of a task. */
+int64_t workbench_bytes(void) {
+    return SLAB_BYTES + MOST_SPAN * PANEL * 4 + PANELS_AT_ONCE * sums_of(ROWS_AT_ONCE) * 4;
 }
 
 struct workbench workbench_in(uint8_t *memory) {
@@ -58,16 +59,19 @@ float unit_of(const struct weight *weight) {
     return weight->format == NF4 ? (1.0f / 127.0f) * (1.0f / 127.0f) : 1.0f / 127.0f;
 }
 
-/* sums = the products of some rows with a panel, without `panel_scales`; first_row is the first of a tile. */
-void multiply_panel(const struct many *many, const struct weight *weight, int64_t panel, const struct packed *packed,
-                    int64_t first_row, int64_t rows, const struct workbench *bench, float *sums) {
+/* sums = the products of some rows with some panels, without `panel_scales`; first_row is the first of a tile. */
+void multiply_panels(const struct many *many, const struct weight *weight, int64_t panel, int64_t panels,
+                     const struct packed *packed, int64_t first_row, int64_t rows, const struct workbench *bench,
+                     float *sums) {
     struct slab slab = bench->slab;
     for (int64_t first = 0; first < weight->columns; first += SLAB) {
         int64_t count = weight->columns - first < SLAB ? weight->columns - first : SLAB;
         slab.first = first / step_columns(many);
         slab.steps = steps_of(many, count);
-        many->expand(many, weight, panel, first, count, &slab);
-        many->multiply(many, packed, first_row / TILE, rows, &slab, sums, first > 0);
+        for (int64_t i = 0; i < panels; i++) {
+            many->expand(many, weight, panel + i, first, count, &slab);
+            many->multiply(many, packed, first_row / TILE, rows, &slab, sums + i * sums_of(rows), first > 0);
+        }
     }
 }
 
@@ -99,7 +103,7 @@ static void work(void *argument) {
     const struct many *many = product->many;
     int64_t task, panels = weight_panels(product->weight), columns = product->weight->columns;
     int worker = atomic_fetch_add(&product->workers, 1);
-    struct workbench bench = workbench_in(product->benches + worker * workbench_bytes(product->rows_at_once));
+    struct workbench bench = workbench_in(product->benches + worker * workbench_bytes());
     if (many->enter) many->enter();
     while ((task = next_task(&product->pack)) >= 0) {
         int64_t row = task * TILE, rows = product->rows - row < TILE ? product->rows - row : TILE;
@@ -110,24 +114,30 @@ static void work(void *argument) {
     }
     wait_for(&product->pack);
     while ((task = next_task(&product->multiply)) >= 0) {
-        int64_t row = task / panels * product->rows_at_once, rows = product->rows - row;
-        rows = rows < product->rows_at_once ? rows : product->rows_at_once;
-        multiply_panel(many, product->weight, task % panels, &product->packed, row, rows, &bench, bench.sums);
-        finish(product, task % panels, row, rows, bench.sums);
+        int64_t groups = parts(panels, product->portion.panels), panel = task % groups * product->portion.panels;
+        int64_t row = task / groups * product->portion.rows, rows = product->rows - row, count = panels - panel;
+        rows = rows < product->portion.rows ? rows : product->portion.rows;
+        count = count < product->portion.panels ? count : product->portion.panels;
+        multiply_panels(many, product->weight, panel, count, &product->packed, row, rows, &bench, bench.sums);
+        for (int64_t i = 0; i < count; i++) finish(product, panel + i, row, rows, bench.sums + i * sums_of(rows));
     }
     if (many->leave) many->leave();
 }
 
-/* Rows of a task: many, so that a panel is expanded seldom, but few enough to give every thread several tasks. */
-int64_t rows_of_task(int64_t rows, int64_t panels, int64_t threads) {
-    int64_t at_once = ROWS_AT_ONCE;
-    while (at_once > FEWEST_ROWS && threads > 1 && parts(rows, at_once) * panels < 3 * threads) at_once /= 2;
-    return at_once;
+/* Rows and panels of a task: many, so that a panel is expanded seldom and activations come from afar seldom, but few enough
+ * to give every thread several tasks. */
+struct portion portion_of_task(int64_t rows, int64_t panels, int64_t most_panels, int64_t threads) {
+    struct portion portion = {ROWS_AT_ONCE, most_panels};
+    int64_t wanted = threads > 1 ? 3 * threads : 1;
+    while (portion.panels > 1 && parts(rows, portion.rows) * parts(panels, portion.panels) < wanted) portion.panels /= 2;
+    while (portion.rows > FEWEST_ROWS && parts(rows, portion.rows) * parts(panels, portion.panels) < wanted)
+        portion.rows /= 2;
+    return portion;
 }
 
 /* Bytes of scratch memory that splitrun_many_product wants; its address is aligned here. */
 EXPORT int64_t splitrun_many_scratch_bytes(const struct many *many, int64_t rows, int64_t columns, int64_t threads) {
-    return packed_bytes(many, rows, columns) + threads * workbench_bytes(ROWS_AT_ONCE) + LINE_OF_MEMORY;
+    return packed_bytes(many, rows, columns) + threads * workbench_bytes() + LINE_OF_MEMORY;
 }
 
 /* out = x . weight + bias in the dtype. Shape: (rows, columns) -> (rows, weight rows); bias may be null. */
@@ -135,12 +145,13 @@ EXPORT void splitrun_many_product(const struct many *many, const struct weight *
                                   int64_t rows, const void *bias, void *out, void *scratch, int32_t threads) {
     uint8_t *memory = (uint8_t *)aligned((int64_t)(uintptr_t)scratch);
     int64_t panels = weight_panels(weight);
+    struct portion portion = portion_of_task(rows, panels, PANELS_AT_ONCE, threads);
     struct product product = {.many = many, .weight = weight, .x = x, .bias = bias, .out = out, .dtype = dtype,
-                              .rows = rows, .rows_at_once = rows_of_task(rows, panels, threads)};
+                              .rows = rows, .portion = portion};
     product.packed = packed_in(many, rows, weight->columns, memory);
     product.benches = memory + packed_bytes(many, rows, weight->columns);
     product.pack.tasks = parts(rows, TILE);
-    product.multiply.tasks = panels * parts(rows, product.rows_at_once);
+    product.multiply.tasks = parts(panels, portion.panels) * parts(rows, portion.rows);
     run_team(threads, work, &product);
 }
 

@@ -24,7 +24,8 @@
 #define MOST_SPAN (SLAB / GROUP)       /* groups */
 #define ROW (PANEL_TILES * LINE)       /* bytes from a line of a tile to its next: the four tiles alternate */
 #define SLAB_BYTES (SLAB / 2 * ROW)    /* of the lines of a slab, at most */
-#define ROWS_AT_ONCE 512               /* activation rows that a task keeps sums for, at most */
+#define ROWS_AT_ONCE 512               /* activation rows that a task keeps sums for, at most, */
+#define PANELS_AT_ONCE 4               /* and panels: these rows of a slab stay in the second cache for all of them */
 
 enum kind { BF16_PRODUCTS = 0, INT8_PRODUCTS = 1 };
 
@@ -97,19 +98,28 @@ ALWAYS_INLINE int64_t weight_panels(const struct weight *weight) { return parts(
 /* A thread's own memory for panels: a slab and the sums. */
 struct workbench {
     struct slab slab;
-    float *sums; /* Shape: (rows, PANEL) */
+    float *sums; /* of several panels, each as long as sums_of says */
 };
+
+/* What a task multiplies at most: rows of activations, and panels. */
+struct portion {
+    int64_t rows, panels;
+};
+
+/* Floats between the sums of a panel and those of the next. Shape of each: (rows to a whole tile, PANEL) */
+ALWAYS_INLINE int64_t sums_of(int64_t rows) { return parts(rows, TILE) * TILE * PANEL; }
 
 /* panels.c */
 int64_t packed_bytes(const struct many *many, int64_t rows, int64_t columns);
 struct packed packed_in(const struct many *many, int64_t rows, int64_t columns, uint8_t *memory);
-int64_t workbench_bytes(int64_t rows);
+int64_t workbench_bytes(void);
 struct workbench workbench_in(uint8_t *memory);
-void multiply_panel(const struct many *many, const struct weight *weight, int64_t panel, const struct packed *packed,
-                    int64_t first_row, int64_t rows, const struct workbench *bench, float *sums);
+void multiply_panels(const struct many *many, const struct weight *weight, int64_t panel, int64_t panels,
+                     const struct packed *packed, int64_t first_row, int64_t rows, const struct workbench *bench,
+                     float *sums);
 int64_t panel_outputs(const struct weight *weight, int64_t panel);
 const float *panel_scales(const struct many *many, const struct weight *weight, int64_t panel, float *copy);
-int64_t rows_of_task(int64_t rows, int64_t panels, int64_t threads);
+struct portion portion_of_task(int64_t rows, int64_t panels, int64_t most_panels, int64_t threads);
 float unit_of(const struct weight *weight);
 
 #endif
