@@ -6,11 +6,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from splitrun.engine.loading import LoadedStages, Ring, make_links
 from splitrun.planner.facts import Workload
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
 from splitrun.transport.local import Worker
+
+EVENT: Any = object()
+"""Behind what a stage has left in pinned memory."""
 
 
 @pytest.mark.parametrize(
@@ -21,7 +25,8 @@ def test_a_stage_leaves_rows_to_the_processor_only_where_that_comes_next(
     behind: str, depth: int, most_left: int, gives: bool
 ) -> None:
     stages: dict[int, Any] = {
-        index: SimpleNamespace(reads_host=False, most_left=most_left, gives_host=True) for index in range(2)
+        index: SimpleNamespace(reads_host=False, most_left=most_left, gives_host=True, left=lambda: EVENT)
+        for index in range(2)
     }
     placement = Placement(
         1,
@@ -31,8 +36,11 @@ def test_a_stage_leaves_rows_to_the_processor_only_where_that_comes_next(
     )
     workers = {"cuda:0": Worker("cpu"), behind: Worker("cpu")}
     try:
-        make_links(placement, LoadedStages(stages, workers), None, Ring(depth, 4, 8))
+        links = make_links(placement, LoadedStages(stages, workers), None, Ring(depth, 4, 8))
         assert (stages[0].gives_host, stages[1].gives_host) == (gives, False)
+        if gives:
+            assert links[0].onward is not None
+            assert links[0].onward.send(torch.zeros(1, 8)).ready is EVENT
     finally:
         for worker in workers.values():
             worker.close()
