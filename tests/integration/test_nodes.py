@@ -385,7 +385,8 @@ def test_a_plan_sees_every_node(nodes: TestCluster) -> None:
     whole = splitrun.plan("demo", memory={"cpu": "2GiB"}, context=256, weights="fp32")
     assert whole.estimate is not None
     (bill,) = whole.estimate.devices
-    budgets = {"cpu": bill.total_bytes - bill.weight_bytes // 3, "two/cpu": bill.total_bytes - bill.weight_bytes // 3}
+    # what steps take is measured on each node for itself, and differs by megabytes: the node lacks half of the weights
+    budgets = {"cpu": bill.total_bytes - bill.weight_bytes // 4, "two/cpu": bill.total_bytes - bill.weight_bytes // 2}
     placement = splitrun.plan("demo", memory=budgets, context=256, weights="fp32", nodes=True, report=told.append)
     assert set(placement.device_names) == {"cpu", "two/cpu"}
     assert "measuring two" in told
