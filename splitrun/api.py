@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -59,7 +60,6 @@ def plan(
     devices or sizes that cannot be, InvalidRequest for a setting of the environment that names nothing, and a
     ModelError for a model that cannot be run.
     """
-    from splitrun.planner.facts import Workload
     from splitrun.planner.refuse import refuse_hopeless
     from splitrun.planner.solve import allowed_formats, check_request, solve
 
@@ -67,9 +67,7 @@ def plan(
     _check_arguments(context, sessions, weights, quality, nodes and facts is not None)
     rows = tuple(sorted({1, sessions}))
 
-    def asked(profile: ModelProfile) -> Workload:
-        wanted = min(DEFAULT_CONTEXT, profile.max_context) if context is None else context
-        return Workload(context=wanted, sessions=sessions, objective=objective)
+    asked = partial(_workload, context, sessions, objective)
 
     def refuse(profile: ModelProfile, cluster: Cluster) -> None:
         check_request(profile, cluster, asked(profile))
@@ -86,6 +84,14 @@ def plan(
     except DoesNotFit as error:
         raise _with_unused(error, memory) from error
     return found if facts is not None else _with_calibration(found, known.cluster)
+
+
+def _workload(context: int | None, sessions: int, objective: Objective, profile: ModelProfile) -> Workload:
+    """What is asked of the model; without a context, as much as it knows up to the usual one."""
+    from splitrun.planner.facts import Workload
+
+    wanted = min(DEFAULT_CONTEXT, profile.max_context) if context is None else context
+    return Workload(context=wanted, sessions=sessions, objective=objective)
 
 
 def _check_arguments(context: int | None, sessions: int, weights: str, quality: str, twice: bool) -> None:

@@ -59,8 +59,7 @@ class EngineCore:
         self._reason = "no token has gone through the stages yet"
         self._draining = self._paused = False
         self._lost = ""
-        self._closed = False
-        self._replacing = False
+        self._closed = self._replacing = False
         self.closed = threading.Event()
         self._prompt_tokens = self._completion_tokens = 0
         self._pipeline = line.make_pipeline(self._come_back)

@@ -147,6 +147,16 @@ def cluster(folder: Path, *names: str) -> Iterator[TestCluster]:
         made.stop()
 
 
+@contextmanager
+def cluster_over(line: networks.Line, folder: Path) -> Iterator[TestCluster]:
+    """The head "near" at this end of the line, a node "far" at the other."""
+    with cluster(folder) as made:
+        made.start("near", line.here)
+        made.start_beyond(line, "far")
+        made.lead()
+        yield made
+
+
 def disconnect() -> None:
     """Leave the cluster as a driver, so that another can be joined."""
     import ray

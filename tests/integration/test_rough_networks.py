@@ -10,7 +10,7 @@ from typing import Any
 import networks
 import psutil
 import pytest
-from node_clusters import TestCluster, cluster
+from node_clusters import TestCluster, cluster_over
 from test_processes import PROMPTS, demo, remote_of, restarts
 
 import splitrun
@@ -30,11 +30,7 @@ def line(request: pytest.FixtureRequest) -> Iterator[networks.Line]:
 
 @pytest.fixture(scope="module")
 def nodes(line: networks.Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
-    """The head here, a node "far" at the other end of the line."""
-    with cluster(tmp_path_factory.mktemp("rough")) as made:
-        made.start("near", line.here)
-        made.start_beyond(line, "far")
-        made.lead()
+    with cluster_over(line, tmp_path_factory.mktemp("rough")) as made:
         yield made
 
 

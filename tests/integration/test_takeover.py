@@ -16,6 +16,7 @@ import splitrun
 from splitrun.cluster.nodes import NodeLost
 from splitrun.engine import lineup
 from splitrun.engine.core import EngineCore
+from splitrun.engine.remote import RemoteStages
 from splitrun.planner.placement import Placement
 
 ONE, TWO = "process/cpu", "process-2/cpu"
@@ -54,6 +55,20 @@ def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
+def lose_for_good(engine: splitrun.Engine, placement: Placement, monkeypatch: pytest.MonkeyPatch) -> RemoteStages:
+    """From now on the node ONE cannot be started on again, and its stages come here."""
+    remote, starter = remote_of(engine), remote_of(engine)._starter
+    remote._successor = Here(engine.core, placement)
+
+    def gone(device: str, job: Any) -> Any:
+        if device == ONE:
+            raise NodeLost(f"{device}: its node has left")
+        return starter(device, job)
+
+    monkeypatch.setattr(remote, "_starter", gone)
+    return remote
+
+
 LINES = [("cpu", ONE), (ONE, "cpu"), ("cpu", ONE, TWO), (ONE, TWO, "cpu"), ("cpu", ONE, "cpu:1"), (ONE, TWO)]
 IN_CI = LINES[2]
 
@@ -68,15 +83,7 @@ def test_what_a_lost_node_did_is_computed_here(
     """While streams decode, and whether the stages before and behind it are here or not."""
     placement = demo(*devices)
     with splitrun.Engine(placement, chunk_tokens=16, patience=PATIENCE) as engine:
-        remote, starter = remote_of(engine), remote_of(engine)._starter
-        remote._successor = Here(engine.core, placement)
-
-        def gone(device: str, job: Any) -> Any:
-            if device == ONE:
-                raise NodeLost(f"{device}: its node has left")
-            return starter(device, job)
-
-        monkeypatch.setattr(remote, "_starter", gone)
+        remote = lose_for_good(engine, placement, monkeypatch)
         others = {index: link.stage for index, link in enumerate(engine.core.pipeline.links) if hasattr(link, "stage")}
         children = {device: process_of(engine, device).process_id for device in devices if device == TWO}
         at_step(engine, monkeypatch, 21, lambda: os.kill(process_of(engine, ONE).process_id, signal.SIGKILL))
@@ -103,18 +110,11 @@ def test_the_stage_behind_is_lost_afterwards(
     stage that has come here meanwhile."""
     placement = demo(*devices)
     with splitrun.Engine(placement, chunk_tokens=16, patience=PATIENCE) as engine:
-        remote, starter = remote_of(engine), remote_of(engine)._starter
-        remote._successor = Here(engine.core, placement)
-
-        def gone(device: str, job: Any) -> Any:
-            if device == ONE:
-                raise NodeLost(f"{device}: its node has left")
-            return starter(device, job)
+        lose_for_good(engine, placement, monkeypatch)
 
         def kill(device: str) -> None:
             os.kill(process_of(engine, device).process_id, signal.SIGKILL)
 
-        monkeypatch.setattr(remote, "_starter", gone)
         at_step(engine, monkeypatch, 15, lambda: kill(ONE))
         if not same:
             assert run(engine, SAMPLED) == expected

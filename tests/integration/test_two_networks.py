@@ -10,7 +10,7 @@ from typing import Any
 
 import networks
 import pytest
-from node_clusters import TestCluster, cluster
+from node_clusters import TestCluster, cluster_over
 from pauses import MOST_S, Pause
 from test_processes import (
     GREEDY,
@@ -41,11 +41,7 @@ def line() -> Iterator[networks.Line]:
 
 @pytest.fixture(scope="module")
 def nodes(line: networks.Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
-    """The head at this end, a node "far" at the other."""
-    with cluster(tmp_path_factory.mktemp("networks")) as made:
-        made.start("near", line.here)
-        made.start_beyond(line, "far")
-        made.lead()
+    with cluster_over(line, tmp_path_factory.mktemp("networks")) as made:
         yield made
 
 
