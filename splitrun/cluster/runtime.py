@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -50,8 +51,11 @@ def ray_environment(token_file: Path, host: str) -> dict[str, str]:
 
 
 def set_environment(token_file: Path, host: str) -> None:
-    """Prepare this process for Ray."""
+    """Prepare this process for Ray, and for another kind of address than that of the cluster it has left."""
     os.environ.update(ray_environment(token_file, host))
+    constants: Any = sys.modules.get("ray._private.ray_constants")
+    if constants is not None:  # read from the environment once; on, it would turn the loopback into another address
+        constants.ENABLE_RAY_CLUSTER = not is_loopback(host)
 
 
 class Runtime:
