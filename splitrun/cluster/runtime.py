@@ -41,6 +41,7 @@ def ray_environment(token_file: Path, host: str) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if is_loopback(host) else "1",
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
+        "RAY_worker_niceness": "0",  # a stage there is worth what one of the serving process is
         # A short cut of the line must not cost a node its membership: stages are watched over by their own heartbeats.
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_failure_threshold": "10",

@@ -95,6 +95,12 @@ def test_the_nodes_answer_as_one(engine: splitrun.Engine, expected: dict[str, An
     assert [stage.node for stage in engine.core.status().stages] == ["one", "", "two"]
 
 
+def test_a_stage_on_a_node_waits_for_no_other_process(nodes: TestCluster, engine: splitrun.Engine) -> None:
+    """Ray would start it as something that anything else comes before."""
+    own = psutil.Process().nice()
+    assert all(stage.nice() <= own for name in ("one", "two") for stage in nodes.stages(name))
+
+
 FAULTS = [(number, name, step) for number in (signal.SIGKILL, signal.SIGSTOP) for name in ("one", "two")
           for step in (1, 5, 21)]  # fmt: skip
 """Signal, whose stage, and behind which step: the first chunk of the prompts, a later one, or decoding."""
@@ -150,7 +156,9 @@ def test_a_stage_lost_with_its_keeper_and_again_while_it_starts(
         return process
 
     monkeypatch.setattr(remote, "_starter", start_doomed)
-    (keeper,) = nodes.keepers("two")
+    (stage,) = nodes.stages("two")
+    keeper = stage.parent()  # those of engines that have ended may still be about it
+    assert keeper is not None
     at_step(engine, monkeypatch, 7, keeper.kill)
     assert run(engine) == expected["greedy"]
     assert started == ["two/cpu", "two/cpu"]
