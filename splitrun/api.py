@@ -243,7 +243,7 @@ def check(
 
     files = resolve(placement.model.source, placement.model.revision, weights=load == "weights")
     machine = this_machine()
-    found = survey(machine)
+    found = survey(machine, compute=False)
     here = {"cpu", *(item.name for item in found.accelerators if item.fault is None)}
     local = {name: local_device(name) for name in placement.device_names}
     used = [device for device in local.values() if device in here or device.startswith("cpu:")]

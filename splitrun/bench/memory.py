@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from splitrun.errors import DoesNotFit
+from splitrun.measure.context import LEAST_CONTEXT_BYTES
 from splitrun.measure.probe import Machine, survey, this_machine
 from splitrun.measure.resident import high_water_bytes, reset_high_water, resident_bytes
 from splitrun.quantities import format_bytes
@@ -26,7 +27,7 @@ class MemoryMeter:
         cards = [name for name in budgets if name.startswith("cuda:")]
         # NVML counts what other processes hold too, so the difference to this is an upper bound of our own.
         self._free_before = {name: self._driver_free(name) for name in cards}
-        contexts = survey(self._machine).contexts if cards else {}
+        contexts = survey(self._machine, compute=False).contexts if cards else {}
         self._contexts = {name: contexts.get(name, 0) for name in cards}
         for name in cards:
             self._hold(name, budgets[name])
@@ -40,8 +41,8 @@ class MemoryMeter:
         for name, context in self._contexts.items():
             before, now, cuda = self._free_before[name], self._driver_free(name), self._machine.torch.cuda
             reserved, most = int(cuda.memory_reserved(_index(name))), int(cuda.max_memory_reserved(_index(name)))
-            beside = 0 if before is None or now is None else before - now - reserved
-            peaks[name] = most + max(context, beside)
+            beside = context if before is None or now is None else before - now - reserved
+            peaks[name] = most + (beside if beside >= LEAST_CONTEXT_BYTES else context)
         return peaks
 
     def _hold(self, name: str, budget: int) -> None:

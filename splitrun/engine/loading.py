@@ -37,7 +37,7 @@ from splitrun.model.structure import ModelStructure
 from splitrun.model.weights import release_free_memory
 from splitrun.planner.facts import VALUE_BYTES
 from splitrun.planner.kv import pool_blocks
-from splitrun.planner.memory import stage_dtype, streams
+from splitrun.planner.memory import computes_layers, stage_dtype, streams
 from splitrun.planner.placement import Placement, StageSpec
 from splitrun.planner.relief import relief
 from splitrun.schedule.step import Step
@@ -164,21 +164,22 @@ def _hold_budgets(placement: Placement, workers: Mapping[str, Worker]) -> None:
     """Hold torch's allocator on each CUDA device to its budget less the context that the driver already took."""
     for name, worker in workers.items():
         if name.startswith("cuda"):
-            worker.call(partial(_limit_allocator, name, placement.devices.get(name)))
+            layers = any(computes_layers(stage) for stage in placement.stages if stage.device == name)
+            worker.call(partial(_limit_allocator, name, placement.devices.get(name), layers))
 
 
-def _limit_allocator(name: str, budget: int | None) -> None:
+def _limit_allocator(name: str, budget: int | None, layers: bool) -> None:
     """Set the limit of torch's allocator; without a budget, lift what an earlier engine may have left."""
     total = torch.cuda.mem_get_info(torch.device(name))[1]
-    allowed = total if budget is None else max(0, budget - _context_bytes(name))
+    allowed = total if budget is None else max(0, budget - _context_bytes(name, layers))
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), torch.device(name))
 
 
-def _context_bytes(name: str) -> int:
+def _context_bytes(name: str, layers: bool) -> int:
     """What the driver takes of a card: with all kernels loaded, where a plan of this machine has measured that."""
-    cluster, kept = probe(), this_machine().cache
+    cluster, kept = probe(compute=False), this_machine().cache
     known = next(filter(None, (known_cost(kept, card) for card in cluster.local_cards())), None)
-    return (with_engine(cluster, known) if known else cluster).device(name).context_bytes
+    return (with_engine(cluster, known) if known else cluster).device(name).in_use(layers).context_bytes
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ def engine_cost(kept: Cache, card: str | None = None) -> EngineCost:
             "process_bytes": own.host,
             "card_process_bytes": both.host - own.host,
             "card_context_bytes": both.context,
+            "card_layers_bytes": both.layers_host,
+            "card_layers_context_bytes": both.layers_context,
         }
 
     return cost_of(kept.get_or_measure(cost_key(card), FIGURES, measure))

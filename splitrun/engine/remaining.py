@@ -13,7 +13,7 @@ from splitrun.errors import InvalidPlacement, SplitrunError
 from splitrun.planner.cost import score
 from splitrun.planner.facts import Device
 from splitrun.planner.facts_file import Facts
-from splitrun.planner.memory import device_memory, unit_memory
+from splitrun.planner.memory import computes_layers, device_memory, unit_memory
 from splitrun.planner.placement import Placement, StageSpec, is_processor
 from splitrun.planner.solve import solve
 
@@ -92,7 +92,8 @@ def _bill_bytes(facts: Facts, placement: Placement, device: Device, stages: Coll
         for spec in (placement.stages[index] for index in stages)
         for unit in spec.units
     ]
-    return device_memory(device, device.budget_bytes, units).total_bytes if units else 0
+    used = device.in_use(any(computes_layers(placement.stages[index]) for index in stages))
+    return device_memory(used, device.budget_bytes, units).total_bytes if units else 0
 
 
 def _best_s(placement: Placement, facts: Facts, lost: Collection[str]) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from splitrun.kernels.gpu.library import usable
 from splitrun.kernels.weight import Weight
 
 INVERSE_127 = 1.0 / 127.0
@@ -69,7 +70,12 @@ class Int8Weight(Weight):
     def store(self, start: int, values: Tensor) -> None:
         """Quantize values into the entries from start along the first axis. Modifies the weight."""
         stop = start + values.shape[0]
-        self.codes[start:stop], self.scales[start:stop] = quantize_int8(values)
+        if values.device.type == "cuda" and usable(str(values.device)):
+            from splitrun.kernels.gpu.quantize import int8_into  # Triton is not everywhere
+
+            int8_into(values, self.codes[start:stop], self.scales[start:stop])
+        else:
+            self.codes[start:stop], self.scales[start:stop] = quantize_int8(values)
 
     def moved(self, device: torch.device | str) -> Int8Weight:
         """The same weight with its storage on a device."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from splitrun.kernels.compiled import compiled_dequantize, compiled_product
+from splitrun.kernels.gpu.library import usable
 from splitrun.kernels.nf4_definition import BLOCK, NF4_TABLE, dequantize_reference, quantize_nf4
 from splitrun.kernels.weight import Weight
 
@@ -45,7 +46,12 @@ class Nf4Weight(Weight):
     def store(self, start: int, values: Tensor) -> None:
         """Quantize values into the entries from start along the first axis. Modifies the weight."""
         stop = start + values.shape[0]
-        self.packed[start:stop], self.maxima[start:stop] = quantize_nf4(values)
+        if values.device.type == "cuda" and usable(str(values.device)):
+            from splitrun.kernels.gpu.quantize import nf4_into  # Triton is not everywhere
+
+            nf4_into(values, self.packed[start:stop], self.maxima[start:stop])
+        else:
+            self.packed[start:stop], self.maxima[start:stop] = quantize_nf4(values)
 
     def moved(self, device: torch.device | str) -> Nf4Weight:
         """The same weight with its storage on a device."""

@@ -62,10 +62,16 @@ def _codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
+def nf4_borders(device: torch.device) -> Tensor:
+    """What lies between neighbours of the table; a value on a border gets the lower code. Shape: fp32 (15,)."""
+    table = torch.tensor(NF4_TABLE)
+    return ((table[1:] + table[:-1]) / 2).to(device)
+
+
+@cache
 def _bins(device: torch.device) -> tuple[Tensor, Tensor]:
     """Per bin from -1: how many borders lie below it (uint8), and the border inside it (fp32, infinite if none)."""
-    table = torch.tensor(NF4_TABLE)
-    borders = (table[1:] + table[:-1]) / 2
+    borders = nf4_borders(torch.device("cpu"))
     edges = torch.arange(2 * BINS + 2) / BINS - 1
     below = (borders.unsqueeze(0) < edges.unsqueeze(1)).sum(1)
     padded = torch.cat([borders, torch.tensor([torch.inf])])

@@ -16,7 +16,7 @@ CUBLAS_WORKSPACE = ":4096:2:16:8"
 """8 MiB for each thread that multiplies, as on every card before Hopper; there cuBLAS would take 32."""
 DEFAULT_CONTEXT_BYTES = 512 << 20
 """Where it cannot be measured: between the 200 MiB of a small old card and the 600 MiB of a data-centre one."""
-PLAUSIBLE_BYTES = (16 << 20, 2 << 30)
+LEAST_CONTEXT_BYTES, MOST_CONTEXT_BYTES = 16 << 20, 2 << 30
 """A difference outside is another process's doing."""
 
 DriverFree = Callable[[str], int | None]
@@ -32,12 +32,22 @@ class CardMemory:
     measured: bool
 
 
-def card_memory(torch: Any, index: int, driver_free: DriverFree, known_context_bytes: int | None = None) -> CardMemory:
-    """Create the context of card ``index`` where there is none yet, and say what it took."""
+def card_memory(
+    torch: Any, index: int, driver_free: DriverFree, known_context_bytes: int | None = None, compute: bool = True
+) -> CardMemory:
+    """Create the context of card ``index`` where there is none yet, and say what it took.
+
+    Without ``compute``, a card whose context is known computes nothing: the library that would multiply takes a hundred
+    MiB of main memory for the life of the process.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     cuda = torch.cuda
     fresh = not _has_context(torch, index)
     before = driver_free(str(getattr(cuda.get_device_properties(index), "uuid", ""))) if fresh else None
+    if not compute and known_context_bytes is not None:
+        free = before if fresh else int(cuda.mem_get_info(index)[0]) + int(cuda.memory_reserved(index))
+        if free is not None:
+            return CardMemory(free + (0 if fresh else known_context_bytes), known_context_bytes, measured=False)
     product = torch.ones((64, 64), device=f"cuda:{index}", dtype=torch.float16)
     product = product @ product
     cuda.synchronize(index)
@@ -46,10 +56,14 @@ def card_memory(torch: Any, index: int, driver_free: DriverFree, known_context_b
         _free_cublas_workspaces(torch)
     cuda.empty_cache()
     now = int(cuda.mem_get_info(index)[0]) + int(cuda.memory_reserved(index))
-    if before is not None and PLAUSIBLE_BYTES[0] <= before - now <= PLAUSIBLE_BYTES[1]:
+    if before is not None and _plausible(before - now):
         return CardMemory(before, before - now, measured=True)
     context = DEFAULT_CONTEXT_BYTES if known_context_bytes is None else known_context_bytes
     return CardMemory(now + context, context, measured=False)
+
+
+def _plausible(context_bytes: int) -> bool:
+    return LEAST_CONTEXT_BYTES <= context_bytes <= MOST_CONTEXT_BYTES
 
 
 def card_uses(torch: Any, index: int, driver_free: DriverFree) -> Callable[[], int]:
@@ -63,7 +77,7 @@ def card_uses(torch: Any, index: int, driver_free: DriverFree) -> Callable[[], i
         if before is None or now is None:
             return 0
         found = before - now - int(torch.cuda.memory_reserved(index))
-        return found if PLAUSIBLE_BYTES[0] <= found <= PLAUSIBLE_BYTES[1] else 0
+        return found if _plausible(found) else 0
 
     return beside_allocator
 

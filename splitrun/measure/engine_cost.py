@@ -17,7 +17,8 @@ from splitrun.measure.code import code_digest
 from splitrun.planner.facts import Cluster, Device, Link
 
 SECONDS = ("step_s", "warm_step_s", "request_s", "hop_s")
-FIGURES = (*SECONDS, "process_bytes", "card_process_bytes", "card_context_bytes")
+BYTES = ("process_bytes", "card_process_bytes", "card_context_bytes", "card_layers_bytes", "card_layers_context_bytes")
+FIGURES = (*SECONDS, *BYTES)
 RUNNING = ("splitrun.engine", "splitrun.schedule", "splitrun.transport")
 MEMORY_BYTES_PER_S = 1e15
 """Where nothing is copied."""
@@ -34,6 +35,7 @@ class EngineCost:
     process_bytes       main memory of its process before any model
     card_process_bytes  what it takes more once a card is in use
     card_context_bytes  of that card, the context with the kernels that are loaded there; 0 where nobody can tell
+    card_layers_bytes, card_layers_context_bytes  the same two, more once layers compute there
     """
 
     step_s: float
@@ -43,6 +45,8 @@ class EngineCost:
     process_bytes: int
     card_process_bytes: int = 0
     card_context_bytes: int = 0
+    card_layers_bytes: int = 0
+    card_layers_context_bytes: int = 0
 
 
 def known_cost(kept: Cache, card: str) -> EngineCost | None:
@@ -60,19 +64,19 @@ def cost_key(card: str | None) -> str:
 def cost_of(found: Figures) -> EngineCost:
     """The figures as the cache has them."""
     step_s, warm_step_s, request_s, hop_s = (found[name] for name in SECONDS)
-    own, more, context = (max(0, int(found[name])) for name in FIGURES[len(SECONDS) :])
-    return EngineCost(step_s, warm_step_s, request_s, hop_s, own, more, context)
+    return EngineCost(step_s, warm_step_s, request_s, hop_s, *(max(0, int(found[name])) for name in BYTES))
 
 
 def with_engine(cluster: Cluster, cost: EngineCost) -> Cluster:
     """The cluster with what the engine takes: per step, on top of every link that two workers hand over on, of the
     processor's memory (further workers on it are threads of the same process), and of every card's for kernels."""
     first = next((device for device in cluster.devices if device.kind == "cuda"), None)
-    kernels = max(0, cost.card_context_bytes - first.context_bytes) if first is not None else 0
+    kernels = cost.card_context_bytes - first.context_bytes if first is not None and cost.card_context_bytes else 0
 
     def paid(device: Device) -> Device:
         if device.kind == "cuda":
-            return replace(device, context_bytes=device.context_bytes + kernels)
+            context = max(0, device.context_bytes + kernels)
+            return replace(device, context_bytes=context, layers_context_bytes=cost.card_layers_context_bytes)
         return replace(device, context_bytes=cost.process_bytes) if device.name == "cpu" else device
 
     links = {pair: replace(link, latency_s=link.latency_s + cost.hop_s) for pair, link in cluster.links.items()}
@@ -89,4 +93,5 @@ def with_engine(cluster: Cluster, cost: EngineCost) -> Cluster:
         warm_step_s=cost.warm_step_s,
         request_s=cost.request_s,
         card_process_bytes=cost.card_process_bytes,
+        card_layers_bytes=cost.card_layers_bytes,
     )

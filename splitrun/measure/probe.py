@@ -71,13 +71,16 @@ def this_machine(refresh: bool = False) -> Machine:
     return Machine(torch=torch, cache=Cache(cache_folder(), refresh))
 
 
-def probe(memory: Mapping[str, str | int] | None = None, machine: Machine | None = None) -> Cluster:
-    """The devices of this machine with their budgets; see ``budget.py`` for what ``memory`` may say.
+def probe(
+    memory: Mapping[str, str | int] | None = None, machine: Machine | None = None, compute: bool = True
+) -> Cluster:
+    """The devices of this machine with their budgets; see ``budget.py`` for what ``memory`` may say, ``survey`` for
+    ``compute``.
 
     Raises InvalidPlacement when ``memory`` names a device that is not there, or more than it has.
     """
     machine = machine or this_machine()
-    return cluster_of(survey(machine), machine, memory)
+    return cluster_of(survey(machine, compute), machine, memory)
 
 
 def cluster_of(found: Survey, machine: Machine, memory: Mapping[str, str | int] | None = None) -> Cluster:
@@ -98,27 +101,28 @@ def cluster_of(found: Survey, machine: Machine, memory: Mapping[str, str | int] 
     return Cluster(tuple(devices), links)
 
 
-def survey(machine: Machine) -> Survey:
-    """Describe the machine. Creates the context of every card that can be used, and measures it."""
+def survey(machine: Machine, compute: bool = True) -> Survey:
+    """Describe the machine. Creates the context of every card that can be used, and measures it; without ``compute``,
+    only where no earlier run has."""
     processor, memory = read_processor(machine.read, machine.allowed()), read_host_memory(machine.read)
     contexts: dict[str, int] = {}
     accelerators = []
     for found in list_accelerators(machine.torch):
         item = found
         if item.fault is None and item.kind == "cuda":
-            item, contexts[item.name] = _with_context(machine, item)
+            item, contexts[item.name] = _with_context(machine, item, compute)
         if item.integrated:
             item = replace(item, free_bytes=min(item.free_bytes, memory.free_bytes))
         accelerators.append(item)
     return Survey(processor, memory, tuple(accelerators), contexts)
 
 
-def _with_context(machine: Machine, item: Accelerator) -> tuple[Accelerator, int]:
+def _with_context(machine: Machine, item: Accelerator, compute: bool) -> tuple[Accelerator, int]:
     key = f"context {_conditions(machine, item)}"
     kept = machine.cache.get(key)
     known = int(kept["context_bytes"]) if kept and "context_bytes" in kept else None
     try:
-        memory = card_memory(machine.torch, int(item.name.partition(":")[2]), machine.driver_free, known)
+        memory = card_memory(machine.torch, int(item.name.partition(":")[2]), machine.driver_free, known, compute)
     except RuntimeError as error:
         reason = str(error).split("\n", 1)[0][:200]
         return replace(item, fault=f"{item.name} failed its first computation: {reason}"), 0

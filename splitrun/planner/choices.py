@@ -66,7 +66,8 @@ class Parts:
         prefill, rows = workload.objective == "first-token", objective_rows(workload)
         stage_s = stage_overhead_s(profile, device, weights, workload, prefill, rows)
         ahead = numpy.concatenate([[0.0], numpy.cumsum(seconds[1:-1])])
-        run_s = numpy.where(runs(layers), stage_s + ahead[None, :] - ahead[:, None], INFINITE)
+        able = runs(layers) & device.holds_layers
+        run_s = numpy.where(able, stage_s + ahead[None, :] - ahead[:, None], INFINITE)
         numpy.fill_diagonal(run_s, 0.0)
         bills = [unit_memory(profile, unit, device, weights, workload, KVSpec(dtype=dtype)) for unit in units]
         sizes = [bill.weight_bytes + bill.kv_bytes + bill.state_bytes for bill in bills[1:-1]]
@@ -153,7 +154,7 @@ def _bytes(device: Device, embed: Parts | None, layers: Parts, head: Parts | Non
     bills = [part.bills[side] for side, part in enumerate((embed, head)) if part is not None]
     base = device_memory(device, 0, bills, embed.tied_bytes if embed is not None and embed is head else 0)
     total = base.weight_bytes + base.kv_bytes + base.state_bytes + layers.held_bytes
-    fixed = base.context_bytes + allocator_bytes(device, 0) + margin_bytes(device, 0)
+    fixed = device.in_use(layers=True).context_bytes + allocator_bytes(device, 0) + margin_bytes(device, 0)
     sizes = total + total // ALLOCATOR_SHARE + total // MARGIN_SHARE
     sizes += numpy.maximum(layers.workspace_bytes, base.workspace_bytes) + fixed
     sizes[~runs(layers.run_s.shape[0] - 1)] = 0

@@ -37,7 +37,8 @@ class Device:
     processor: what the process itself takes, Python and torch). ``spread`` is how far, as a share, predictions from
     these figures may be off; ``source`` says where the figures come from: "bandwidth" (measured on the device, but not
     with the model's layers) or "datasheet". ``kv_dtype`` is what K and V are to be stored in there; None: the type that
-    is computed in.
+    is computed in. ``layers_context_bytes`` is what a card's context grows by once layers compute there, which load a
+    library for prompts that embedding and head do without; ``holds_layers`` says whether they may.
     """
 
     name: str
@@ -57,6 +58,12 @@ class Device:
     spread: float = 0.25
     source: str = "bandwidth"
     kv_dtype: Literal["int8"] | None = None
+    layers_context_bytes: int = 0
+    holds_layers: bool = True
+
+    def in_use(self, layers: bool) -> Device:
+        """The same, its context as large as it is with layers there, or without."""
+        return replace(self, context_bytes=self.context_bytes + self.layers_context_bytes) if layers else self
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Cluster:
     ``warm_step_s`` the same where all layers and the head are on accelerators, so that the processor's caches keep what
     it needs; None: as much. ``request_s`` is what the first token of a request takes more than that.
     ``card_process_bytes`` is the main memory that the process takes more once it uses a CUDA card of this machine:
-    driver, libraries, the compiler of kernels.
+    driver, libraries; ``card_layers_bytes`` is what it takes beyond that once layers compute there.
     """
 
     devices: tuple[Device, ...]
@@ -85,20 +92,22 @@ class Cluster:
     warm_step_s: float | None = None
     request_s: float = 0.0
     card_process_bytes: int = 0
+    card_layers_bytes: int = 0
 
     def local_cards(self) -> tuple[str, ...]:
         """Names of the CUDA cards of this machine."""
         return tuple(device.name for device in self.devices if device.kind == "cuda" and "/" not in device.name)
 
-    def with_card_in_use(self) -> Cluster:
-        """The same, the processor paying already for a card in use."""
-        paid = tuple(
-            replace(device, context_bytes=device.context_bytes + self.card_process_bytes)
-            if device.name == "cpu"
-            else device
-            for device in self.devices
-        )
-        return replace(self, devices=paid, card_process_bytes=0)
+    def with_card_in_use(self, layers: bool) -> Cluster:
+        """The same, the processor paying already for a card in use, on which layers may compute or may not."""
+        cards, more = self.local_cards(), self.card_process_bytes + (self.card_layers_bytes if layers else 0)
+
+        def paid(device: Device) -> Device:
+            if device.name == "cpu":
+                return replace(device, context_bytes=device.context_bytes + more)
+            return replace(device, holds_layers=layers and device.holds_layers) if device.name in cards else device
+
+        return replace(self, devices=tuple(map(paid, self.devices)), card_process_bytes=0, card_layers_bytes=0)
 
     def without(self, names: Collection[str]) -> Cluster:
         """The same without those devices."""

@@ -159,10 +159,12 @@ def placement_memory(profile: ModelProfile, cluster: Cluster, placement: Placeme
     bills = []
     streaming = any(stage.stream_buffer_bytes and "/" not in stage.device for stage in placement.stages)
     cards = set(cluster.local_cards()) & set(placement.device_names)
+    with_layers = {stage.device for stage in placement.stages if computes_layers(stage)}
     for name in placement.device_names:
-        device = cluster.device(name)
+        device = cluster.device(name).in_use(name in with_layers)
         if cards and name == "cpu":
-            device = replace(device, context_bytes=device.context_bytes + cluster.card_process_bytes)
+            more = cluster.card_process_bytes + (cluster.card_layers_bytes if cards & with_layers else 0)
+            device = replace(device, context_bytes=device.context_bytes + more)
         units: list[UnitMemory] = []
         embed_formats, head_formats = set(), set()
         for stage in (stage for stage in placement.stages if stage.device == name):
@@ -179,6 +181,11 @@ def placement_memory(profile: ModelProfile, cluster: Cluster, placement: Placeme
         budget = placement.devices.get(name, device.budget_bytes)
         bills.append(device_memory(device, budget, units, shared, slabs))
     return tuple(bills)
+
+
+def computes_layers(stage: StageSpec) -> bool:
+    """Whether layers compute on the stage's device: its own, or prompts of others' in its slabs."""
+    return stage.layers[0] < stage.layers[1] or stage.stream_buffer_bytes > 0
 
 
 def streams(stage: StageSpec, workload: Workload) -> bool:

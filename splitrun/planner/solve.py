@@ -17,7 +17,7 @@ from splitrun.planner.alike import MAX_SUBSETS, classes_of, subsets
 from splitrun.planner.cost import best_streams, engine_s, estimate
 from splitrun.planner.facts import FORMATS, VALUE_BYTES, Cluster, Device, ModelProfile, Workload
 from splitrun.planner.many import fastest_of_many
-from splitrun.planner.memory import kv_dtype_on
+from splitrun.planner.memory import computes_layers, kv_dtype_on
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
 from splitrun.planner.problem import Split, used_devices
 from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss
@@ -63,25 +63,43 @@ def solve(
     cards = cluster.local_cards()
     if not (cards and cluster.card_process_bytes and any(device.name == "cpu" for device in cluster.devices)):
         return _solve(profile, cluster, workload, weights, quality, stream)[1]
-    more = format_bytes(cluster.card_process_bytes)
-    refusal: DoesNotFit | None = None
-    try:
-        value, plan = _solve(profile, cluster.with_card_in_use(), workload, weights, quality, stream)
-    except DoesNotFit as error:
-        refusal = error
-    try:
-        value_without, without = _solve(profile, cluster.without(cards), workload, weights, quality, stream)
-    except DoesNotFit as error:
-        if refusal is None:
-            return plan
-        raise min(refusal, error, key=lambda each: sum(each.shortfall_bytes.values())) from None
-    if refusal is None and set(cards) & set(plan.device_names) and value <= value_without:
-        return plan
-    notes: Sequence[str] = (f"{' and '.join(cards)} left out: a card in use takes {more} more of main memory",)
-    if refusal is None and not set(cards) & set(plan.device_names) and plan.estimate is not None:
-        notes = [note for note in plan.estimate.notes if note.partition(" ")[0] in cards]
-    assert without.estimate is not None
-    return replace(without, estimate=replace(without.estimate, notes=(*notes, *without.estimate.notes)))
+    uses = [cluster.without(cards)]  # in the order of what they pay for: of equals the first is taken
+    if cluster.card_layers_bytes and not stream:
+        uses.append(cluster.with_card_in_use(layers=False))
+    uses.append(cluster.with_card_in_use(layers=True))
+    found: list[tuple[float, int, Placement]] = []
+    refusals: list[DoesNotFit] = []
+    for number, use in enumerate(uses):
+        try:
+            value, plan = _solve(profile, use, workload, weights, quality, stream)
+            found.append((value, number, plan))
+        except DoesNotFit as error:
+            refusals.append(error)
+    if not found:
+        raise min(refusals, key=lambda each: sum(each.shortfall_bytes.values()))
+    _, taken, best = min(found, key=lambda each: each[:2])
+    if taken == len(uses) - 1:
+        return best
+    notes = _unpaid(cluster, best, [plan for _, number, plan in found if number > taken])
+    assert best.estimate is not None
+    return replace(best, estimate=replace(best.estimate, notes=(*notes, *best.estimate.notes)))
+
+
+def _unpaid(cluster: Cluster, plan: Placement, dearer: Sequence[Placement]) -> list[str]:
+    """What to know of local cards that the plan does not use, or not for layers; ``dearer`` are the plans where more
+    main memory was paid for them."""
+    cards = cluster.local_cards()
+    if not set(cards) & set(plan.device_names):
+        unwanted = [each.estimate for each in dearer if not set(cards) & set(each.device_names)]
+        if unwanted and unwanted[-1] is not None:
+            return [note for note in unwanted[-1].notes if note.partition(" ")[0] in cards]
+        more = format_bytes(cluster.card_process_bytes)
+        return [f"{' and '.join(cards)} left out: a card in use takes {more} more of main memory"]
+    with_layers = [any(computes_layers(each) for each in one.stages if each.device in cards) for one in (plan, *dearer)]
+    if cluster.card_layers_bytes and not with_layers[0] and all(with_layers[1:]):
+        more = format_bytes(cluster.card_layers_bytes)
+        return [f"no layers on {' and '.join(cards)}: there they take {more} more of main memory"]
+    return []
 
 
 def _solve(

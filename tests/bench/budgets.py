@@ -71,10 +71,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it. ``fault`` is what is wrong, empty when all is well."""
+    """What came of it. ``fault`` is what is wrong, empty when all is well; ``stages`` is the plan in words."""
 
     case: Case
     fault: str = ""
+    stages: str = ""
     shortfall: Mapping[str, int] | None = None
     expected: Mapping[str, int] | None = None
     peak: Mapping[str, int] | None = None
@@ -92,7 +93,7 @@ def cases(facts: Facts, count: int, seed: int, card: str | None) -> list[Case]:
         names = ["cpu"] if card is None and draw.random() < 0.6 else ["cpu", card or "cpu:1"]
         shares = [draw.uniform(0.1, 1.5) for _ in names]
         fixed = {device.name: device.context_bytes for device in facts.cluster.devices}
-        if card is not None and len(names) > 1:
+        if card is not None and number % 3:  # else main memory has no room for a card's process, or not for the model
             fixed["cpu"] += facts.cluster.card_process_bytes
         budgets = {
             name: fixed[name] + int(size * share) + draw.randrange(16 << 20, 96 << 20)
@@ -137,7 +138,7 @@ def judge_refusal(facts: Facts, case: Case, shortfall: Mapping[str, int]) -> Out
         return True
 
     fault = "" if fits(1.0) else "the shortfall is not enough"
-    return Outcome(case, fault or ("less than the shortfall is enough" if fits(1 - SCARCER) else ""), told)
+    return Outcome(case, fault or ("less than the shortfall is enough" if fits(1 - SCARCER) else ""), "", told)
 
 
 def judge_run(facts: Facts, case: Case, placement: Placement) -> Outcome:
@@ -155,9 +156,10 @@ def judge_run(facts: Facts, case: Case, placement: Placement) -> Outcome:
         file = Path(folder, "placement.yaml")
         placement.save(file)
         terms = contest.make_terms(placement, file, 1, 2, 1, "dummy")
+        runner = Turns()  # before it waits for a card
         card = CARDS.get() if any(device.startswith("cuda") for device in placement.device_names) else None
-        runner = Turns(terms, card)
         try:
+            start_bytes = runner.load(terms, card)
             runner.rounds(case.context - 8, 8, case.sessions)
             runner.round(case.context - 8, 8)
             peak = {name: size for name, size in runner.peak_bytes().items() if name in expected}
@@ -166,14 +168,24 @@ def judge_run(facts: Facts, case: Case, placement: Placement) -> Outcome:
             if card is not None:
                 CARDS.put(card)
     if "cpu" in peak:
-        peak["cpu"] += int(runner.loaded["start_bytes"])
+        peak["cpu"] += start_bytes
     over = [name for name, size in peak.items() if size > budgets[name]]
     errors = {name: expected[name] / size - 1 for name, size in peak.items()}
     worst = max(errors.values(), key=abs)
     fault = f"exceeds the budget of {over[0]}" if over else ""
     if not fault and abs(worst) > WITHIN:
         fault = f"expected {worst:+.1%} of the peak"
-    return Outcome(case, fault, None, expected, peak, worst)
+    return Outcome(case, fault, stages_text(placement), None, expected, peak, worst)
+
+
+def stages_text(placement: Placement) -> str:
+    """Which units lie where, in one line."""
+    told = []
+    for stage in placement.stages:
+        layers = f"{stage.layers[0]}-{stage.layers[1]}" if stage.layers[0] < stage.layers[1] else ""
+        units = ("embed" if stage.embed else "", layers, "head" if stage.head else "")
+        told.append(f"{stage.device} {'+'.join(filter(None, units))} {stage.weights}")
+    return ", ".join(told)
 
 
 def expected_bytes(facts: Facts, placement: Placement) -> dict[str, int]:
@@ -217,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--start", type=int, default=0, help="the first case to run; those before it are skipped")
+    parser.add_argument("--only", type=int, nargs="+", help="the numbers of the cases to run, instead of all")
     parser.add_argument("--card")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shape", choices=("small", "deepseek-1.5b"), default="small")
@@ -234,6 +247,7 @@ def main() -> None:
             folder, memory, "auto", None, "dummy", (1, 2, 4), report=lambda text: print(text, flush=True)
         )
         wanted = cases(facts, args.start + args.count, args.seed, args.card)[args.start :]
+        wanted = [case for case in wanted if not args.only or case.number in args.only]
         with ThreadPoolExecutor(args.jobs) as pool:
             for outcome in pool.map(lambda case: judge(facts, case), wanted):
                 rows[outcome.case.number] = asdict(outcome) | {"told": line(outcome)}
@@ -287,7 +301,8 @@ def line(outcome: Outcome) -> str:
     told = f"{case.number:3} {case.weights:4} {case.context} x {case.sessions}, MiB: {budgets};"
     if outcome.peak:
         peaks = ", ".join(f"{name} {size >> 20}" for name, size in outcome.peak.items())
-        told += f" expected {', '.join(str(size >> 20) for size in (outcome.expected or {}).values())}, took {peaks}"
+        expected = ", ".join(str(size >> 20) for size in (outcome.expected or {}).values())
+        told += f" {outcome.stages}: expected {expected}, took {peaks}"
         told += f" ({outcome.error:+.1%})"
     elif outcome.shortfall:
         told += f" refused, short of {', '.join(f'{name} {size >> 20}' for name, size in outcome.shortfall.items())}"

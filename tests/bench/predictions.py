@@ -174,8 +174,9 @@ def compare(subject: Subject, cut: int, weights: str, other: str, benches: Bench
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "placement.yaml")
         placement.save(file)
-        runner = Turns(contest.make_terms(placement, file, 1, subject.new_tokens, 1, "dummy"))
+        runner = Turns()
         try:
+            runner.load(contest.make_terms(placement, file, 1, subject.new_tokens, 1, "dummy"))
             ours = (runner.process,)
             for context in sorted(subject.contexts, reverse=True):  # a longer one would have graphs captured anew
                 runner.round(context - subject.new_tokens, 2)

@@ -1,7 +1,8 @@
 """A placement that runs one round whenever it is told to: the other half of ``predictions.py``, in its own process.
 
-Reads JSON lines: the terms first, then one line per round with the lengths of prompt and answer. Writes one JSON line
-for each: the stages' bytes when they are loaded, then the moments of each round.
+Writes an empty JSON line when it has imported what it needs. Reads JSON lines: the terms first, then one line per round
+with the lengths of prompt and answer. Writes one JSON line for each: the bytes held before loading, when it has loaded,
+then the moments of each round.
 """
 
 from __future__ import annotations
@@ -28,16 +29,20 @@ from splitrun.planner.placement import Placement
 class Turns:
     """The process of a placement, as its parent sees it."""
 
-    def __init__(self, terms: Terms, card: int | None = None) -> None:
-        """Start it and wait until it has loaded; ``card`` is the only one that it sees, as its first. Raises SystemExit
-        when it does not load."""
+    def __init__(self) -> None:
+        """Start it and wait until it has imported what it needs: no card yet. Raises SystemExit when it cannot."""
         command = [sys.executable, "-P", str(Path(__file__).resolve())]
-        seen = {} if card is None else {"CUDA_VISIBLE_DEVICES": str(card)}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_environment(seen)
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_environment()
         )
         self._rounds = 0
-        self.loaded = self._ask(terms.to_json())
+        self._answer()
+
+    def load(self, terms: Terms, card: int | None = None) -> int:
+        """Load the placement; ``card`` is the only one that the process sees, as its first. The bytes that it held
+        before. Raises SystemExit when it does not load."""
+        held: int = self._ask(terms.to_json() | {"card": card})["start_bytes"]
+        return held
 
     def round(self, prompt_tokens: int, new_tokens: int) -> Round:
         """Play one round."""
@@ -69,8 +74,11 @@ class Turns:
 
     def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         print(json.dumps(question), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit(f"the placement's process ended with status {self._process.wait()}")
@@ -84,7 +92,12 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     import transformers.modeling_utils  # noqa: F401  imports come before the meter, which counts what comes after
 
-    terms = Terms(**json.loads(sys.stdin.readline()))
+    say(out, {})
+    given = json.loads(sys.stdin.readline())
+    card = given.pop("card")
+    if card is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(card)  # read when the first card is opened: nothing has yet
+    terms = Terms(**given)
     placement = Placement.load(terms.placement_file)
     meter = MemoryMeter(terms.budgets)
     with Engine(placement, load="dummy" if terms.load == "dummy" else "weights") as engine:

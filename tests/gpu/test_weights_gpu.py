@@ -11,7 +11,9 @@ from torch.nn import functional
 
 from splitrun.kernels.compiled import compiled_dequantize, compiled_product
 from splitrun.kernels.formats import QUANTIZED, quantize
-from splitrun.kernels.nf4_definition import NF4_TABLE, dequantize_reference, quantize_nf4
+from splitrun.kernels.int8 import Int8Weight, quantize_int8
+from splitrun.kernels.nf4 import Nf4Weight
+from splitrun.kernels.nf4_definition import NF4_TABLE, dequantize_reference, nf4_borders, quantize_nf4
 from splitrun.kernels.weight import Weight
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
@@ -36,6 +38,22 @@ def test_the_same_values_as_on_the_cpu(format: str, dtype: torch.dtype) -> None:
     assert torch.equal(here.moved("cuda").dequantize().cpu(), here.dequantize())
     ids = torch.tensor([[0, 299], [7, 9]])
     assert torch.equal(there.rows(ids.cuda()).cpu(), here.rows(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_card_quantizes_bit_for_bit_as_defined(dtype: torch.dtype) -> None:
+    values = (matrix().view(2, 150, 1536) * 2.0 ** torch.arange(-12, 12).repeat(64)).to(dtype)
+    values[1, 3, 64:79], values[1, 3, 79:128] = nf4_borders(torch.device("cpu")).to(dtype), 1.0
+    values[1, 5] = torch.arange(1536).fmod(255).sub(127).mul(0.5).to(dtype)  # halfway between two codes
+    for start, part in ((0, values[:1]), (1, values[1:])):
+        nf4 = Nf4Weight.empty(values.shape, dtype, "cuda")
+        nf4.store(start, part.cuda())
+        for found, expected in zip((nf4.packed, nf4.maxima), quantize_nf4(part), strict=True):
+            assert torch.equal(found[start].cpu(), expected[0])
+        int8 = Int8Weight.empty(values.shape, dtype, "cuda")
+        int8.store(start, part.cuda())
+        for found, expected in zip((int8.codes, int8.scales), quantize_int8(part), strict=True):
+            assert torch.equal(found[start].cpu(), expected[0])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 33])

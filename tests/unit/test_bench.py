@@ -110,7 +110,7 @@ class FakeCard:
 
 
 def meter(card: FakeCard, budget: int, monkeypatch: pytest.MonkeyPatch) -> memory.MemoryMeter:
-    monkeypatch.setattr(memory, "survey", lambda machine: SimpleNamespace(contexts={"cuda:0": 300 * MIB}))
+    monkeypatch.setattr(memory, "survey", lambda machine, compute: SimpleNamespace(contexts={"cuda:0": 300 * MIB}))
     machine: Any = SimpleNamespace(torch=SimpleNamespace(cuda=card), driver_free=lambda uuid: card.frees[-1])
     return memory.MemoryMeter({"cuda:0": budget, "cpu": GIB}, machine)
 
@@ -123,6 +123,10 @@ def test_a_card_is_held_to_its_budget_less_the_context(monkeypatch: pytest.Monke
     card.frees.append(7 * GIB - 3 * GIB)  # the driver knows of more than torch does
     card.now = GIB // 2  # some of it was given back
     assert found.peak_bytes()["cuda:0"] == 3 * GIB + GIB // 2
+    card.frees.append(7 * GIB - GIB // 2 - 100 * MIB)  # a context smaller than the one that was measured
+    assert found.peak_bytes()["cuda:0"] == GIB + 100 * MIB
+    card.frees.append(8 * GIB)  # another process gave memory back
+    assert found.peak_bytes()["cuda:0"] == GIB + 300 * MIB
     assert (found.context_bytes("cuda:0"), found.context_bytes("cpu")) == (300 * MIB, 0)
 
 

@@ -18,7 +18,7 @@ from splitrun.planner.facts import Cluster, Link
 
 def test_it_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_seconds, "READ_BYTES", 1 << 16)
-    taken = {None: ProcessBytes(400 << 20, 0), "cuda:0": ProcessBytes(900 << 20, 700 << 20)}
+    taken = {None: ProcessBytes(400 << 20, 0), "cuda:0": ProcessBytes(900 << 20, 700 << 20, 150 << 20, 30 << 20)}
     monkeypatch.setattr(own_seconds, "process_bytes", taken.__getitem__)
     assert known_cost(Cache(tmp_path), "cuda:0") is None
     found = engine_cost(Cache(tmp_path), "cuda:0")
@@ -31,6 +31,7 @@ def test_it_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         500 << 20,
         700 << 20,
     )
+    assert (found.card_layers_bytes, found.card_layers_context_bytes) == (150 << 20, 30 << 20)
     monkeypatch.setattr(own_seconds, "process_bytes", lambda card: pytest.fail("measured twice"))
     assert engine_cost(Cache(tmp_path), "cuda:0") == found == known_cost(Cache(tmp_path), "cuda:0")
 
@@ -39,14 +40,15 @@ def test_where_it_goes() -> None:
     links = {("cpu", "cuda:0"): Link(1e-3, 1e9)}
     cluster = with_engine(
         Cluster((device(), device("cpu:1"), device("cuda:0"), device("cuda:1", context_bytes=100 << 20)), links),
-        EngineCost(2e-4, 5e-5, 3e-4, 1e-4, 500 << 20, 400 << 20, 300 << 20),
+        EngineCost(2e-4, 5e-5, 3e-4, 1e-4, 500 << 20, 400 << 20, 300 << 20, 150 << 20, 30 << 20),
     )
     assert (cluster.step_s, cluster.warm_step_s, cluster.request_s) == (2e-4, 5e-5, 3e-4)
     assert cluster.link("cpu", "cuda:0").latency_s == pytest.approx(1.1e-3)
     assert cluster.link("cpu", "cpu:1").latency_s == 1e-4
     # The first card was measured with its kernels loaded: so much more is taken of every card.
     assert [each.context_bytes >> 20 for each in cluster.devices] == [500, 0, 300, 144]
-    assert cluster.card_process_bytes == 400 << 20
+    assert [each.layers_context_bytes >> 20 for each in cluster.devices] == [0, 0, 30, 30]
+    assert (cluster.card_process_bytes, cluster.card_layers_bytes) == (400 << 20, 150 << 20)
 
 
 def test_a_process_of_its_own_says_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:

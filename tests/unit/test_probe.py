@@ -201,6 +201,19 @@ def test_context_is_remembered_when_it_cannot_be_measured(tmp_path: Path) -> Non
     assert probe(machine=blind).device("cuda:0").context_bytes == 300 * MIB
 
 
+def test_a_card_whose_context_is_known_computes_nothing(tmp_path: Path) -> None:
+    probe(machine=machine(fake_torch([card()]), tmp_path))
+    torch = fake_torch([card(broken=True)])  # its first product would fail
+    found = probe(machine=machine(torch, tmp_path), compute=False).device("cuda:0")
+    assert (found.context_bytes, found.free_bytes) == (300 * MIB, 7 * GIB)
+    torch.cuda.touch(0)  # there already: what it took counts as free for this process
+    torch._C = SimpleNamespace(_cuda_hasPrimaryContext=lambda index: True)
+    found = probe(machine=machine(torch, tmp_path), compute=False).device("cuda:0")
+    assert (found.context_bytes, found.free_bytes) == (300 * MIB, 7 * GIB)
+    unknown = machine(fake_torch([card(broken=True)]), tmp_path / "other")
+    assert "cuda:0" not in {device.name for device in probe(machine=unknown, compute=False).devices}
+
+
 def test_an_implausible_context_is_another_process() -> None:
     torch = fake_torch([card(context=5 * GIB)])
     found = card_memory(torch, 0, lambda uuid: torch.cuda.cards[0]["free"])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 from planner_models import MIB, device, model
+from test_solve_exact import Force, every_plan, instance
 
 from splitrun.errors import DoesNotFit
-from splitrun.planner.facts import Cluster, Workload
-from splitrun.planner.memory import placement_memory
+from splitrun.planner.cost import score
+from splitrun.planner.facts import Cluster, ModelProfile, Workload
+from splitrun.planner.memory import computes_layers, over_budget, placement_memory, pool_budgets
+from splitrun.planner.placement import ModelRef, Placement
 from splitrun.planner.solve import solve
 
 WORKLOAD = Workload(context=256)
@@ -60,3 +66,68 @@ def test_a_refusal_names_the_smaller_shortfall() -> None:
     with pytest.raises(DoesNotFit) as caught:
         solve(model(), cluster(host=short, card=51), WORKLOAD, "nf4")
     assert 9 * MIB <= caught.value.shortfall_bytes["cpu"] <= 11 * MIB
+
+
+def test_layers_on_a_card_take_more_than_its_ends() -> None:
+    found = replace(cluster(host=4000, card=280), card_layers_bytes=150 * MIB)
+    narrow = replace(found.device("cuda:0"), layers_context_bytes=20 * MIB)
+    found = replace(found, devices=(found.devices[0], narrow))
+    plan = solve(model(), found, WORKLOAD, "bf16")
+    assert any(computes_layers(stage) for stage in plan.stages if stage.device == "cuda:0")
+    assert plan.estimate is not None
+    assert {bill.device: bill.context_bytes >> 20 for bill in plan.estimate.devices} == {"cpu": 550, "cuda:0": 70}
+    # A processor that the model fills, but for what a card's process takes: the head may go there, layers may not.
+    ends = replace(narrow, holds_layers=False)
+    least = solve(model(), replace(found, devices=(found.devices[0], ends), card_layers_bytes=0), WORKLOAD, "bf16")
+    assert least.estimate is not None
+    bills = {bill.device: bill.total_bytes for bill in least.estimate.devices}
+    full = replace(found.devices[0], budget_bytes=bills["cpu"] + MIB)
+    plan = solve(
+        model(), replace(found, devices=(full, replace(narrow, budget_bytes=bills["cuda:0"]))), WORKLOAD, "bf16"
+    )
+    assert plan.stages == least.stages
+    assert plan.estimate is not None
+    assert {bill.device: bill.context_bytes >> 20 for bill in plan.estimate.devices} == {"cpu": 400, "cuda:0": 50}
+    assert plan.estimate.notes[0] == "no layers on cuda:0: there they take 150 MiB more of main memory"
+
+
+def test_equals_brute_force_whatever_a_card_takes_of_main_memory() -> None:
+    uses = {"no card": 0, "ends": 0, "layers": 0, "refused": 0}
+    for seed in range(7000, 7300):
+        profile, cluster, workload = instance(seed)
+        cards = cluster.local_cards()
+        if not cards or "cpu" not in {place.name for place in cluster.devices}:
+            continue
+        draw = random.Random(seed)
+        more = {"card_process_bytes": draw.choice([20, 100]) * MIB, "card_layers_bytes": draw.choice([20, 100]) * MIB}
+        devices = tuple(
+            replace(place, layers_context_bytes=draw.choice([0, 40]) * MIB if place.name in cards else 0)
+            for place in cluster.devices
+        )
+        cluster = replace(cluster, devices=devices, **more)
+        expected = brute_force(profile, cluster, workload)
+        if expected is None:
+            uses["refused"] += 1
+            continue
+        plan = solve(profile, cluster, workload)
+        mixed = len({(stage.device, stage.weights) for stage in plan.stages}) > len(plan.device_names)
+        found = score(profile, cluster, plan)
+        assert found <= expected * (1 + 1e-9), seed
+        assert mixed or found == pytest.approx(expected, rel=1e-9), seed
+        assert not over_budget(placement_memory(profile, cluster, plan), pool_budgets(cluster)), seed
+        layers = any(computes_layers(stage) for stage in plan.stages if stage.device in cards)
+        uses["layers" if layers else "ends" if set(cards) & set(plan.device_names) else "no card"] += 1
+    assert min(uses.values()) > 2, uses
+
+
+def brute_force(profile: ModelProfile, cluster: Cluster, workload: Workload) -> float | None:
+    """The best score of all placements whose bills keep the budgets, one format per device."""
+    force, pools = Force(profile, cluster, workload), pool_budgets(cluster)
+    devices = tuple(place for place in cluster.devices if force.formats[place.name])
+    best: float | None = None
+    for stages in every_plan(profile, devices, force.formats, False):
+        value = force.score(stages)
+        if best is None or value < best:
+            plan = Placement(1, ModelRef("x"), workload, stages)
+            best = best if over_budget(placement_memory(profile, cluster, plan), pools) else value
+    return best
