@@ -57,9 +57,8 @@ class EngineCore:
         self._committed: list[tuple[Deliver, TokenEvent]] = []
         self._outbox = Outbox()
         self._reason = "no token has gone through the stages yet"
-        self._draining = self._paused = False
+        self._draining = self._paused = self._closed = self._replacing = False
         self._lost = ""
-        self._closed = self._replacing = False
         self.closed = threading.Event()
         self._prompt_tokens = self._completion_tokens = 0
         self._pipeline = line.make_pipeline(self._come_back)
@@ -255,14 +254,15 @@ class EngineCore:
         deliveries: list[tuple[Deliver, TokenEvent]] = []
         try:
             while not self._closed:
-                deliveries = self._handle(self._inbox.get())
-                while not self._inbox.empty():
-                    deliveries += self._handle(self._inbox.get())
+                deliveries += self._handle(self._inbox.get())
+                if not self._inbox.empty():
+                    continue
                 with self._lock:
                     self._line_up_steps()
                 self._outbox.send(self._submit)
                 self._hand_out(deliveries)  # while the stages compute the next step
-                deliveries = []
+                with self._lock:
+                    self._scheduler.prepare()
         finally:
             self._hand_out(deliveries)
             self._stop(_BUG)
@@ -340,8 +340,9 @@ class EngineCore:
         return pairs
 
     def _hand_out(self, deliveries: list[tuple[Deliver, TokenEvent]]) -> None:
-        """Tell the receivers. One that raises loses its own request and nobody else's."""
-        for deliver, event in deliveries:
+        """Tell the receivers, and forget them. One that raises loses its own request and nobody else's."""
+        while deliveries:
+            deliver, event = deliveries.pop(0)
             try:
                 deliver(event)
             except Exception as error:  # the receivers' boundary: their faults are not the engine's

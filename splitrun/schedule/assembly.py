@@ -15,15 +15,24 @@ from splitrun.schedule.step import IntArray, Step
 Row = tuple[Sequence, Slice]
 
 
-def build_step(index: int, epoch: int, rows: Rows[Row], accounts: BlockAccounts, refill: tuple[int, ...] = ()) -> Step:
-    """The step that runs ``rows`` in this order. Every sequence has its slot and the blocks its slice needs."""
+def build_step(
+    index: int,
+    epoch: int,
+    rows: Rows[Row],
+    accounts: BlockAccounts,
+    refill: tuple[int, ...] = (),
+    tokens: bool = True,
+) -> Step:
+    """The step that runs ``rows`` in this order. Every sequence has its slot and the blocks its slice needs. Without
+    ``tokens``, which are not known yet, there are none in it."""
     starts = [0, *accumulate(slice_.count for _, slice_ in rows)]
     targets = [sequence.prompt_targets(slice_) for sequence, slice_ in rows]
     return Step(
         index=index,
         epoch=epoch,
         token_ids=numpy.array(
-            [token for sequence, slice_ in rows for token in sequence.tokens(slice_)], dtype=numpy.int32
+            [token for sequence, slice_ in rows for token in sequence.tokens(slice_)] if tokens else [],
+            dtype=numpy.int32,
         ),
         query_starts=numpy.array(starts, dtype=numpy.int32),
         context_lengths=numpy.array([slice_.start for _, slice_ in rows], dtype=numpy.int32),

@@ -42,6 +42,11 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int = 1
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether the next token depends on how often others came before."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from splitrun.errors import InvalidRequest, QueueFull
 from splitrun.schedule.assembly import Row, build_step
 from splitrun.schedule.blocks import GroupSpec
+from splitrun.schedule.draft import Draft, draft
 from splitrun.schedule.limits import Limits, check_request, session_tokens
 from splitrun.schedule.request import Request, TokenEvent
 from splitrun.schedule.roster import Held, Roster, Statistics
@@ -52,6 +53,7 @@ class Scheduler:
         self._flights: deque[tuple[int, list[Row]]] = deque()
         self._arrivals = 0
         self._steps = 0
+        self._draft: Draft | None = None
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -80,6 +82,9 @@ class Scheduler:
         """
         if self.in_flight >= self.limits.depth:
             return None
+        drafted, self._draft = self._draft, None
+        if drafted is not None and drafted.suits(self.epoch, self._roster, self.in_flight):
+            return self._send_off(drafted.step(self._steps), drafted.rows)
         for sequence in self._roster.running:
             self._roster.accounts.drop_outside_windows(sequence)
         rows: list[Row] = []
@@ -92,7 +97,15 @@ class Scheduler:
             self._admit(rows, budget=self._add_chunks(rows, filling))
         if not rows:
             return None
-        step = build_step(self._steps, self.epoch, rows, self._roster.accounts, self._refill if refilling else ())
+        refill = self._refill if refilling else ()
+        return self._send_off(build_step(self._steps, self.epoch, rows, self._roster.accounts, refill), rows)
+
+    def prepare(self) -> None:
+        """Make as much of the next step as can be known before the oldest one in flight is committed. It changes
+        nothing but how long ``schedule`` takes then."""
+        self._draft = draft(self.epoch, self._roster, self._flights, self.limits)
+
+    def _send_off(self, step: Step, rows: list[Row]) -> Step:
         self._flights.append((step.index, rows))
         self._steps += 1
         return step

@@ -133,14 +133,12 @@ class Sequence:
         if slice_.end < self.known:
             return None
         params = self.request.sampling
-        repetition = params.repetition_penalty != 1.0
-        penalties = repetition or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         return RowSampling(
             params=params,
             seed=self.seed,
             position=slice_.end,
-            prompt_ids=self.request.prompt if repetition else (),
-            output_ids=tuple(self.output) if penalties else (),
+            prompt_ids=self.request.prompt if params.repetition_penalty != 1.0 else (),
+            output_ids=tuple(self.output) if params.penalizes else (),
         )
 
     def prompt_targets(self, slice_: Slice) -> tuple[int, ...] | None:

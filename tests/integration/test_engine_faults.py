@@ -68,8 +68,12 @@ def test_a_full_device_costs_the_newest_request_only(monkeypatch: pytest.MonkeyP
         stage = engine.core.pipeline.links[0].stage
         run = stage.run
         computed: list[tuple[int, int]] = []
+        together = threading.Event()
+        together.set()
 
         def run_two(step: Any, incoming: Any) -> Any:
+            if step.context_lengths.any():
+                assert together.wait(60)  # the first would have ended before the others came
             if step.rows > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
             computed.extend(zip(step.requests, step.context_lengths.tolist(), strict=True))
@@ -78,6 +82,7 @@ def test_a_full_device_costs_the_newest_request_only(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(stage, "run", run_two)
         expected = [completion.token_ids for completion in engine.generate(asked(engine)[:2], greedy())]
         computed.clear()
+        together.clear()
         found: dict[int, list[TokenEvent]] = {901: [], 902: [], 903: []}
         begun, done = threading.Semaphore(0), threading.Semaphore(0)
 
@@ -89,6 +94,7 @@ def test_a_full_device_costs_the_newest_request_only(monkeypatch: pytest.MonkeyP
             engine.core.submit(Request(number, tuple(prompt), greedy(), tuple(engine.tokenizer.eos_token_ids)), deliver)
             if number == 901:
                 assert begun.acquire(timeout=60)  # it has keys and values to lose
+        together.set()
         for _ in range(3):
             assert done.acquire(timeout=60)
         assert [events[-1].finish_reason for events in found.values()] == ["stop", "stop", "error"]

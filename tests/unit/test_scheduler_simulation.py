@@ -12,9 +12,11 @@ import zlib
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy
 import pytest
 
 from splitrun.schedule.blocks import blocks_per_session
+from splitrun.schedule.draft import Draft
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent, TokenLogprob
 from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
 from splitrun.schedule.sequence import SCORED_CHUNK_TOKENS
@@ -129,6 +131,9 @@ class Simulation:
     events: dict[int, list[TokenEvent]] = field(default_factory=dict)
     queue: deque[Step] = field(default_factory=deque)
     results: deque[Tokens] = field(default_factory=deque)
+    drafts: random.Random | None = None
+    """When set, the next step is drafted at moments that it decides."""
+    steps: list[Step] = field(default_factory=list)
     replays: int = 0
     went_back: int = 0
     refills: int = 0
@@ -163,11 +168,15 @@ class Simulation:
 
     def advance(self) -> None:
         """One random action of the engine or the pipeline."""
+        if self.drafts is not None and self.drafts.random() < 0.5:
+            self.scheduler.prepare()
+            self.scheduler.check_integrity()
         action = self.randomness.random()
         if action < 0.4:
             step = self.scheduler.schedule()
             if step is not None:
                 self.check(step)
+                self.steps.append(step)
                 self.queue.append(step)
             else:
                 assert self.scheduler.in_flight or not self.scheduler.has_work, "the scheduler is stuck"
@@ -281,11 +290,11 @@ def build(randomness: random.Random, depth: int) -> tuple[Simulation, list[int]]
     return Simulation(scheduler, stage, randomness), windows
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
-@pytest.mark.parametrize("seed", range(40))
-def test_every_request_gets_what_it_gets_alone(seed: int, depth: int) -> None:
+def run_at_random(seed: int, depth: int, drafts: random.Random | None = None) -> Simulation:
+    """Requests of all kinds, some of them cancelled, and stages lost now and then."""
     randomness = random.Random(1000 * depth + seed)
     simulation, windows = build(randomness, depth)
+    simulation.drafts = drafts
     disturbed = seed % 2 == 1
     for request_id in range(randomness.randint(1, 12)):
         simulation.submit(make_request(request_id, randomness, simulation.scheduler.capacity))
@@ -299,6 +308,56 @@ def test_every_request_gets_what_it_gets_alone(seed: int, depth: int) -> None:
             simulation.lose_one_stage()
     simulation.finish()
     simulation.verify(windows)
+    return simulation
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", range(40))
+def test_every_request_gets_what_it_gets_alone(seed: int, depth: int) -> None:
+    run_at_random(seed, depth)
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that drafts became."""
+    found: list[int] = []
+    make = Draft.step
+
+    def counted(self: Draft, index: int) -> Step:
+        found.append(index)
+        return make(self, index)
+
+    monkeypatch.setattr(Draft, "step", counted)
+    return found
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_drafts_change_no_step(depth: int, used: list[int]) -> None:
+    for seed in range(40):
+        plain, drafted = run_at_random(seed, depth), run_at_random(seed, depth, random.Random(seed))
+        assert len(plain.steps) == len(drafted.steps)
+        for one, other in zip(plain.steps, drafted.steps, strict=True):
+            for name, value in vars(one).items():
+                numpy.testing.assert_equal(getattr(other, name), value, f"{name} of step {one.index}")
+    assert len(used) > 10
+
+
+@pytest.mark.parametrize("sessions", [1, 4])
+def test_decoding_goes_by_drafts_but_where_a_block_is_full(sessions: int, used: list[int]) -> None:
+    limits = Limits(context=200, sessions=sessions, vocabulary=VOCABULARY, chunk_tokens=32, block_tokens=16, depth=2)
+    groups = (GroupSpec("full", None, 13 * sessions),)
+    simulation = Simulation(Scheduler(groups, limits), FakeStage(groups, limits, random.Random(1)), random.Random(1))
+    for request_id in range(sessions):
+        simulation.submit(Request(request_id, (1, 2, 3), SamplingParams(max_tokens=160, seed=3, ignore_eos=True)))
+    steps = 0
+    while simulation.scheduler.has_work:
+        while (step := simulation.scheduler.schedule()) is not None:
+            simulation.queue.append(step)
+            steps += 1
+        simulation.scheduler.prepare()
+        simulation.record(simulation.scheduler.commit(simulation.stage.run(simulation.queue.popleft())))
+    simulation.verify([])
+    assert steps * 0.85 < len(used) < steps
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
