@@ -85,6 +85,8 @@ class Scheduler:
         drafted, self._draft = self._draft, None
         if drafted is not None and drafted.suits(self.epoch, self._roster, self.in_flight):
             return self._send_off(drafted.step(self._steps), drafted.rows)
+        if not self._roster.waiting and not any(each.ready or each.refilling for each in self._roster.running):
+            return None
         for sequence in self._roster.running:
             self._roster.accounts.drop_outside_windows(sequence)
         rows: list[Row] = []
