@@ -15,7 +15,18 @@ from setuptools.errors import CompileError
 
 SOURCE = "splitrun/kernels/cpu/source"
 COMMON = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fPIC", "-Wno-psabi"]
-FILES = ("block.c", "chain.c", "chunk.c", "layout.c", "panels.c", "portable.c", "product.c", "quantize.c", "team.c")
+FILES = (
+    "block.c",
+    "chain.c",
+    "chunk.c",
+    "chunkattention.c",
+    "layout.c",
+    "panels.c",
+    "portable.c",
+    "product.c",
+    "quantize.c",
+    "team.c",
+)
 DISPATCH = ("dispatch.c", "many.c")
 """What asks which levels there are."""
 LEVELS = {

@@ -197,8 +197,9 @@ class _Range:
             return self._chain.run(hidden, cosines, sines, call)
         if self._streamed is not None and self._streamed.takes(call[0].tokens):
             return self._streamed.run(hidden, cosines, sines, call)
+        out = torch.empty_like(hidden)
         for block, histories in zip(self._blocks, call, strict=True):
-            hidden = block.run_chunk(hidden, cosines, sines, histories)
+            hidden = block.run_chunk(hidden, cosines, sines, histories, out)
         return hidden
 
     def _histories_of(self, layer: Any, count: int) -> Sequence[RowHistories]:

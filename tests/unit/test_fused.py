@@ -419,3 +419,19 @@ def test_chunks_of_prompts_as_the_layers_own_code(
     assert ((torch.cat(found).double() - wanted).norm() / wanted.norm()).item() < most
     alone = make(name, MODELS[name], format)[0]
     assert torch.equal(alone.feed({1: other})[1], together[1])
+
+
+@pytest.mark.parametrize(("kind", "most"), [("bf16", 0.02), ("int8", 0.06)])
+def test_a_long_chunk_goes_in_blocks_of_rows(kind: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than one task of a product takes, in a layer of several panels and slabs: the same for any threads."""
+    monkeypatch.setenv(PROMPT_VARIABLE, kind)
+    if many.many_rows() is None or many.attention_rows() is None:
+        pytest.skip("no kernel for chunks here")
+    sizes = {"intermediate_size": 1088, "max_position_embeddings": 1024}
+    ids, found = tokens(530), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(make("qwen2", sizes, blocks=140)[0].feed({0: ids})[0])
+        assert torch.equal(found[0], found[-1])
+    exact = make("qwen2", sizes, "nf4", "fp32", blocks=140)[0].feed({0: ids})[0]
+    assert ((found[0].double() - exact.double()).norm() / exact.double().norm()).item() < most

@@ -177,15 +177,18 @@ class BlockKernel:
         bf16 = parts.keys.dtype == parts.weights["query"].dtype == torch.bfloat16
         return plain and quantized and bf16 and many_rows() is not None and attention_rows() is not None
 
-    def run_chunk(self, hidden: Tensor, cosines: Tensor, sines: Tensor, rows: RowHistories) -> Tensor:
-        """The layer's output for a chunk of a prompt; only where `takes_chunks`. Writes the new keys and values.
+    def run_chunk(
+        self, hidden: Tensor, cosines: Tensor, sines: Tensor, rows: RowHistories, out: Tensor | None = None
+    ) -> Tensor:
+        """The layer's output for a chunk of a prompt; only where `takes_chunks`. Writes the new keys and values, and
+        ``out``, which may be ``hidden``.
 
         Shape: (tokens, hidden), twice (tokens, width) -> (tokens, hidden); contiguous, one dtype.
         """
         many, attention = many_rows(), attention_rows()
         assert many is not None, "asked for a chunk without `takes_chunks`"
         assert attention is not None
-        out = torch.empty_like(hidden)
+        out = torch.empty_like(hidden) if out is None else out
         structure, histories = ctypes.addressof(self.structure), ctypes.addressof(rows.structure)
         many.chunk(attention, structure, histories, hidden, cosines, sines, out)
         return out

@@ -30,9 +30,48 @@ ALWAYS_INLINE void store_sums(void *sums, int64_t beside, int64_t below, int64_t
     if (lower) _tile_stored(3, first + below + beside, stride);
 }
 
+/* An expansion that goes on line by line between the instructions on tiles: those wait for memory most of the time. */
+struct unpacking {
+    const uint8_t *codes;
+    uint8_t *out;
+    int64_t lines, left, tiles; /* of a tile; left of it; tiles left */
+    int64_t skip, ahead, each;  /* bytes from the end of a tile's lines to the next tile's; see expansion; lines each time */
+};
+
+/* Whether it can go on so: nf4, of four whole tiles. What cannot is to be expanded at once. */
+ALWAYS_INLINE int starts(struct unpacking *unpacking, const struct expansion *next, int64_t times) {
+    unpacking->left = 0;
+    if (!next || next->weight->format != NF4 || (next->panel + 1) * PANEL > next->weight->rows) return 0;
+    struct place place = place_of(next->weight, next->panel * PANEL);
+    int64_t lines = next->count / 8, tile = lines_of(next->weight, next->count) * LINE;
+    struct unpacking started = {place.codes + lines_of(next->weight, next->first) * LINE, next->slab.lines, lines, lines,
+                                PANEL_TILES, TILE * row_bytes(next->weight) - tile, next->ahead,
+                                parts(lines * PANEL_TILES, times)};
+    *unpacking = started;
+    return 1;
+}
+
+ALWAYS_INLINE void unpack_bf16(struct unpacking *unpacking, int64_t count) {
+    const __m512 table = _mm512_loadu_ps(nf4_table);
+    for (; count > 0 && unpacking->left; count--) {
+        const uint8_t *codes = unpacking->codes, *scales = codes + (((unpacking->left - 1) & 7) + 1) * LINE;
+        nf4_line_to_bf16(codes, table, _mm512_loadu_ps(scales), unpacking->out);
+        __builtin_prefetch(codes + unpacking->ahead, 0, 2);
+        unpacking->codes += LINE;
+        unpacking->out += 4 * LINE;
+        if (--unpacking->left & 7) continue;
+        __builtin_prefetch(scales + unpacking->ahead, 0, 2);
+        unpacking->codes += LINE;
+        if (unpacking->left || !--unpacking->tiles) continue;
+        unpacking->codes += unpacking->skip;
+        unpacking->out += TILE_LINES - 4 * LINE * unpacking->lines;
+        unpacking->left = unpacking->lines;
+    }
+}
+
 /* One or two tiles of rows (the second is null for one) with two of outputs. */
 ALWAYS_INLINE void bf16_square(const uint8_t *first, const uint8_t *second, const uint8_t *lines, int64_t steps,
-                               float *sums, int add) {
+                               float *sums, int add, struct unpacking *unpacking) {
     if (add) {
         const float *lower = sums + TILE * PANEL;
         _tile_loadd(0, sums, STRIDE);
@@ -42,14 +81,15 @@ ALWAYS_INLINE void bf16_square(const uint8_t *first, const uint8_t *second, cons
     } else {
         clear_sums();
     }
-    for (int64_t step = 0; step < steps; step++, lines += 16 * ROW) {
-        _tile_loadd(4, first + step * STEP_TILE, STEP_BYTES);
-        _tile_loadd(6, lines, ROW);
+    for (int64_t step = 0; step < steps; step++, lines += 16 * LINE) {
+        _tile_stream_loadd(4, first + step * STEP_TILE, STEP_BYTES);
+        _tile_loadd(6, lines, LINE);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, lines + LINE, ROW);
+        _tile_loadd(7, lines + TILE_LINES, LINE);
         _tile_dpbf16ps(1, 4, 7);
+        unpack_bf16(unpacking, unpacking->each);
         if (second) {
-            _tile_loadd(5, second + step * STEP_TILE, STEP_BYTES);
+            _tile_stream_loadd(5, second + step * STEP_TILE, STEP_BYTES);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -58,17 +98,20 @@ ALWAYS_INLINE void bf16_square(const uint8_t *first, const uint8_t *second, cons
 }
 
 static void multiply_bf16(const struct many *many, const struct packed *packed, int64_t tile, int64_t rows,
-                          const struct slab *slab, float *sums, int add) {
-    (void)many;
+                          const struct slab *slab, float *sums, int add, const struct expansion *next) {
+    struct unpacking unpacking = {0};
+    int started = starts(&unpacking, next, PANEL / HALF * parts(rows, ROWS) * slab->steps);
     for (int64_t half = 0; half < PANEL; half += HALF)
         for (int64_t row = 0; row < rows; row += ROWS) {
             const uint8_t *first = packed->tiles + ((tile + row / TILE) * packed->steps + slab->first) * STEP_TILE;
-            const uint8_t *second = first + packed->steps * STEP_TILE, *lines = slab->lines + half / TILE * LINE;
+            const uint8_t *second = first + packed->steps * STEP_TILE, *lines = slab->lines + half / TILE * TILE_LINES;
             if (rows - row > TILE)
-                bf16_square(first, second, lines, slab->steps, sums + row * PANEL + half, add);
+                bf16_square(first, second, lines, slab->steps, sums + row * PANEL + half, add, &unpacking);
             else
-                bf16_square(first, 0, lines, slab->steps, sums + row * PANEL + half, add);
+                bf16_square(first, 0, lines, slab->steps, sums + row * PANEL + half, add, &unpacking);
         }
+    unpack_bf16(&unpacking, unpacking.left + unpacking.tiles * unpacking.lines);
+    if (next && !started) expand_bf16(many, next);
 }
 
 /* Integer sums that wait to be scaled and added, row by row, between the next instructions on tiles. */
@@ -99,11 +142,11 @@ ALWAYS_INLINE void int8_square(const uint8_t *first, const uint8_t *second, cons
                                int32_t *dots, struct pending *pending) {
     int each = (int)parts(pending->rows, steps);
     clear_sums();
-    for (int64_t step = 0; step < steps; step++, lines += 16 * ROW) {
+    for (int64_t step = 0; step < steps; step++, lines += 16 * LINE) {
         _tile_stream_loadd(4, first + step * STEP_TILE, STEP_BYTES);
-        _tile_loadd(6, lines, ROW);
+        _tile_loadd(6, lines, LINE);
         _tile_dpbssd(0, 4, 6);
-        _tile_loadd(7, lines + LINE, ROW);
+        _tile_loadd(7, lines + TILE_LINES, LINE);
         _tile_dpbssd(1, 4, 7);
         settle(pending, each);
         if (second) {
@@ -116,9 +159,13 @@ ALWAYS_INLINE void int8_square(const uint8_t *first, const uint8_t *second, cons
     store_sums(dots, SUMS * 4, SUMS * 8, STEP_BYTES, second != 0);
 }
 
+static void expand_int8(const struct many *many, const struct expansion *expansion) {
+    expand_int8_panel(many, expansion, 0);
+}
+
 /* A slab is one span here. */
 static void multiply_int8(const struct many *many, const struct packed *packed, int64_t tile, int64_t rows,
-                          const struct slab *slab, float *sums, int add) {
+                          const struct slab *slab, float *sums, int add, const struct expansion *next) {
     _Alignas(64) int32_t dots[2][4 * SUMS];
     struct pending pending = {.rows = 0};
     int turn = 0;
@@ -126,7 +173,7 @@ static void multiply_int8(const struct many *many, const struct packed *packed, 
         for (int64_t row = 0; row < rows; row += ROWS, turn ^= 1) {
             int64_t of = tile + row / TILE;
             const uint8_t *first = packed->tiles + (of * packed->steps + slab->first) * STEP_TILE;
-            const uint8_t *second = first + packed->steps * STEP_TILE, *lines = slab->lines + half / TILE * LINE;
+            const uint8_t *second = first + packed->steps * STEP_TILE, *lines = slab->lines + half / TILE * TILE_LINES;
             int both = rows - row > TILE;
             if (both)
                 int8_square(first, second, lines, slab->steps, dots[turn], &pending);
@@ -139,11 +186,7 @@ static void multiply_int8(const struct many *many, const struct packed *packed, 
             pending = next;
         }
     settle(&pending, ROWS);
-}
-
-static void expand_int8(const struct many *many, const struct weight *weight, int64_t panel, int64_t first,
-                        int64_t count, const struct slab *slab) {
-    expand_int8_panel(many, weight, panel, first, count, slab, 0);
+    if (next) expand_int8(many, next);
 }
 
 static int64_t spin_bf16(int64_t rounds) {

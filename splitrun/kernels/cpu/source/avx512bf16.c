@@ -9,12 +9,12 @@ ALWAYS_INLINE void multiply_rows(const uint8_t *x, const struct slab *slab, floa
     __m512 all[ROWS][PANEL_TILES];
     for (int row = 0; row < ROWS; row++)
         for (int tile = 0; tile < PANEL_TILES; tile++) all[row][tile] = _mm512_setzero_ps();
-    for (int64_t step = 0; step < slab->steps; step++, x += STEP_TILE, lines += 16 * ROW) {
+    for (int64_t step = 0; step < slab->steps; step++, x += STEP_TILE, lines += 16 * LINE) {
 #pragma GCC unroll 16
         for (int line = 0; line < 16; line++) {
             __m512i weights[PANEL_TILES];
             for (int tile = 0; tile < PANEL_TILES; tile++)
-                weights[tile] = _mm512_loadu_si512(lines + line * ROW + tile * LINE);
+                weights[tile] = _mm512_loadu_si512(lines + tile * TILE_LINES + line * LINE);
 #pragma GCC unroll 4
             for (int row = 0; row < ROWS; row++) {
                 int32_t two;
@@ -33,12 +33,12 @@ ALWAYS_INLINE void multiply_rows(const uint8_t *x, const struct slab *slab, floa
 }
 
 static void multiply(const struct many *many, const struct packed *packed, int64_t tile, int64_t rows,
-                     const struct slab *slab, float *sums, int add) {
-    (void)many;
+                     const struct slab *slab, float *sums, int add, const struct expansion *next) {
     for (int64_t row = 0; row < rows; row += ROWS) {
         int64_t step = (tile + row / TILE) * packed->steps + slab->first;
         multiply_rows(packed->tiles + step * STEP_TILE + row % TILE * STEP_BYTES, slab, sums + row * PANEL, add);
     }
+    if (next) expand_bf16(many, next);
 }
 
 static int64_t spin(int64_t rounds) {

@@ -15,12 +15,12 @@ ALWAYS_INLINE void multiply_rows(const uint8_t *x, const float *x_scales, const 
         __m512i dots[ROWS][PANEL_TILES];
         for (int row = 0; row < ROWS; row++)
             for (int tile = 0; tile < PANEL_TILES; tile++) dots[row][tile] = _mm512_set1_epi32(offsets[row]);
-        for (int64_t step = start; step < stop; step++, x += STEP_TILE, lines += 16 * ROW) {
+        for (int64_t step = start; step < stop; step++, x += STEP_TILE, lines += 16 * LINE) {
 #pragma GCC unroll 16
             for (int line = 0; line < 16; line++) {
                 __m512i weights[PANEL_TILES];
                 for (int tile = 0; tile < PANEL_TILES; tile++)
-                    weights[tile] = _mm512_loadu_si512(lines + line * ROW + tile * LINE);
+                    weights[tile] = _mm512_loadu_si512(lines + tile * TILE_LINES + line * LINE);
 #pragma GCC unroll 4
                 for (int row = 0; row < ROWS; row++) {
                     int32_t four;
@@ -57,17 +57,17 @@ ALWAYS_INLINE void multiply_spans(const int span, const struct packed *packed, i
     }
 }
 
+static void expand(const struct many *many, const struct expansion *expansion) {
+    expand_int8_panel(many, expansion, 1);
+}
+
 static void multiply(const struct many *many, const struct packed *packed, int64_t tile, int64_t rows,
-                     const struct slab *slab, float *sums, int add) {
+                     const struct slab *slab, float *sums, int add, const struct expansion *next) {
     if (many->span == 1)
         multiply_spans(1, packed, tile, rows, slab, sums, add);
     else
         multiply_spans(MOST_SPAN, packed, tile, rows, slab, sums, add);
-}
-
-static void expand(const struct many *many, const struct weight *weight, int64_t panel, int64_t first, int64_t count,
-                   const struct slab *slab) {
-    expand_int8_panel(many, weight, panel, first, count, slab, 1);
+    if (next) expand(many, next);
 }
 
 static int64_t spin(int64_t rounds) {

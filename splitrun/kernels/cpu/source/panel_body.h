@@ -109,7 +109,7 @@ ALWAYS_INLINE void find_lines(const struct weight *weight, int64_t tile, int64_t
 
 /* Lines first to last of a tile, for outputs and columns that do not exist. */
 ALWAYS_INLINE void clear_lines(uint8_t *out, int64_t first, int64_t last) {
-    for (int64_t line = first; line < last; line++) _mm512_storeu_si512(out + line * ROW, _mm512_setzero_si512());
+    for (int64_t line = first; line < last; line++) _mm512_storeu_si512(out + line * LINE, _mm512_setzero_si512());
 }
 
 #ifdef __AVX512BF16__
@@ -120,42 +120,47 @@ ALWAYS_INLINE __m512i line_of_pairs(__m512 even, __m512 odd) {
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
+/* A line of codes to four lines. */
+ALWAYS_INLINE void nf4_line_to_bf16(const uint8_t *codes, __m512 table, __m512 scale, uint8_t *out) {
+    __m512i all = _mm512_loadu_si512(codes);
+#define COLUMN(shift) _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(all, shift), table), scale)
+    _mm512_storeu_si512(out, line_of_pairs(COLUMN(0), COLUMN(8)));
+    _mm512_storeu_si512(out + LINE, line_of_pairs(COLUMN(16), COLUMN(24)));
+    _mm512_storeu_si512(out + 2 * LINE, line_of_pairs(COLUMN(4), COLUMN(12)));
+    _mm512_storeu_si512(out + 3 * LINE, line_of_pairs(COLUMN(20), COLUMN(28)));
+#undef COLUMN
+}
+
 ALWAYS_INLINE void nf4_to_bf16(const uint8_t *codes, int64_t count, uint8_t *out) {
     const __m512 table = _mm512_loadu_ps(nf4_table);
     for (int64_t group = 0; group < count / GROUP; group++, codes += GROUP_LINES * LINE) {
         __m512 scale = _mm512_loadu_ps(codes + 8 * LINE);
-        for (int line = 0; line < 8; line++, out += 4 * ROW) {
-            __m512i all = _mm512_loadu_si512(codes + line * LINE);
-#define COLUMN(shift) _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(all, shift), table), scale)
-            _mm512_storeu_si512(out, line_of_pairs(COLUMN(0), COLUMN(8)));
-            _mm512_storeu_si512(out + ROW, line_of_pairs(COLUMN(16), COLUMN(24)));
-            _mm512_storeu_si512(out + 2 * ROW, line_of_pairs(COLUMN(4), COLUMN(12)));
-            _mm512_storeu_si512(out + 3 * ROW, line_of_pairs(COLUMN(20), COLUMN(28)));
-#undef COLUMN
-        }
+        for (int line = 0; line < 8; line++, out += 4 * LINE) nf4_line_to_bf16(codes + line * LINE, table, scale, out);
     }
 }
 
 ALWAYS_INLINE void int8_to_bf16(const uint8_t *codes, const float *scales, int64_t count, uint8_t *out) {
     const __m512 scale = _mm512_loadu_ps(scales);
-    for (int64_t line = 0; line < count / 4; line++, codes += LINE, out += 2 * ROW) {
+    for (int64_t line = 0; line < count / 4; line++, codes += LINE, out += 2 * LINE) {
         __m512i all = _mm512_loadu_si512(codes);
 #define COLUMN(shift) \
     _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(all, 24 - (shift)), 24)), scale)
         _mm512_storeu_si512(out, line_of_pairs(COLUMN(0), COLUMN(8)));
-        _mm512_storeu_si512(out + ROW, line_of_pairs(COLUMN(16), COLUMN(24)));
+        _mm512_storeu_si512(out + LINE, line_of_pairs(COLUMN(16), COLUMN(24)));
 #undef COLUMN
     }
 }
 
-static void expand_bf16(const struct many *many, const struct weight *weight, int64_t panel, int64_t first,
-                        int64_t count, const struct slab *slab) {
+static void expand_bf16(const struct many *many, const struct expansion *expansion) {
+    const struct weight *weight = expansion->weight;
+    const struct slab *slab = &expansion->slab;
+    int64_t count = expansion->count;
     struct lines lines;
     (void)many;
     for (int64_t t = 0; t < PANEL_TILES; t++) {
-        uint8_t *out = slab->lines + t * LINE;
-        int64_t tile = panel * PANEL_TILES + t, used = tile * TILE < weight->rows ? count : 0;
-        if (used) find_lines(weight, tile, first, count, &lines);
+        uint8_t *out = slab->lines + t * TILE_LINES;
+        int64_t tile = expansion->panel * PANEL_TILES + t, used = tile * TILE < weight->rows ? count : 0;
+        if (used) find_lines(weight, tile, expansion->first, count, &lines);
         if (used && weight->format == NF4) nf4_to_bf16(lines.codes, count, out);
         if (used && weight->format == INT8) int8_to_bf16(lines.codes, lines.scales, count, out);
         clear_lines(out, used / 2, slab->steps * 16);
@@ -185,36 +190,38 @@ ALWAYS_INLINE void nf4_to_int8(const uint8_t *codes, int64_t groups, __m512i shi
         __m512 part = _mm512_maskz_div_ps(some, _mm512_loadu_ps(codes + 8 * LINE), most);
         __m512i ratios = _mm512_cvtps_epi32(_mm512_mul_ps(part, _mm512_set1_ps(FULL_RATIO)));
         ratios = _mm512_or_si512(ratios, _mm512_slli_epi32(ratios, 16));
-        for (int line = 0; line < 8; line++, codes += LINE, out += 2 * ROW) {
+        for (int line = 0; line < 8; line++, codes += LINE, out += 2 * LINE) {
             __m512i both = _mm512_loadu_si512(codes);
             __m512i low = _mm512_shuffle_epi8(book, _mm512_and_si512(both, low_half));
             __m512i high = _mm512_shuffle_epi8(book, _mm512_and_si512(_mm512_srli_epi16(both, 4), low_half));
             if (groups > 1) low = rescaled(low, ratios), high = rescaled(high, ratios);
             _mm512_storeu_si512(out, _mm512_xor_si512(low, shift));
-            _mm512_storeu_si512(out + ROW, _mm512_xor_si512(high, shift));
+            _mm512_storeu_si512(out + LINE, _mm512_xor_si512(high, shift));
         }
     }
 }
 
 /* biased: codes are shifted by 128, for instructions that take unsigned weights. */
-ALWAYS_INLINE void expand_int8_panel(const struct many *many, const struct weight *weight, int64_t panel, int64_t first,
-                                     int64_t count, const struct slab *slab, int biased) {
+ALWAYS_INLINE void expand_int8_panel(const struct many *many, const struct expansion *expansion, int biased) {
+    const struct weight *weight = expansion->weight;
+    const struct slab *slab = &expansion->slab;
+    int64_t count = expansion->count;
     const __m512i shift = _mm512_set1_epi8((char)(biased ? 128 : 0));
     int64_t groups = parts(count, GROUP), spans = parts(groups, many->span);
     struct lines lines;
     for (int64_t t = 0; t < PANEL_TILES; t++) {
-        uint8_t *out = slab->lines + t * LINE;
-        int64_t tile = panel * PANEL_TILES + t, used = tile * TILE < weight->rows ? count : 0;
-        if (used) find_lines(weight, tile, first, count, &lines);
+        uint8_t *out = slab->lines + t * TILE_LINES;
+        int64_t tile = expansion->panel * PANEL_TILES + t, used = tile * TILE < weight->rows ? count : 0;
+        if (used) find_lines(weight, tile, expansion->first, count, &lines);
         for (int64_t span = 0; span < spans; span++) {
             float *scale = slab->scales + span * PANEL + t * TILE;
             int64_t start = span * many->span, end = start + many->span < groups ? start + many->span : groups;
             for (int lane = 0; lane < TILE; lane++) scale[lane] = 1.0f;
             if (used && weight->format == NF4)
-                nf4_to_int8(lines.codes + start * GROUP_LINES * LINE, end - start, shift, out + start * 16 * ROW, scale);
+                nf4_to_int8(lines.codes + start * GROUP_LINES * LINE, end - start, shift, out + start * 16 * LINE, scale);
         }
         for (int64_t line = 0; used && weight->format == INT8 && line < count / 4; line++)
-            _mm512_storeu_si512(out + line * ROW, _mm512_xor_si512(_mm512_loadu_si512(lines.codes + line * LINE), shift));
+            _mm512_storeu_si512(out + line * LINE, _mm512_xor_si512(_mm512_loadu_si512(lines.codes + line * LINE), shift));
         clear_lines(out, used / 4, slab->steps * 16);
     }
 }

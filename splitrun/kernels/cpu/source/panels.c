@@ -18,8 +18,10 @@ struct product {
     struct portion portion;
     struct packed packed;
     uint8_t *benches;
-    atomic_int workers;
+    int threads;
     struct phase pack, multiply;
+    struct team team;
+    struct run_of_tasks multiply_runs[MOST_MEMBERS];
 };
 
 static int64_t aligned(int64_t bytes) { return parts(bytes, LINE_OF_MEMORY) * LINE_OF_MEMORY; }
@@ -43,14 +45,13 @@ struct packed packed_in(const struct many *many, int64_t rows, int64_t columns, 
     return packed;
 }
 
-/* A slab's lines and scales, and the sums of a task. */
-int64_t workbench_bytes(void) {
-    return SLAB_BYTES + MOST_SPAN * PANEL * 4 + PANELS_AT_ONCE * sums_of(ROWS_AT_ONCE) * 4;
-}
+/* Lines and scales of two slabs, and the sums of a task. */
+int64_t workbench_bytes(void) { return 2 * SLAB_BYTES + 2 * MOST_SPAN * PANEL * 4 + SUMS_AT_ONCE * 4; }
 
 struct workbench workbench_in(uint8_t *memory) {
-    float *scales = (float *)(memory + SLAB_BYTES);
-    struct workbench bench = {{memory, scales, 0, 0}, scales + MOST_SPAN * PANEL};
+    float *scales = (float *)(memory + 2 * SLAB_BYTES);
+    struct workbench bench = {{{memory, scales, 0, 0}, {memory + SLAB_BYTES, scales + MOST_SPAN * PANEL, 0, 0}},
+                              scales + 2 * MOST_SPAN * PANEL};
     return bench;
 }
 
@@ -59,19 +60,36 @@ float unit_of(const struct weight *weight) {
     return weight->format == NF4 ? (1.0f / 127.0f) * (1.0f / 127.0f) : 1.0f / 127.0f;
 }
 
-/* sums = the products of some rows with some panels, without `panel_scales`; first_row is the first of a tile. */
-void multiply_panels(const struct many *many, const struct weight *weight, int64_t panel, int64_t panels,
-                     const struct packed *packed, int64_t first_row, int64_t rows, const struct workbench *bench,
-                     float *sums) {
-    struct slab slab = bench->slab;
-    for (int64_t first = 0; first < weight->columns; first += SLAB) {
-        int64_t count = weight->columns - first < SLAB ? weight->columns - first : SLAB;
-        slab.first = first / step_columns(many);
-        slab.steps = steps_of(many, count);
-        for (int64_t i = 0; i < panels; i++) {
-            many->expand(many, weight, panel + i, first, count, &slab);
-            many->multiply(many, packed, first_row / TILE, rows, &slab, sums + i * sums_of(rows), first > 0);
-        }
+/* Where the columns of a panel from one on begin. */
+static const uint8_t *codes_of(const struct expansion *one) {
+    int64_t lines = one->weight->format == NF4 ? one->first / GROUP * GROUP_LINES : one->first / 4;
+    return place_of(one->weight, one->panel * PANEL).codes + lines * LINE;
+}
+
+/* The index-th of a part's expansions: a slab of all its panels, of the weight and of the other, then the next slab. */
+static struct expansion expansion_of(const struct many *many, const struct part *part, int64_t index,
+                                     const struct workbench *bench) {
+    int64_t all = part->panels * (part->other ? 2 : 1), own = index % all, first = index / all * SLAB;
+    struct expansion one = {own < part->panels ? part->weight : part->other, part->panel + own % part->panels, first,
+                            part->weight->columns - first, 0, bench->slabs[index % 2]};
+    one.count = one.count < SLAB ? one.count : SLAB;
+    one.slab.first = first / step_columns(many);
+    one.slab.steps = steps_of(many, one.count);
+    return one;
+}
+
+/* The bench's sums = the products of a part, without `panel_scales`: those of the weight, then those of the other. */
+void multiply_part(const struct many *many, const struct part *part, const struct packed *packed,
+                   const struct workbench *bench) {
+    int64_t all = part->panels * (part->other ? 2 : 1), count = all * parts(part->weight->columns, SLAB);
+    struct expansion now = expansion_of(many, part, 0, bench), next, later;
+    many->expand(many, &now);
+    next = expansion_of(many, part, 1, bench);
+    for (int64_t index = 0; index < count; index++, now = next, next = later) {
+        later = expansion_of(many, part, index + 2, bench);
+        if (index + 2 < count) next.ahead = codes_of(&later) - codes_of(&next);
+        many->multiply(many, packed, part->first_row / TILE, part->rows, &now.slab,
+                       bench->sums + index % all * sums_of(part->rows), index >= all, index + 1 < count ? &next : 0);
     }
 }
 
@@ -102,10 +120,10 @@ static void work(void *argument) {
     struct product *product = argument;
     const struct many *many = product->many;
     int64_t task, panels = weight_panels(product->weight), columns = product->weight->columns;
-    int worker = atomic_fetch_add(&product->workers, 1);
-    struct workbench bench = workbench_in(product->benches + worker * workbench_bytes());
+    struct seat seat = take_seat(&product->team.arrived, product->threads);
+    struct workbench bench = workbench_in(product->benches + seat.bench * workbench_bytes());
     if (many->enter) many->enter();
-    while ((task = next_task(&product->pack)) >= 0) {
+    while ((task = next_task(&product->pack, seat.member)) >= 0) {
         int64_t row = task * TILE, rows = product->rows - row < TILE ? product->rows - row : TILE;
         int64_t width = product->dtype == FP32 ? 4 : 2;
         many->pack(many, (const uint8_t *)product->x + row * columns * width, product->dtype, columns, rows, columns,
@@ -113,25 +131,34 @@ static void work(void *argument) {
         task_done(&product->pack);
     }
     wait_for(&product->pack);
-    while ((task = next_task(&product->multiply)) >= 0) {
-        int64_t groups = parts(panels, product->portion.panels), panel = task % groups * product->portion.panels;
-        int64_t row = task / groups * product->portion.rows, rows = product->rows - row, count = panels - panel;
-        rows = rows < product->portion.rows ? rows : product->portion.rows;
-        count = count < product->portion.panels ? count : product->portion.panels;
-        multiply_panels(many, product->weight, panel, count, &product->packed, row, rows, &bench, bench.sums);
-        for (int64_t i = 0; i < count; i++) finish(product, panel + i, row, rows, bench.sums + i * sums_of(rows));
+    while ((task = next_task(&product->multiply, seat.member)) >= 0) {
+        int64_t groups = parts(panels, product->portion.panels);
+        struct part part = part_of(product->weight, 0, &product->portion, product->rows, task / groups, task % groups);
+        multiply_part(many, &part, &product->packed, &bench);
+        for (int64_t i = 0; i < part.panels; i++)
+            finish(product, part.panel + i, part.first_row, part.rows, bench.sums + i * sums_of(part.rows));
     }
     if (many->leave) many->leave();
 }
 
+/* The group-th panels with the block-th rows. */
+struct part part_of(const struct weight *weight, const struct weight *other, const struct portion *portion, int64_t rows,
+                    int64_t block, int64_t group) {
+    int64_t panel = group * portion->panels, panels = weight_panels(weight) - panel, first = block * portion->rows;
+    struct part part = {weight, other, panel, panels < portion->panels ? panels : portion->panels, first,
+                        rows - first < portion->rows ? rows - first : portion->rows};
+    return part;
+}
+
 /* Rows and panels of a task: many, so that a panel is expanded seldom and activations come from afar seldom, but few enough
- * to give every thread several tasks. */
-struct portion portion_of_task(int64_t rows, int64_t panels, int64_t most_panels, int64_t threads) {
-    struct portion portion = {ROWS_AT_ONCE, most_panels};
+ * to give every thread several tasks. Blocks of rows are about equal. */
+struct portion portion_of_task(const struct many *many, int64_t rows, int64_t panels, int64_t most_panels, int64_t threads) {
+    int64_t most = many->kind == BF16_PRODUCTS ? ROWS_AT_ONCE / 2 : ROWS_AT_ONCE;
+    struct portion portion = {parts(parts(rows, parts(rows, most)), 2 * TILE) * 2 * TILE, most_panels};
     int64_t wanted = threads > 1 ? 3 * threads : 1;
     while (portion.panels > 1 && parts(rows, portion.rows) * parts(panels, portion.panels) < wanted) portion.panels /= 2;
     while (portion.rows > FEWEST_ROWS && parts(rows, portion.rows) * parts(panels, portion.panels) < wanted)
-        portion.rows /= 2;
+        portion.rows = parts(portion.rows / 2, TILE) * TILE;
     return portion;
 }
 
@@ -145,13 +172,14 @@ EXPORT void splitrun_many_product(const struct many *many, const struct weight *
                                   int64_t rows, const void *bias, void *out, void *scratch, int32_t threads) {
     uint8_t *memory = (uint8_t *)aligned((int64_t)(uintptr_t)scratch);
     int64_t panels = weight_panels(weight);
-    struct portion portion = portion_of_task(rows, panels, PANELS_AT_ONCE, threads);
+    struct portion portion = portion_of_task(many, rows, panels, panels_at_once(many), threads);
     struct product product = {.many = many, .weight = weight, .x = x, .bias = bias, .out = out, .dtype = dtype,
-                              .rows = rows, .portion = portion};
+                              .rows = rows, .portion = portion, .threads = threads};
     product.packed = packed_in(many, rows, weight->columns, memory);
     product.benches = memory + packed_bytes(many, rows, weight->columns);
-    product.pack.tasks = parts(rows, TILE);
-    product.multiply.tasks = parts(panels, portion.panels) * parts(rows, portion.rows);
+    open_phase(&product.pack, parts(rows, TILE), members_of(threads), product.team.runs);
+    open_phase(&product.multiply, parts(panels, portion.panels) * parts(rows, portion.rows), members_of(threads),
+               product.multiply_runs);
     run_team(threads, work, &product);
 }
 

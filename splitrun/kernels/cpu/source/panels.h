@@ -22,10 +22,11 @@
 #define STEP_TILE (TILE * STEP_BYTES)  /* bytes of 16 rows in a step */
 #define SLAB 512                       /* columns that are expanded at a time; a multiple of every span */
 #define MOST_SPAN (SLAB / GROUP)       /* groups */
-#define ROW (PANEL_TILES * LINE)       /* bytes from a line of a tile to its next: the four tiles alternate */
-#define SLAB_BYTES (SLAB / 2 * ROW)    /* of the lines of a slab, at most */
-#define ROWS_AT_ONCE 512               /* activation rows that a task keeps sums for, at most, */
-#define PANELS_AT_ONCE 4               /* and panels: these rows of a slab stay in the second cache for all of them */
+#define TILE_LINES (SLAB / 2 * LINE)   /* bytes from a tile of a slab to its next: each lies in one piece in the first cache */
+#define SLAB_BYTES (PANEL_TILES * TILE_LINES)
+#define ROWS_AT_ONCE 512               /* activation rows of a task, at most; half of them where they are bf16, */
+#define PANELS_AT_ONCE 8               /* and panels: these rows of a slab stay in the second cache for all of them */
+#define SUMS_AT_ONCE (ROWS_AT_ONCE * PANELS_AT_ONCE / 2 * PANEL) /* floats that a task keeps, at most */
 
 enum kind { BF16_PRODUCTS = 0, INT8_PRODUCTS = 1 };
 
@@ -39,9 +40,17 @@ struct packed {
 
 /* Some columns of a panel, expanded. Scales are of int8 only: per span, 64. */
 struct slab {
-    uint8_t *lines; /* line i of tile t lies at i * ROW + t * LINE */
+    uint8_t *lines; /* line i of tile t lies at t * TILE_LINES + i * LINE */
     float *scales;
     int64_t first, steps; /* columns, as steps of the activations */
+};
+
+/* Columns first to first + count of a panel that are to be expanded; count is at most SLAB. ahead: from these codes to those
+ * that follow them in time, in bytes; those may be fetched. */
+struct expansion {
+    const struct weight *weight;
+    int64_t panel, first, count, ahead;
+    struct slab slab;
 };
 
 #define KEYS 64             /* of an attention step */
@@ -56,10 +65,15 @@ struct chunk_rows {
                 int64_t stride);
     void (*gate)(float *gates, float *ups, int64_t rows, int64_t count, const float *gate_scales, const float *up_scales,
                  float *target, int64_t stride);
-    float (*weigh)(float *scores, int first, int last, float *largest, float *total, uint16_t *weights);
+    /* As gate, to tiles of packed, in bf16; to whole tiles of rows. */
+    void (*gate_packed)(const float *gates, const float *ups, int64_t rows, int64_t count, const struct packed *packed,
+                        int64_t first_row, int64_t panel);
+    float (*weigh)(const float *scores, int first, int last, float *largest, float *total, uint8_t *weights);
     void (*lay_keys)(const uint16_t *const *keys, int count, int width, uint8_t *lines);
     void (*lay_values)(const uint16_t *const *values, int count, int columns, uint8_t *lines);
     void (*scale)(float *values, float factor);
+    void (*widen)(const uint16_t *values, int64_t count, float *out);
+    void (*narrow)(const float *values, int64_t count, uint16_t *out);
 };
 
 struct many {
@@ -72,13 +86,11 @@ struct many {
     /* Up to 16 rows into a tile of packed. Shape of x: (rows, columns), stride values from row to row. */
     void (*pack)(const struct many *many, const void *x, int dtype, int64_t stride, int64_t rows, int64_t columns,
                  float unit, const struct packed *packed, int64_t tile);
-    /* Columns first to first + count of a panel; count is at most SLAB. */
-    void (*expand)(const struct many *many, const struct weight *weight, int64_t panel, int64_t first, int64_t count,
-                   const struct slab *slab);
+    void (*expand)(const struct many *many, const struct expansion *expansion);
     /* sums[row * PANEL + output] = or += the products of some rows, from a tile on. Rows that fill a tile are computed,
-     * and stored, too. */
+     * and stored, too. Meanwhile, or then, expand what is next, if that is not null. */
     void (*multiply)(const struct many *many, const struct packed *packed, int64_t tile, int64_t rows,
-                     const struct slab *slab, float *sums, int add);
+                     const struct slab *slab, float *sums, int add, const struct expansion *next);
     /* Sums of a panel, times scales, plus bias (fp32 and PANEL long, or null), to outputs 0 to count of each row. */
     void (*store)(float *sums, int64_t rows, int64_t count, const float *scales, const float *bias, int dtype, void *out,
                   int64_t first, int64_t stride);
@@ -95,9 +107,9 @@ ALWAYS_INLINE int64_t parts(int64_t whole, int64_t part) { return (whole + part 
 
 ALWAYS_INLINE int64_t weight_panels(const struct weight *weight) { return parts(weight->rows, PANEL); }
 
-/* A thread's own memory for panels: a slab and the sums. */
+/* A thread's own memory for panels: a slab that is multiplied and one that is expanded, and the sums. */
 struct workbench {
-    struct slab slab;
+    struct slab slabs[2];
     float *sums; /* of several panels, each as long as sums_of says */
 };
 
@@ -106,20 +118,32 @@ struct portion {
     int64_t rows, panels;
 };
 
+/* What a task multiplies: rows from the first of a tile on, with panels of a weight and as many of another of its shape. */
+struct part {
+    const struct weight *weight, *other; /* other may be null */
+    int64_t panel, panels, first_row, rows;
+};
+
 /* Floats between the sums of a panel and those of the next. Shape of each: (rows to a whole tile, PANEL) */
 ALWAYS_INLINE int64_t sums_of(int64_t rows) { return parts(rows, TILE) * TILE * PANEL; }
+
+/* Panels of a task whose sums fit, at most. */
+ALWAYS_INLINE int64_t panels_at_once(const struct many *many) {
+    return many->kind == BF16_PRODUCTS ? PANELS_AT_ONCE : PANELS_AT_ONCE / 2;
+}
 
 /* panels.c */
 int64_t packed_bytes(const struct many *many, int64_t rows, int64_t columns);
 struct packed packed_in(const struct many *many, int64_t rows, int64_t columns, uint8_t *memory);
 int64_t workbench_bytes(void);
 struct workbench workbench_in(uint8_t *memory);
-void multiply_panels(const struct many *many, const struct weight *weight, int64_t panel, int64_t panels,
-                     const struct packed *packed, int64_t first_row, int64_t rows, const struct workbench *bench,
-                     float *sums);
+void multiply_part(const struct many *many, const struct part *part, const struct packed *packed,
+                   const struct workbench *bench);
 int64_t panel_outputs(const struct weight *weight, int64_t panel);
 const float *panel_scales(const struct many *many, const struct weight *weight, int64_t panel, float *copy);
-struct portion portion_of_task(int64_t rows, int64_t panels, int64_t most_panels, int64_t threads);
+struct portion portion_of_task(const struct many *many, int64_t rows, int64_t panels, int64_t most_panels, int64_t threads);
+struct part part_of(const struct weight *weight, const struct weight *other, const struct portion *portion, int64_t rows,
+                    int64_t block, int64_t group);
 float unit_of(const struct weight *weight);
 
 #endif
