@@ -236,12 +236,13 @@ def check(
     from splitrun.cluster.survey import node_devices
     from splitrun.measure.probe import cluster_of, survey, this_machine
     from splitrun.measure.profile import max_context
-    from splitrun.model.files import resolve
+    from splitrun.model.files import named_in, resolve
     from splitrun.model.payload import headers_of
     from splitrun.model.payload import verify as verify_payload
     from splitrun.planner.check import stale_reasons
 
-    files = resolve(placement.model.source, placement.model.revision, weights=load == "weights")
+    with named_in(file):
+        files = resolve(placement.model.source, placement.model.revision, weights=load == "weights")
     machine = this_machine()
     found = survey(machine, compute=False)
     here = {"cpu", *(item.name for item in found.accelerators if item.fault is None)}

@@ -66,5 +66,10 @@ def format_seconds(seconds: float) -> str:
 
 def format_rate(tokens_per_s: float) -> str:
     """Tokens per second: "31.0 tok/s", "1,240 tok/s"."""
+    return f"{rate_figure(tokens_per_s)} tok/s"
+
+
+def rate_figure(tokens_per_s: float) -> str:
+    """The same without its unit, for the lower end of an interval: "1,240"."""
     decimals = 0 if tokens_per_s >= 99.95 else 1 if tokens_per_s >= 9.95 else 2
-    return f"{tokens_per_s:,.{decimals}f} tok/s"
+    return f"{tokens_per_s:,.{decimals}f}"

@@ -6,6 +6,7 @@ Beside ``api.py``, which plans for what is here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -41,14 +42,16 @@ class Question:
 def answer(question: Question, report: Callable[[str], None] = lambda text: None) -> Placement:
     """The best placement on the changed machine. Raises as planning does, and InvalidPlacement for unknown names."""
     from splitrun.api import DEFAULT_CONTEXT
+    from splitrun.model.files import named_in
     from splitrun.planner.facts import Workload
     from splitrun.planner.solve import solve
     from splitrun.planner.what_if import changed
 
     if question.machine and question.facts:
         raise InvalidPlacement("--machine and --facts both say where to start; give one of them")
-    question, workload = _of_placement(question)
-    found = _start(question, report)
+    file, (question, workload) = question.named, _of_placement(question)
+    with named_in(file) if workload else nullcontext():
+        found = _start(question, report)
     cluster, notes = changed(found.cluster, question.changes)
     cluster = cluster.keeping(question.kv)
     context = min(DEFAULT_CONTEXT, found.profile.max_context)

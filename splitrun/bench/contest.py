@@ -21,7 +21,7 @@ from splitrun.bench.terms import Result, Terms, ratios
 from splitrun.child import child_command, child_environment, safe_spawning
 from splitrun.planner.estimate import Estimate
 from splitrun.planner.placement import Placement
-from splitrun.quantities import format_bytes, format_rate, format_seconds
+from splitrun.quantities import format_bytes, format_rate, format_seconds, rate_figure
 
 FOREIGN = ("accelerate", "transformers", "bitsandbytes")
 
@@ -63,11 +63,11 @@ def against(predicted: Estimate, result: Result) -> list[str]:
     """What was predicted beside what was measured, with each error; nothing for a contestant that failed."""
     if result.error or not result.decode_tokens_per_s:
         return []
-    low, high = predicted.decode_interval
+    low, high = map(rate_figure, predicted.decode_interval)
     decode = predicted.decode_tokens_per_s / result.decode_tokens_per_s - 1
     first = predicted.time_to_first_token_s / max(result.ttft_s, 1e-9) - 1
     return [
-        f"decode       predicted {format_rate(predicted.decode_tokens_per_s)} ({low:.3g} to {high:.3g}), measured "
+        f"decode       predicted {format_rate(predicted.decode_tokens_per_s)} ({low} to {high}), measured "
         f"{format_rate(result.decode_tokens_per_s)}: {decode:+.0%}",
         f"first token  predicted {format_seconds(predicted.time_to_first_token_s)}, measured "
         f"{format_seconds(result.ttft_s)}: {first:+.0%}",

@@ -111,7 +111,7 @@ def _contest(
             show(placement.explain(), err=json_output)
             placement.save(file)
             terms = contest.make_terms(placement, file, prompt_tokens, new_tokens, repeat, options["load"])
-            # What other machines take is theirs to measure; everything here is timed just before it runs.
+            # What other machines take is theirs to measure.
             here = all("/" not in name for name in placement.device_names)
             foretold = contest.predict_in(process, placement, terms) if here and predict else None
         results = contest.hold(terms, dict.fromkeys(versus))

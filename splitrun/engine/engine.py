@@ -22,7 +22,7 @@ from splitrun.engine.patience import Patience
 from splitrun.engine.tokenizer import Tokenizer
 from splitrun.errors import InvalidRequest, StageError
 from splitrun.kernels.cpu.settings import check_settings
-from splitrun.model.files import resolve
+from splitrun.model.files import named_in, resolve
 from splitrun.model.weights import release_free_memory
 from splitrun.planner.placement import Placement
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent, TokenLogprob
@@ -77,9 +77,11 @@ class Engine:
         text: bool = True,
     ) -> None:
         check_settings()
+        file = None if isinstance(placement, Placement) else placement
         self.placement = placement if isinstance(placement, Placement) else Placement.load(placement)
         reference = self.placement.model
-        self.files = resolve(reference.source, reference.revision, weights=load == "weights")
+        with named_in("the placement" if file is None else os.fspath(file)):
+            self.files = resolve(reference.source, reference.revision, weights=load == "weights")
         self._tokenizer = _Later(partial(Tokenizer.load, self.files.path))
         if text:
             self._tokenizer.result()  # before the KV: making it takes 120 MB for a moment

@@ -41,6 +41,9 @@ large, a share h is found again, with h = exp(-w (1 - h)): a third for w = 1.7, 
 MOST_COPIES = 8
 MISSING_SHARE = 0.1
 """Of a copy that may be missing from that."""
+BETWEEN_BYTES = 48 << 20
+"""What a processor reads between two runs of an end without layers: those of others have emptied the inner caches,
+of Python's own memory too, before an end runs in earnest."""
 COMPUTED_TOKENS, COMPUTED_COPIES = 256, 2
 """What a processor reads for so many tokens of a prompt keeps it computing for so long that this many copies do."""
 POINT_SECONDS = 0.15
@@ -128,6 +131,7 @@ class UnitBench:
                 self._worker.call(stage.clear_kv)
             undo.pop_all()
         self._held = self._worker.call(partial(held_bytes, setting.kind, setting.device))
+        self._reads_between = setting.kind == "cpu" and cut.start == cut.stop
 
     def time(self, points: Sequence[Point], spend_s: float | None = None, peaks: bool = True) -> dict[Point, Sample]:
         """Seconds of a stage of the range for each point, in about ``spend_s`` each; with ``peaks``, bytes too."""
@@ -172,7 +176,10 @@ class UnitBench:
         stages = self._stages[:COMPUTED_COPIES] if computed else self._stages
         for stage in stages[warm:]:
             run(stage)
-        return sample(run, stages, spend_s)
+        if not self._reads_between:
+            return sample(run, stages, spend_s)
+        memory = torch.ones(BETWEEN_BYTES // 4)
+        return sample(run, stages, spend_s, before=memory.sum)
 
     def _runner(self, point: Point) -> Callable[[RangeStage], None]:
         """What runs the step of that point on a stage, and waits for it."""
@@ -220,14 +227,18 @@ def _fill(model: CutModel, setting: Setting, made: dict[str, Weight]) -> int:
     return loader.load(model.own_names, setting.weights, setting.device, keep=source.keep).nbytes
 
 
-def sample(run: Callable[[Any], None], subjects: Sequence[Any], spend_s: float) -> Sample:
-    """The runs' median and spread; ``subjects`` take turns."""
+def sample(
+    run: Callable[[Any], None], subjects: Sequence[Any], spend_s: float, before: Callable[[], object] | None = None
+) -> Sample:
+    """The runs' median and spread; ``subjects`` take turns. ``before`` each run, beside the clock."""
     times: list[float] = []
     until = time.perf_counter() + spend_s
     while len(times) < LEAST_RUNS or (time.perf_counter() < until and len(times) < MOST_RUNS):
         if len(times) >= FEWEST_RUNS and time.perf_counter() > until + spend_s:
             break
         subject = subjects[len(times) % len(subjects)]
+        if before is not None:
+            before()
         start = time.perf_counter()
         run(subject)
         times.append(time.perf_counter() - start)

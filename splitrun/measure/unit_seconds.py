@@ -21,7 +21,7 @@ from splitrun.measure.code import code_digest
 from splitrun.measure.host import worker_threads
 from splitrun.measure.lines import Found, Samples, at_most, less, slope, unit_peak, unit_seconds
 from splitrun.measure.resident import only_new_objects
-from splitrun.measure.timing import Setting, UnitBench, copies_needed, figures, samples_of
+from splitrun.measure.timing import BETWEEN_BYTES, Setting, UnitBench, copies_needed, figures, samples_of
 from splitrun.measure.unit_steps import Point
 from splitrun.measure.versions import versions
 from splitrun.model.cut import CutRange
@@ -230,6 +230,7 @@ class _Task:
             "config": _config_text(self.files.config),
             "units": shapes,
             "ends": [cut.embed, cut.head],
+            "between": BETWEEN_BYTES if cut.start == cut.stop else 0,
             "weights": self._dense_format() if cut.embed else self.weights,
             "blocks": self.wanted.block_tokens,
         }

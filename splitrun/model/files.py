@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,6 +86,15 @@ def resolve(source: str, revision: str | None = None, *, weights: bool = True) -
     if weights and not _has_weights_locally(source, path):
         download_weights(source, revision, path)
     return ModelFiles(source, revision, path, config, weights)
+
+
+@contextmanager
+def named_in(file: str) -> Iterator[None]:
+    """What is missing of a model is told with the file that names it: raises MissingWeights."""
+    try:
+        yield
+    except MissingWeights as error:
+        raise MissingWeights(f"{file} names a model that is not here: {error}") from error
 
 
 def read_config(path: Path) -> Any:

@@ -11,7 +11,7 @@ from splitrun.planner.cost import estimate as make_estimate
 from splitrun.planner.estimate import DeviceMemory, Estimate
 from splitrun.planner.facts import Cluster, ModelProfile
 from splitrun.planner.placement import Placement
-from splitrun.quantities import format_bytes, format_rate, format_seconds
+from splitrun.quantities import format_bytes, format_rate, format_seconds, rate_figure
 
 BAR_WIDTH = 40
 _MARKS = "█▓+▒░:-"
@@ -49,7 +49,7 @@ def _predictions(stored: Estimate) -> list[str]:
     soon, late = stored.first_token_interval
     decode, first = "", ""
     if stored.spread:
-        decode = f", {slow:.3g} to {format_rate(fast)}"
+        decode = f", {rate_figure(slow)} to {format_rate(fast)}"
         first = f", {format_seconds(soon)} to {format_seconds(late)}"
     lines = [
         f"Predicted   {format_rate(stored.decode_tokens_per_s)} decoding ({format_seconds(stored.step_s)} per token "

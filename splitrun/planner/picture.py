@@ -12,7 +12,7 @@ from splitrun.errors import InvalidPlacement
 from splitrun.planner.destination import write_whole
 from splitrun.planner.estimate import DeviceMemory, Estimate
 from splitrun.planner.placement import Placement
-from splitrun.quantities import format_bytes, format_rate, format_seconds
+from splitrun.quantities import format_bytes, format_rate, format_seconds, rate_figure
 
 WIDTH, MARGIN, TOP = 960, 32, 96
 UNIT_HEIGHT, BAR_HEIGHT, ROW, LABEL_ROW = 64, 22, 74, 18
@@ -48,7 +48,7 @@ def draw(placement: Placement) -> str:
     bars = TOP + UNIT_HEIGHT + 36 + LABEL_ROW * rows
     height = bars + ROW * len(stored.devices) + 40
     title = _title(placement)
-    low, high = stored.decode_interval
+    low, high = map(rate_figure, stored.decode_interval)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="14" role="img">',
@@ -58,7 +58,7 @@ def draw(placement: Placement) -> str:
         _text(
             MARGIN,
             66,
-            f"{format_rate(stored.decode_tokens_per_s)} ({low:.3g}–{high:.3g}) decoding · first token of "
+            f"{format_rate(stored.decode_tokens_per_s)} ({low}–{high}) decoding · first token of "
             f"{stored.prompt_tokens:,} after {format_seconds(stored.time_to_first_token_s)}",
             15,
             "#444444",

@@ -142,14 +142,22 @@ def _solve(
     else:
         binding = f"--quality {quality}: weights that lose more would give {found.instead(quickest.value)}"
     notes += untimed(profile, cluster, plan)
-    loss = loss_share(profile, plan)
-    if weights == "auto" and loss:
-        told = "all weights are nf4" if loss > 0.995 else f"weights lose {loss:.0%} of what nf4 throughout loses"
-        notes.append(f"{told}; --quality, such as int8, keeps more of their precision")
+    if weights == "auto":
+        notes += _losses(profile, plan, [name for name in tried if any(name in each for each in formats.values())])
     if stream:
         plan = with_stream_buffer(profile, cluster, plan)
         notes += prompt_notes(profile, cluster, plan)
     return outcome.value, _predicted(profile, cluster, plan, binding, notes)
+
+
+def _losses(profile: ModelProfile, plan: Placement, tried: Sequence[str]) -> list[str]:
+    """What the weights lose, and what to ask for to keep more; ``tried`` are the formats, most precise first."""
+    loss = loss_share(profile, plan)
+    least = max(tried.index(stage.weights) for stage in plan.stages)
+    if not loss or not least:
+        return []
+    told = "all weights are nf4" if loss > 0.995 else f"weights lose {loss:.0%} of what nf4 throughout loses"
+    return [f"{told}; --quality, such as {tried[least - 1]}, keeps more of their precision"]
 
 
 def _predicted(

@@ -27,6 +27,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import destinations
+
 from splitrun.__main__ import SPINS
 
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -234,7 +236,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shape", choices=("small", "deepseek-1.5b"), default="small")
     parser.add_argument("--jobs", type=int, default=1, help="plans that run side by side, each in its process")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=destinations.file)
     args = parser.parse_args()
     rows = earlier_rows(args.output)
     for card in range(torch.cuda.device_count()):

@@ -28,6 +28,7 @@ import numpy
 import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
+import destinations
 from networks import enter, shaped
 
 from splitrun.schedule.request import SamplingParams
@@ -150,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it works")
     parser.add_argument("--shaped", action="store_true", help="also over a line of 1 Gbit/s; needs root")
-    parser.add_argument("-o", "--output", type=Path, help="file for a table")
+    parser.add_argument("-o", "--output", type=destinations.file, help="file for a table")
     options = parser.parse_args()
     torch.set_num_threads(1)
     here = loopback(options.quick)

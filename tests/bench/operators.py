@@ -18,8 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+import destinations
 import torch
 from noise import noisy
 from torch import Tensor
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--level", choices=list(levels()), default=None)
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each operator")
     parser.add_argument("--only", default="", help="operators whose name begins so")
-    parser.add_argument("-o", dest="output", type=Path, help="folder for the table, in text and in JSON")
+    parser.add_argument("-o", dest="output", type=destinations.folder, help="folder for the table, in text and in JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     level = levels()[options.level] if options.level else kernel()

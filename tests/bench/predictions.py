@@ -29,6 +29,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import destinations
+
 from splitrun.__main__ import SPINS
 
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -253,7 +255,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait, in all, for others to be idle")
     parser.add_argument("--name", default="predictions")
     parser.add_argument("--remark", default="", help="what else to know of how the lines came about")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=destinations.folder)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         files = resolve(model_of(args.model, folder)[0], weights=False)
@@ -264,7 +266,6 @@ def main() -> None:
         cuts = [int(cut) for cut in args.cuts.split(",") if cut] or [*range(0, structure.layers, 4), structure.layers]
         for lines in run_all(subject, cuts, args.formats.split(","), args.every, args.card, args.spend):
             if args.output:
-                args.output.mkdir(parents=True, exist_ok=True)
                 write(args.output, args.name, args.card, lines, args.remark)
 
 

@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import destinations
 from shapes import DEFAULT, MODEL_HELP, model_of
 
 from splitrun.bench import contest
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--host", default="8GiB")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=8)
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=destinations.file)
     args = parser.parse_args()
     lines = [
         "| budget | splitrun's plan | splitrun | accelerate, device_map auto, bf16 | decode |",

@@ -33,6 +33,7 @@ import psutil
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.path += [str(Path(__file__).parent.parent / name) for name in (".", "integration", "unit")]
+import destinations
 from node_clusters import cluster
 
 import splitrun
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--nodes", action="store_true", help="on two Ray nodes instead of processes")
     parser.add_argument("--plug", action="store_true", help="on two Ray nodes, the second of which is lost for good")
     parser.add_argument("--expected", type=Path, help="file of the undisturbed answers; made, and no more, without one")
-    parser.add_argument("-o", "--output", type=Path, help="file for a table")
+    parser.add_argument("-o", "--output", type=destinations.file, help="file for a table")
     options = parser.parse_args()
     options.nodes |= options.plug
     with tempfile.TemporaryDirectory(prefix="splitrun-soak-") as folder:

@@ -17,9 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import destinations
 from shapes import model_of
 
 from splitrun.measure.host import allowed_processors, read_file, read_processor
@@ -36,6 +38,8 @@ PROBLEMS = (
     ("126 layers, 17 devices, 16 of a kind", 126, 17, True, "nf4", 5.0),
 )
 """Name, layers, devices, whether all but the first are alike, formats, and the seconds wanted."""
+USES = ("80 layers, 4 devices, 3 cards in use or not", 80, 4, False, "auto", 0.1)
+"""The same where cards in use take main memory: searched for no card, for ends on cards, and for layers there."""
 MOST_WITHIN = 500
 """Layers times devices up to which keeping within a quality is timed too."""
 IMPORTS = "import splitrun.api, splitrun.measure.gather, splitrun.engine.own_seconds, transformers.modeling_utils"
@@ -68,6 +72,11 @@ def machine(devices: int, layers: int, alike: bool) -> Cluster:
     return Cluster(tuple(place(number) for number in range(devices)))
 
 
+def paying(cluster: Cluster) -> Cluster:
+    """The same, where a card in use takes main memory, and layers on it take more."""
+    return replace(cluster, card_process_bytes=300 * MIB, card_layers_bytes=200 * MIB)
+
+
 def seconds(run: Callable[[], object], repeat: int) -> float:
     """The median."""
     taken = []
@@ -78,10 +87,14 @@ def seconds(run: Callable[[], object], repeat: int) -> float:
     return median(taken)
 
 
-def problem(name: str, layers: int, count: int, alike: bool, weights: str, wanted_s: float, repeat: int) -> str:
-    """Both objectives of one problem as lines of the table."""
+def problem(
+    name: str, layers: int, count: int, alike: bool, weights: str, wanted_s: float, repeat: int, pays: bool = False
+) -> str:
+    """Both objectives of one problem as lines of the table; with ``pays`` cards in use take main memory."""
     profile, cluster = model(layers), machine(count, layers, alike)
     lines = []
+    if pays:
+        cluster = paying(cluster)
     for workload in (Workload(), Workload(sessions=4, objective="throughput")):
         formats = device_formats(profile, cluster, weights)
         bottleneck = workload.objective == "throughput"
@@ -90,7 +103,7 @@ def problem(name: str, layers: int, count: int, alike: bool, weights: str, wante
             return fastest(build_tables(profile, cluster, formats, workload), bottleneck)  # noqa: B023  called at once
 
         def whole() -> object:
-            return solve(profile, cluster, workload, weights, stream=True)  # noqa: B023
+            return solve(profile, cluster, workload, weights, stream=not pays)  # noqa: B023
 
         def within() -> object:
             return solve(profile, cluster, workload, quality="0.5", stream=True)  # noqa: B023
@@ -131,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=destinations.file)
     args = parser.parse_args()
     head = ["| problem | objective | wanted | search | with all that is said | quality |", "|---|---|---|---|---|---|"]
     lines = list(head)
@@ -139,6 +152,8 @@ def main() -> None:
     for each in PROBLEMS:
         lines.append(problem(*each, args.repeat))
         print(lines[-1], flush=True)
+    lines.append(problem(*USES, args.repeat, pays=True))
+    print(lines[-1], flush=True)
     if args.model:
         lines += ["", command(args.model)]
         print(lines[-1])

@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import destinations
 import torch
 from shapes import DEFAULT, MODEL_HELP, SHAPES, model_of
 from torch import Tensor
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--streams", default="1,4")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=destinations.file)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model, load = model_of(args.model, folder)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from splitrun.__main__ import main
+from splitrun.engine.engine import Engine
+from splitrun.errors import MissingWeights
 from splitrun.planner.facts import Workload
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
 
@@ -53,6 +56,28 @@ def test_a_stale_placement_is_refused_with_what_mends_it(
     assert why in error
     assert "plan again: splitrun plan demo --context " in error
     assert error.endswith(f" --weights bf16 -o {file}\n")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "what-if"])
+def test_a_placement_whose_model_is_not_here_is_named(
+    command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gone, file = tmp_path / "gone", tmp_path / "mine.yaml"
+    replace(PLAN, model=ModelRef(str(gone), layers=8)).save(file)
+    assert main([command, str(file), *COMMANDS.get(command, ["--drop", "cuda:0"])]) == 2
+    out, error = capfd.readouterr()
+    assert out == ""
+    assert error == f"splitrun: {file} names a model that is not here: there is no directory {gone}\n"
+
+
+def test_an_engine_names_the_placement_whose_model_is_not_here(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    placement = replace(PLAN, model=ModelRef(str(tmp_path / "gone"), layers=8))
+    placement.save(file)
+    with pytest.raises(MissingWeights, match=r"^the placement names a model that is not here: there is no"):
+        Engine(placement)
+    with pytest.raises(MissingWeights, match=f"^{re.escape(str(file))} names a model that is not here: there is no"):
+        Engine(file)
 
 
 def test_a_placement_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitrun.quantities import MAX_BYTES, format_bytes, format_rate, format_seconds, parse_bytes
+from splitrun.quantities import MAX_BYTES, format_bytes, format_rate, format_seconds, parse_bytes, rate_figure
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,7 @@ def test_format_seconds(seconds: float, text: str) -> None:
 )
 def test_format_rate(rate: float, text: str) -> None:
     assert format_rate(rate) == text
+    assert text == f"{rate_figure(rate)} tok/s"
 
 
 @given(st.integers(0, MAX_BYTES))

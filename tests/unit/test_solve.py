@@ -74,7 +74,7 @@ def test_auto_takes_the_fastest_format_within_the_quality() -> None:
     )
     assert formats["int8"] == (
         ["int8"],
-        "weights lose 9% of what nf4 throughout loses; --quality, such as int8, keeps more of their precision",
+        "weights lose 9% of what nf4 throughout loses; --quality, such as bf16, keeps more of their precision",
     )
     assert formats["0.5"][0] == ["nf4", "int8", "nf4"]  # the ends, which are a fifth of the weights
     with pytest.raises(DoesNotFit, match=r"no plan within --quality bf16 fits; .* allow that with --quality 1.00"):
