@@ -45,7 +45,7 @@ class Cache:
 
     def put(self, key: str, figures: Figures) -> None:
         """Keep figures under ``key``."""
-        self._entries = {**_read(self._path), **self._entries, key: dict(figures)}
+        self._entries = {**self._entries, **_read(self._path), key: dict(figures)}
         text = json.dumps(self._entries, indent=1, sort_keys=True)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,12 +60,16 @@ class Survey:
     contexts: Mapping[str, int] = field(default_factory=dict)
 
 
-@cache
 def this_machine(refresh: bool = False) -> Machine:
     """The machine at hand. ``refresh``: measure again what earlier runs measured.
 
     One per process: a card's context can be measured before it exists only, and is remembered from then on.
     """
+    return _machine(refresh)  # however the flag was given: two would not see what each other keeps
+
+
+@cache
+def _machine(refresh: bool) -> Machine:
     import torch
 
     return Machine(torch=torch, cache=Cache(cache_folder(), refresh))

@@ -9,8 +9,8 @@ and why. Raises DoesNotFit (``refuse.py``) when nothing fits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from splitrun.errors import DoesNotFit, InvalidPlacement
 from splitrun.planner.alike import MAX_SUBSETS, classes_of, subsets
@@ -19,7 +19,7 @@ from splitrun.planner.facts import FORMATS, VALUE_BYTES, Cluster, Device, ModelP
 from splitrun.planner.many import fastest_of_many
 from splitrun.planner.memory import computes_layers, kv_dtype_on
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
-from splitrun.planner.problem import Split, used_devices
+from splitrun.planner.problem import Split, Tables, used_devices
 from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss
 from splitrun.planner.reasons import (
     Findings,
@@ -33,7 +33,7 @@ from splitrun.planner.reasons import (
     untimed,
 )
 from splitrun.planner.refuse import does_not_fit
-from splitrun.planner.search import fastest
+from splitrun.planner.search import Outcome, fastest
 from splitrun.planner.stream import prompt_notes, with_stream_buffer
 from splitrun.planner.tables import build_tables
 from splitrun.planner.within import fastest_within
@@ -42,6 +42,23 @@ from splitrun.quantities import format_bytes, format_seconds
 QUANTIZED = ("int8", "nf4")
 EMBED, LAYERS, HEAD = range(3)
 """Parts of a device, each with a format of its own."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A plan, what it takes by its objective, and the same plan with all that is to be said of it, made when asked
+    for."""
+
+    value: float
+    plan: Placement
+    explained: Callable[[], Placement]
+
+
+class _Refused(Exception):
+    """Nothing fits. ``error`` makes what the user is told, which takes longer than to find out."""
+
+    def __init__(self, error: Callable[[], DoesNotFit]) -> None:
+        self.error = error
 
 
 def solve(
@@ -62,40 +79,43 @@ def solve(
     """
     cards = cluster.local_cards()
     if not (cards and cluster.card_process_bytes and any(device.name == "cpu" for device in cluster.devices)):
-        return _solve(profile, cluster, workload, weights, quality, stream)[1]
-    uses = [cluster.without(cards)]  # in the order of what they pay for: of equals the first is taken
-    if cluster.card_layers_bytes and not stream:
-        uses.append(cluster.with_card_in_use(layers=False))
-    uses.append(cluster.with_card_in_use(layers=True))
-    found: list[tuple[float, int, Placement]] = []
-    refusals: list[DoesNotFit] = []
-    for number, use in enumerate(uses):
         try:
-            value, plan = _solve(profile, use, workload, weights, quality, stream)
-            found.append((value, number, plan))
-        except DoesNotFit as error:
-            refusals.append(error)
+            return _solve(profile, cluster, workload, weights, quality, stream).explained()
+        except _Refused as refused:
+            raise refused.error() from None
+    # By what they pay for: no card, cards for embedding and head alone (which stream nothing), for layers too.
+    uses = {0: cluster.without(cards), 2: cluster.with_card_in_use(layers=True)}
+    if cluster.card_layers_bytes:
+        uses[1] = cluster.with_card_in_use(layers=False)
+    found: dict[int, _Found] = {}
+    refusals: list[_Refused] = []
+    for paid, use in uses.items():
+        try:
+            found[paid] = _solve(profile, use, workload, weights, quality, stream and paid == 2)
+        except _Refused as refused:
+            refusals.append(refused)
     if not found:
-        raise min(refusals, key=lambda each: sum(each.shortfall_bytes.values()))
-    _, taken, best = min(found, key=lambda each: each[:2])
-    if taken == len(uses) - 1:
-        return best
-    notes = _unpaid(cluster, best, [plan for _, number, plan in found if number > taken])
+        raise min((each.error() for each in refusals), key=lambda each: sum(each.shortfall_bytes.values()))
+    # Of equals the one that pays least, but that prompts are worth paying for.
+    taken = min(found, key=lambda paid: (found[paid].value, paid == 1 and stream, paid))
+    best, dearer = found[taken].explained(), [each for paid, each in sorted(found.items()) if paid > taken]
     assert best.estimate is not None
+    notes = _unpaid(cluster, best, dearer) if taken < 2 else []
     return replace(best, estimate=replace(best.estimate, notes=(*notes, *best.estimate.notes)))
 
 
-def _unpaid(cluster: Cluster, plan: Placement, dearer: Sequence[Placement]) -> list[str]:
+def _unpaid(cluster: Cluster, plan: Placement, dearer: Sequence[_Found]) -> list[str]:
     """What to know of local cards that the plan does not use, or not for layers; ``dearer`` are the plans where more
     main memory was paid for them."""
     cards = cluster.local_cards()
     if not set(cards) & set(plan.device_names):
-        unwanted = [each.estimate for each in dearer if not set(cards) & set(each.device_names)]
-        if unwanted and unwanted[-1] is not None:
-            return [note for note in unwanted[-1].notes if note.partition(" ")[0] in cards]
+        unwanted = [each for each in dearer if not set(cards) & set(each.plan.device_names)]
+        if unwanted and (told := unwanted[-1].explained().estimate) is not None:
+            return [note for note in told.notes if note.partition(" ")[0] in cards]
         more = format_bytes(cluster.card_process_bytes)
         return [f"{' and '.join(cards)} left out: a card in use takes {more} more of main memory"]
-    with_layers = [any(computes_layers(each) for each in one.stages if each.device in cards) for one in (plan, *dearer)]
+    plans = [plan, *(each.plan for each in dearer)]
+    with_layers = [any(computes_layers(each) for each in one.stages if each.device in cards) for one in plans]
     if cluster.card_layers_bytes and not with_layers[0] and all(with_layers[1:]):
         more = format_bytes(cluster.card_layers_bytes)
         return [f"no layers on {' and '.join(cards)}: there they take {more} more of main memory"]
@@ -104,50 +124,70 @@ def _unpaid(cluster: Cluster, plan: Placement, dearer: Sequence[Placement]) -> l
 
 def _solve(
     profile: ModelProfile, cluster: Cluster, workload: Workload, weights: str, quality: str, stream: bool
-) -> tuple[float, Placement]:
-    """As ``solve``, with what the plan takes by its objective; what the process takes is the same whatever it uses."""
+) -> _Found:
+    """As ``solve``; what the process takes is the same whatever the plan uses. Raises _Refused."""
     check_request(profile, cluster, workload)
     tried = allowed_formats(profile, weights)
-    most = loss_limit(profile, quality)
     formats = device_formats(profile, cluster, weights)
     if not any(formats.values()):
-        raise does_not_fit(profile, cluster, workload, tried)
-    devices = [device for device in cluster.devices if formats[device.name]]
+        raise _Refused(lambda: does_not_fit(profile, cluster, workload, tried))
+    devices = _able(cluster, formats)
     tables = build_tables(profile, cluster, formats, workload)
-    bottleneck = workload.objective == "throughput"
     if subsets(classes_of(tables)) > MAX_SUBSETS:
-        return _of_many(profile, cluster, workload, devices, formats, quality if weights == "auto" else None)
+        value, many = _of_many(profile, cluster, workload, devices, formats, quality if weights == "auto" else None)
+        return _Found(value, many, lambda: many)
+    tables, outcome, quickest = _searched(profile, cluster, workload, tables, formats, weights, quality)
+    assert outcome.split is not None
+    plan = build_placement(profile, devices, workload, outcome.split)
+
+    def explained() -> Placement:
+        unable = [device.name for device in cluster.devices if device not in devices]
+        notes = [f"{name} was left out: it does not compute {' or '.join(tried)}" for name in unable]
+        own_s = engine_s(cluster, workload, prefill=workload.objective == "first-token")
+        found = Findings(tables, outcome, devices, workload, own_s)
+        notes += left_out(found)
+        if outcome is quickest:
+            notes += runner_up(found) or other_format(found, profile, cluster, formats)
+            notes += more_context(found, profile, cluster, formats)
+            binding = limit(found)
+        else:
+            binding = f"--quality {quality}: weights that lose more would give {found.instead(quickest.value)}"
+        notes += untimed(profile, cluster, plan)
+        if weights == "auto":
+            notes += _losses(profile, plan, [name for name in tried if any(name in each for each in formats.values())])
+        if not stream:
+            return _predicted(profile, cluster, plan, binding, notes)
+        streaming = with_stream_buffer(profile, cluster, plan)
+        notes += prompt_notes(profile, cluster, streaming)
+        return _predicted(profile, cluster, streaming, binding, notes)
+
+    return _Found(outcome.value, plan, explained)
+
+
+def _searched(
+    profile: ModelProfile,
+    cluster: Cluster,
+    workload: Workload,
+    tables: Tables,
+    formats: Mapping[str, tuple[str, ...]],
+    weights: str,
+    quality: str,
+) -> tuple[Tables, Outcome, Outcome]:
+    """The best split within ``quality``, the tables it is of, and the best whatever it loses. Raises _Refused."""
+    bottleneck, most = workload.objective == "throughput", loss_limit(profile, quality)
     outcome = quickest = fastest(tables, bottleneck)
     if outcome.split is None and weights == "auto":  # the ends of a leaner format may need more workspace
         tables = build_tables(profile, cluster, formats, workload, apart=True)
         outcome = quickest = fastest(tables, bottleneck)
     if outcome.split is None:
-        raise does_not_fit(profile, cluster, workload, tried)
-    plan = build_placement(profile, devices, workload, outcome.split)
+        raise _Refused(lambda: does_not_fit(profile, cluster, workload, allowed_formats(profile, weights)))
+    plan = build_placement(profile, _able(cluster, formats), workload, outcome.split)
     if weights == "auto" and placement_loss(profile, plan) > most:
         tables = build_tables(profile, cluster, formats, workload, apart=True)
         outcome = fastest_within(tables, profile, bottleneck, most)
         if outcome.split is None:
-            raise _too_lossy(profile, cluster, plan, quality)
-        plan = build_placement(profile, devices, workload, outcome.split)
-    unable = [device.name for device in cluster.devices if device not in devices]
-    notes = [f"{name} was left out: it does not compute {' or '.join(tried)}" for name in unable]
-    own_s = engine_s(cluster, workload, prefill=workload.objective == "first-token")
-    found = Findings(tables, outcome, devices, workload, own_s)
-    notes += left_out(found)
-    if outcome is quickest:
-        notes += runner_up(found) or other_format(found, profile, cluster, formats)
-        notes += more_context(found, profile, cluster, formats)
-        binding = limit(found)
-    else:
-        binding = f"--quality {quality}: weights that lose more would give {found.instead(quickest.value)}"
-    notes += untimed(profile, cluster, plan)
-    if weights == "auto":
-        notes += _losses(profile, plan, [name for name in tried if any(name in each for each in formats.values())])
-    if stream:
-        plan = with_stream_buffer(profile, cluster, plan)
-        notes += prompt_notes(profile, cluster, plan)
-    return outcome.value, _predicted(profile, cluster, plan, binding, notes)
+            raise _Refused(lambda: _too_lossy(profile, cluster, plan, quality))
+    return tables, outcome, quickest
 
 
 def _losses(profile: ModelProfile, plan: Placement, tried: Sequence[str]) -> list[str]:
@@ -158,6 +198,10 @@ def _losses(profile: ModelProfile, plan: Placement, tried: Sequence[str]) -> lis
         return []
     told = "all weights are nf4" if loss > 0.995 else f"weights lose {loss:.0%} of what nf4 throughout loses"
     return [f"{told}; --quality, such as {tried[least - 1]}, keeps more of their precision"]
+
+
+def _able(cluster: Cluster, formats: Mapping[str, tuple[str, ...]]) -> list[Device]:
+    return [device for device in cluster.devices if formats[device.name]]
 
 
 def _predicted(
@@ -204,9 +248,10 @@ def _of_many(
             speed = f"speed of {slowest(tables, outcome.split, able)}"
             return outcome.value, _predicted(profile, cluster, plan, speed, notes)
         first = first or plan
-    if first is None or quality is None:
-        raise does_not_fit(profile, cluster, workload, tried)
-    raise _too_lossy(profile, cluster, first, quality)
+    lossy = first
+    if lossy is None or quality is None:
+        raise _Refused(lambda: does_not_fit(profile, cluster, workload, tried))
+    raise _Refused(lambda: _too_lossy(profile, cluster, lossy, quality))
 
 
 def _too_lossy(profile: ModelProfile, cluster: Cluster, plan: Placement, quality: str) -> DoesNotFit:

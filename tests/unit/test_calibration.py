@@ -11,6 +11,7 @@ from planner_models import device, model
 
 from splitrun.measure.cache import Cache
 from splitrun.measure.calibration import MOST, Factor, calibrated, factor, fold, forget, notes
+from splitrun.measure.probe import this_machine
 from splitrun.planner.facts import Cluster
 from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds
 
@@ -60,6 +61,18 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Mon
     kept.put("a", {"x": 1.0})
     assert kept.get("a") == {"x": 1.0}
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_told_is_in_the_next_plan_of_the_same_process() -> None:
+    assert this_machine(False).cache is this_machine().cache is this_machine(refresh=False).cache
+
+
+def test_an_older_view_does_not_undo_what_was_kept_since(tmp_path: Path) -> None:
+    Cache(tmp_path).put("figure", {"value": 1.0})
+    older = Cache(tmp_path)
+    Cache(tmp_path).put("figure", {"value": 2.0})
+    older.put("another", {"value": 3.0})
+    assert older.get("figure") == Cache(tmp_path).get("figure") == {"value": 2.0}
 
 
 def test_processes_do_not_lose_each_others_figures(tmp_path: Path) -> None:
