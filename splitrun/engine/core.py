@@ -261,8 +261,9 @@ class EngineCore:
                     self._line_up_steps()
                 self._outbox.send(self._submit)
                 self._hand_out(deliveries)  # while the stages compute the next step
-                with self._lock:
-                    self._scheduler.prepare()
+                if self._pipeline.leaves_time:
+                    with self._lock:
+                        self._scheduler.prepare()
         finally:
             self._hand_out(deliveries)
             self._stop(_BUG)
@@ -313,8 +314,7 @@ class EngineCore:
             full = isinstance(message.error, DeviceOutOfMemory)
             events = self._scheduler.fail_step(message.step, self._reason, newest_only=full)
             if all(event.request_id != _WARM_UP_ID for event in events):
-                # Its token shows whether the stages are well again. One may wait already, or so many others do that one
-                # of theirs will show it.
+                # Its token shows whether the stages are well again, unless that of another one that waits does.
                 with suppress(InvalidRequest, QueueFull):
                     self._scheduler.submit(_WARM_UP)
             return events

@@ -191,6 +191,12 @@ class Pipeline:
         return self._links
 
     @property
+    def leaves_time(self) -> bool:
+        """Whether a processor has time for others while stages compute: all are here, and a card's is among them."""
+        cards = any(not link.worker.device.startswith("cpu") for link in self._local)
+        return cards and len(self._local) == len(self._links)
+
+    @property
     def alive(self) -> bool:
         """Whether every worker runs."""
         return all(link.worker.alive for link in self._local) and (self._elsewhere is None or self._elsewhere.alive)

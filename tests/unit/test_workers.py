@@ -12,7 +12,7 @@ from torch import Tensor
 
 from splitrun.engine.outbox import Outbox
 from splitrun.engine.outcome import Outcome
-from splitrun.engine.pipeline import Link, Pipeline
+from splitrun.engine.pipeline import Link, Pipeline, RemoteLink
 from splitrun.schedule.request import SamplingParams
 from splitrun.schedule.step import RowSampling, RowTokens, Step, Tokens
 from splitrun.transport.local import SameMemory, Worker
@@ -169,6 +169,17 @@ def test_a_step_alone_stays_on_the_thread_that_has_it(workers: tuple[Worker, Wor
     assert [stage.threads for stage in stages] == [["splitrun cpu"]] * 3
     assert [type(outcome) for outcome in came] == [Tokens]
     assert not pipeline.busy
+
+
+def test_steps_are_drafted_where_a_card_leaves_the_processor_time(workers: tuple[Worker, Worker]) -> None:
+    processor, card = workers
+    mine, last = Link(ThreadStage(), processor, "", SameMemory()), Link(ThreadStage(head=True), processor, "", None)
+    on_card = Link(ThreadStage(), card, "", SameMemory())
+    elsewhere = RemoteLink("", lambda step, activation: None, SameMemory())
+    found = [
+        Pipeline(links, print).leaves_time for links in ([mine, on_card, last], [mine, last], [on_card, elsewhere])
+    ]
+    assert found == [True, False, False]
 
 
 def test_stages_of_one_card_follow_each_other_on_a_lent_thread(workers: tuple[Worker, Worker]) -> None:
