@@ -12,7 +12,6 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 
 from splitrun.engine.interface import BlockUse, EngineStatus
 from splitrun.engine.lineup import Line
@@ -126,17 +125,7 @@ class EngineCore:
         with self._lock:
             statistics = self._scheduler.statistics()
             stages = tuple(
-                replace(
-                    stage,
-                    last_step_ms=clock.last_s * 1e3,
-                    mean_step_ms=clock.total_s * 1e3 / max(clock.steps, 1),
-                    single_step_ms=clock.single_s * 1e3 / max(clock.single_steps, 1),
-                    single_steps=clock.single_steps,
-                    restarts=clock.restarts,
-                    queued=clock.queued,
-                    sent_bytes=clock.sent_bytes,
-                    kept_bytes=self._pipeline.kept_bytes(index),
-                )
+                clock.shown(stage, self._pipeline.kept_bytes(index))
                 for index, (stage, clock) in enumerate(zip(self._line.stages, self._pipeline.clocks, strict=True))
             )
             reason = self._reason or ("" if self._pipeline.alive and self._thread.is_alive() else "a worker has died")

@@ -12,8 +12,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from splitrun.engine.interface import StageStatus
 
 SPANS_KEPT = 20_000
 JSON_LOG_VARIABLE = "SPLITRUN_LOG"
@@ -58,6 +60,20 @@ class StageClock:
     sent_bytes: int = 0
     single_s: float = 0.0
     single_steps: int = 0
+
+    def shown(self, stage: StageStatus, kept_bytes: int) -> StageStatus:
+        """The stage's status with these figures."""
+        return replace(
+            stage,
+            last_step_ms=self.last_s * 1e3,
+            mean_step_ms=self.total_s * 1e3 / max(self.steps, 1),
+            single_step_ms=self.single_s * 1e3 / max(self.single_steps, 1),
+            single_steps=self.single_steps,
+            restarts=self.restarts,
+            queued=self.queued,
+            sent_bytes=self.sent_bytes,
+            kept_bytes=kept_bytes,
+        )
 
     def add(self, seconds: float, tokens: int = 0) -> None:
         """Count one step of that many tokens."""

@@ -40,6 +40,8 @@ from splitrun.planner.within import fastest_within
 from splitrun.quantities import format_bytes, format_seconds
 
 QUANTIZED = ("int8", "nf4")
+NO_CARD, ENDS_ONLY, WITH_LAYERS = range(3)
+"""What a plan pays for in main memory: nothing, cards for embedding and head alone, cards for layers too."""
 EMBED, LAYERS, HEAD = range(3)
 """Parts of a device, each with a format of its own."""
 
@@ -83,24 +85,23 @@ def solve(
             return _solve(profile, cluster, workload, weights, quality, stream).explained()
         except _Refused as refused:
             raise refused.error() from None
-    # By what they pay for: no card, cards for embedding and head alone (which stream nothing), for layers too.
-    uses = {0: cluster.without(cards), 2: cluster.with_card_in_use(layers=True)}
+    uses = {NO_CARD: cluster.without(cards), WITH_LAYERS: cluster.with_card_in_use(layers=True)}
     if cluster.card_layers_bytes:
-        uses[1] = cluster.with_card_in_use(layers=False)
+        uses[ENDS_ONLY] = cluster.with_card_in_use(layers=False)
     found: dict[int, _Found] = {}
     refusals: list[_Refused] = []
     for paid, use in uses.items():
         try:
-            found[paid] = _solve(profile, use, workload, weights, quality, stream and paid == 2)
+            found[paid] = _solve(profile, use, workload, weights, quality, stream and paid == WITH_LAYERS)
         except _Refused as refused:
             refusals.append(refused)
     if not found:
         raise min((each.error() for each in refusals), key=lambda each: sum(each.shortfall_bytes.values()))
-    # Of equals the one that pays least, but that prompts are worth paying for.
-    taken = min(found, key=lambda paid: (found[paid].value, paid == 1 and stream, paid))
+    # Of equals the one that pays least; but slabs for prompts, which ends have none of, are worth paying for.
+    taken = min(found, key=lambda paid: (found[paid].value, stream and paid == ENDS_ONLY, paid))
     best, dearer = found[taken].explained(), [each for paid, each in sorted(found.items()) if paid > taken]
     assert best.estimate is not None
-    notes = _unpaid(cluster, best, dearer) if taken < 2 else []
+    notes = _unpaid(cluster, best, dearer) if taken != WITH_LAYERS else []
     return replace(best, estimate=replace(best.estimate, notes=(*notes, *best.estimate.notes)))
 
 
@@ -131,14 +132,12 @@ def _solve(
     formats = device_formats(profile, cluster, weights)
     if not any(formats.values()):
         raise _Refused(lambda: does_not_fit(profile, cluster, workload, tried))
-    devices = _able(cluster, formats)
+    devices = [device for device in cluster.devices if formats[device.name]]
     tables = build_tables(profile, cluster, formats, workload)
     if subsets(classes_of(tables)) > MAX_SUBSETS:
         value, many = _of_many(profile, cluster, workload, devices, formats, quality if weights == "auto" else None)
         return _Found(value, many, lambda: many)
-    tables, outcome, quickest = _searched(profile, cluster, workload, tables, formats, weights, quality)
-    assert outcome.split is not None
-    plan = build_placement(profile, devices, workload, outcome.split)
+    tables, outcome, quickest, plan = _searched(profile, cluster, workload, tables, formats, weights, quality)
 
     def explained() -> Placement:
         unable = [device.name for device in cluster.devices if device not in devices]
@@ -172,22 +171,25 @@ def _searched(
     formats: Mapping[str, tuple[str, ...]],
     weights: str,
     quality: str,
-) -> tuple[Tables, Outcome, Outcome]:
-    """The best split within ``quality``, the tables it is of, and the best whatever it loses. Raises _Refused."""
+) -> tuple[Tables, Outcome, Outcome, Placement]:
+    """The best split within ``quality``: the tables it is of, itself, the best whatever it loses, and its placement.
+    Raises _Refused."""
     bottleneck, most = workload.objective == "throughput", loss_limit(profile, quality)
+    devices = [device for device in cluster.devices if formats[device.name]]
     outcome = quickest = fastest(tables, bottleneck)
     if outcome.split is None and weights == "auto":  # the ends of a leaner format may need more workspace
         tables = build_tables(profile, cluster, formats, workload, apart=True)
         outcome = quickest = fastest(tables, bottleneck)
     if outcome.split is None:
         raise _Refused(lambda: does_not_fit(profile, cluster, workload, allowed_formats(profile, weights)))
-    plan = build_placement(profile, _able(cluster, formats), workload, outcome.split)
+    plan = build_placement(profile, devices, workload, outcome.split)
     if weights == "auto" and placement_loss(profile, plan) > most:
         tables = build_tables(profile, cluster, formats, workload, apart=True)
         outcome = fastest_within(tables, profile, bottleneck, most)
         if outcome.split is None:
             raise _Refused(lambda: _too_lossy(profile, cluster, plan, quality))
-    return tables, outcome, quickest
+        return tables, outcome, quickest, build_placement(profile, devices, workload, outcome.split)
+    return tables, outcome, quickest, plan
 
 
 def _losses(profile: ModelProfile, plan: Placement, tried: Sequence[str]) -> list[str]:
@@ -198,10 +200,6 @@ def _losses(profile: ModelProfile, plan: Placement, tried: Sequence[str]) -> lis
         return []
     told = "all weights are nf4" if loss > 0.995 else f"weights lose {loss:.0%} of what nf4 throughout loses"
     return [f"{told}; --quality, such as {tried[least - 1]}, keeps more of their precision"]
-
-
-def _able(cluster: Cluster, formats: Mapping[str, tuple[str, ...]]) -> list[Device]:
-    return [device for device in cluster.devices if formats[device.name]]
 
 
 def _predicted(

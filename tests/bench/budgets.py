@@ -177,17 +177,8 @@ def judge_run(facts: Facts, case: Case, placement: Placement) -> Outcome:
     fault = f"exceeds the budget of {over[0]}" if over else ""
     if not fault and abs(worst) > WITHIN:
         fault = f"expected {worst:+.1%} of the peak"
-    return Outcome(case, fault, stages_text(placement), None, expected, peak, worst)
-
-
-def stages_text(placement: Placement) -> str:
-    """Which units lie where, in one line."""
-    told = []
-    for stage in placement.stages:
-        layers = f"{stage.layers[0]}-{stage.layers[1]}" if stage.layers[0] < stage.layers[1] else ""
-        units = ("embed" if stage.embed else "", layers, "head" if stage.head else "")
-        told.append(f"{stage.device} {'+'.join(filter(None, units))} {stage.weights}")
-    return ", ".join(told)
+    stages = ", ".join(f"{stage.device} {stage.units_text} {stage.weights}" for stage in placement.stages)
+    return Outcome(case, fault, stages, None, expected, peak, worst)
 
 
 def expected_bytes(facts: Facts, placement: Placement) -> dict[str, int]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import numpy
 import pytest
 import torch
 from torch import Tensor
 
+from splitrun.engine.core import EngineCore
+from splitrun.engine.interface import StageStatus
+from splitrun.engine.lineup import Line
 from splitrun.engine.outbox import Outbox
 from splitrun.engine.outcome import Outcome
 from splitrun.engine.pipeline import Link, Pipeline, RemoteLink
-from splitrun.schedule.request import SamplingParams
+from splitrun.schedule.request import Request, SamplingParams
+from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
 from splitrun.schedule.step import RowSampling, RowTokens, Step, Tokens
 from splitrun.transport.local import SameMemory, Worker
 
@@ -180,6 +185,22 @@ def test_steps_are_drafted_where_a_card_leaves_the_processor_time(workers: tuple
         Pipeline(links, print).leaves_time for links in ([mine, on_card, last], [mine, last], [on_card, elsewhere])
     ]
     assert found == [True, False, False]
+
+
+@pytest.mark.parametrize(("device", "drafted"), [("xpu:0", True), ("cpu", False)])
+def test_the_engine_drafts_there_alone(device: str, drafted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+    monkeypatch.setattr(Scheduler, "prepare", lambda self: prepared.append(1))
+    links = [Link(ThreadStage(head=True), Worker(device), "", None)]
+    limits = Limits(context=64, sessions=1, vocabulary=2, chunk_tokens=64, block_tokens=64, depth=1)
+    line = Line(partial(Pipeline, links), (StageStatus(device, ""),), {}, lambda: None)
+    core = EngineCore(Scheduler((GroupSpec("full", None, 1),), limits), line)
+    ended = threading.Event()
+    sampling = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    core.submit(Request(1, (1,), sampling), lambda event: ended.set() if event.finish_reason else None)
+    assert ended.wait(PATIENCE_S)
+    core.close()
+    assert bool(prepared) == drafted
 
 
 def test_stages_of_one_card_follow_each_other_on_a_lent_thread(workers: tuple[Worker, Worker]) -> None:

@@ -76,6 +76,6 @@ def nf4_into(values: Tensor, packed: Tensor, maxima: Tensor) -> None:
 
 def int8_into(values: Tensor, codes: Tensor, scales: Tensor) -> None:
     """Quantize. Shape: values (..., n) -> codes int8 (..., n), scales fp32 (...), both contiguous."""
-    rows, columns = values.contiguous(), values.shape[-1]
+    flat, columns = values.contiguous(), values.shape[-1]
     with torch.cuda.device_of(values):
-        _int8[(scales.numel(),)](rows, codes, scales, columns, INVERSE=INVERSE_127, COLUMNS=COLUMNS_EACH, num_warps=4)
+        _int8[(scales.numel(),)](flat, codes, scales, columns, INVERSE=INVERSE_127, COLUMNS=COLUMNS_EACH, num_warps=4)
