@@ -23,7 +23,7 @@ from splitrun.planner.estimate import Estimate
 from splitrun.planner.placement import Placement
 from splitrun.quantities import format_bytes, format_rate, format_seconds, rate_figure
 
-FOREIGN = ("accelerate", "transformers", "bitsandbytes")
+FOREIGN = ("accelerate", "transformers", "transformers-fp32", "bitsandbytes")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The contestants transformers, bitsandbytes and accelerate: what one would run without splitrun, on the same budgets.
 
 ``transformers`` runs the whole model on one device, in bf16: the first card whose budget holds it, else the CPU.
+``transformers-fp32`` is the same in float32, which is faster on processors that have no products in bf16.
 ``bitsandbytes`` is the same with the linear layers in nf4; it needs the weights. ``accelerate``
 splits it with ``device_map="auto"`` under ``max_memory``: what does not fit a card stays in main memory and is copied
 to the card for every token.
@@ -38,21 +39,23 @@ def _transformers(terms: Terms, meter: MemoryMeter) -> tuple[Any, Mapping[str, s
     from transformers import AutoModelForCausalLM
 
     packed = terms.contestant == "bitsandbytes"
-    needed = 2 * _values(terms)  # bitsandbytes too begins with all of it
+    dtype = torch.float32 if terms.contestant == "transformers-fp32" else torch.bfloat16
+    needed = dtype.itemsize * _values(terms)  # bitsandbytes too begins with all of it
     cards = {name: budget - meter.context_bytes(name) for name, budget in terms.budgets.items() if _is_card(name)}
     device = next((name for name, room in cards.items() if needed < room * (1 - WORKSPACE_SHARE)), "cpu")
     if terms.load == "dummy" and packed:
         raise InvalidRequest("bitsandbytes quantizes weights that are there: leave --load dummy out")
     if terms.load == "dummy":
-        model = _random_model(terms).to(device)
+        model = _random_model(terms).to(device, dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             terms.model,
-            dtype=torch.bfloat16,
+            dtype=dtype,
             device_map=device,
             quantization_config=_nf4() if packed else None,
         )
-    return model.eval(), {device: "linear layers nf4" if packed else "everything bf16"}
+    shown = "fp32" if dtype == torch.float32 else "bf16"
+    return model.eval(), {device: "linear layers nf4" if packed else f"everything {shown}"}
 
 
 def _nf4() -> Any:

@@ -38,7 +38,7 @@ def bench(
         list[str] | None,
         typer.Option(
             "--vs",
-            metavar="accelerate|transformers|bitsandbytes",
+            metavar="accelerate|transformers|transformers-fp32|bitsandbytes",
             help="Also measure this library, on the same terms. May be given twice.",
         ),
     ] = None,

@@ -28,7 +28,7 @@ from splitrun.kernels.cpu.arena import ARENA
 from splitrun.kernels.cpu.block import BlockKernel, LayerChain, LayerParts, RowHistories
 from splitrun.kernels.cpu.dense import DenseWeight
 from splitrun.kernels.cpu.library import Kernel, kernel, levels
-from splitrun.kernels.cpu.many import ManyRows, every
+from splitrun.kernels.cpu.many import ManyRows, of_level
 from splitrun.kernels.cpu.tiled import TiledWeight
 
 HIDDEN, INNER, WIDTH, HEADS, KV_HEADS = 1536, 8960, 128, 12, 2
@@ -156,11 +156,11 @@ def operators(level: Kernel) -> Iterator[Operator]:
 
 
 def prompts(format: str, level: Kernel) -> Iterator[Operator]:
-    """Products of a prompt's rows with the codes, by every kernel of this processor."""
+    """Products of a prompt's rows with the codes, by every kernel of the level and of those below."""
     weight = matrix(format, INNER, HIDDEN, level)
     x = torch.randn(PROMPT_ROWS, HIDDEN).bfloat16()
     out = torch.empty(PROMPT_ROWS, INNER, dtype=torch.bfloat16)
-    for name, many in every().items():
+    for name, many in of_level(level.name).items():
 
         def multiply(many: ManyRows = many) -> None:
             many.product(weight.matrix, x, out)

@@ -75,7 +75,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     level, kernels = kernel(), every()
     if level is None or not kernels:
-        sys.exit("no kernel for prompts runs here: it needs AVX-512 BF16 or VNNI, and a C compiler at installation")
+        sys.exit("no kernel for prompts runs here: it needs AVX2, and a C compiler at installation")
     print(f"{options.threads} threads, {options.format}")
     print(f"{'kernel':18} {'outputs':14} {'rows':>5} {'GFLOP/s':>9} {'of peak':>8} {'ratio':>8} {'error':>8}")
     for many in kernels.values():

@@ -1,7 +1,8 @@
 /* Products of many rows in every arithmetic, tile instructions emulated, in memory that a sanitizer watches.
  *
  * int8 with a span of one group: the bits of portable C's product of few rows. int8 on tiles: the bits of int8 without
- * them. bf16: within its bound of the sums in double. A chunk of a prompt: near the same layer token by token. Prints the kernels that ran; status 1 with a line on a fault. */
+ * them. int16: the same bits in every instruction set. bf16, fp32 and int16: within a bound of the sums in double. A chunk
+ * of a prompt: near the same layer token by token. Prints the kernels that ran; status 1 with a line on a fault. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -89,26 +90,58 @@ static void same(uint16_t *found, uint16_t *expected, int64_t count, const char 
     free(expected);
 }
 
-static void close_to_double(uint16_t *found, const struct sample *sample, const char *name) {
+/* Shape of values: (rows, columns). Terms may be a share of themselves off. */
+static void close_to_double(uint16_t *found, const struct sample *sample, const float *values, double share, const char *name) {
     int64_t rows = sample->weight.rows, columns = sample->weight.columns;
-    uint16_t *values = array(rows * columns * 2);
-    splitrun_values(&level_portable, &sample->weight, 0, 0, rows, BF16, values, 1);
     for (int64_t row = 0; row < sample->count; row++)
         for (int64_t output = 0; output < rows; output++) {
             double sum = value_of(sample->bias[output]), most = fabs(sum);
             for (int64_t i = 0; i < columns; i++) {
-                double term = value_of(sample->x[row * columns + i]) * value_of(values[output * columns + i]);
+                double term = value_of(sample->x[row * columns + i]) * (double)values[output * columns + i];
                 sum += term;
                 most += fabs(term);
             }
             double error = fabs(value_of(found[row * rows + output]) - sum);
-            if (!(error <= fabs(sum) / 256 + most * (double)columns / (1 << 23))) {
+            if (!(error <= fabs(sum) / 256 + most * (share + (double)columns / (1 << 23)))) {
                 printf("%s: a product is %g off\n", name, error);
                 exit(1);
             }
         }
-    free(values);
     free(found);
+}
+
+/* The weight's values, rounded to a type. */
+static float *values_of(const struct weight *weight, int dtype) {
+    int64_t count = weight->rows * weight->columns;
+    float *values = array(count * 4);
+    uint16_t *rounded = array(count * 2);
+    splitrun_values(&level_portable, weight, 0, 0, weight->rows, dtype, dtype == BF16 ? (void *)rounded : values, 1);
+    for (int64_t i = 0; dtype == BF16 && i < count; i++) values[i] = (float)value_of(rounded[i]);
+    free(rounded);
+    return values;
+}
+
+static int has_avx512(void) { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"); }
+
+static void check_avx512(const struct sample *sample) {
+    int64_t count = sample->count * sample->weight.rows;
+    float *values = values_of(&sample->weight, BF16);
+    close_to_double(product(&many_amx_bf16, sample), sample, values, 0, "amx-bf16");
+    close_to_double(product(&many_avx512bf16, sample), sample, values, 0, "avx512bf16");
+    same(product(&many_avx512int8, sample), few(sample), count, "avx512int8");
+    same(product(&many_amx_int8, sample), product(&many_avx512int8_wide, sample), count, "amx-int8");
+    same(product(&many_avx512int16, sample), product(&many_avx2int16, sample), count, "avx512int16");
+    free(values);
+}
+
+static void check_avx2(const struct sample *sample) {
+    float *values = values_of(&sample->weight, FP32);
+    close_to_double(product(&many_avx2fp32, sample), sample, values, 0, "avx2fp32");
+    close_to_double(product(&many_avx2int16, sample), sample, values, 0.001, "avx2int16");
+    if (__builtin_cpu_supports("avxvnni"))
+        same(product(&many_avx2vnniint16, sample), product(&many_avx2int16, sample), sample->count * sample->weight.rows,
+             "avx2vnniint16");
+    free(values);
 }
 
 static void check(int format, int64_t rows, int64_t columns, int64_t count) {
@@ -121,10 +154,8 @@ static void check(int format, int64_t rows, int64_t columns, int64_t count) {
     fill(sample.x, count * columns);
     fill(sample.bias, rows);
     splitrun_quantize(&sample.weight, 0, rows, values, BF16, 1);
-    close_to_double(product(&many_amx_bf16, &sample), &sample, "amx-bf16");
-    if (__builtin_cpu_supports("avx512bf16")) close_to_double(product(&many_avx512bf16, &sample), &sample, "avx512bf16");
-    same(product(&many_avx512int8, &sample), few(&sample), count * rows, "avx512int8");
-    same(product(&many_amx_int8, &sample), product(&many_avx512int8_wide, &sample), count * rows, "amx-int8");
+    if (has_avx512()) check_avx512(&sample);
+    check_avx2(&sample);
     free(values);
     free(storage);
     free(scales);
@@ -203,7 +234,7 @@ int main(void) {
     static const int64_t heights[] = {1, 75, 270}, nf4_widths[] = {64, 1088},
                          int8_widths[] = {4, 132, 1100}, counts[] = {17, 48};
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bf16")) return 77;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 77;
     for (size_t c = 0; c < sizeof counts / sizeof *counts; c++)
         for (size_t h = 0; h < sizeof heights / sizeof *heights; h++) {
             for (size_t w = 0; w < sizeof nf4_widths / sizeof *nf4_widths; w++)
@@ -212,11 +243,15 @@ int main(void) {
                 check(INT8, heights[h], int8_widths[w], counts[c]);
         }
     for (int64_t window = 0; window <= 7; window += 7) {
+        check_chunk(&many_avx2fp32, &many_avx2fp32, window);
+        check_chunk(&many_avx2int16, &many_avx2fp32, window);
+        if (!has_avx512()) continue;
+        check_chunk(&many_avx512int16, &many_avx2fp32, window);
         check_chunk(&many_avx512bf16, &many_avx512bf16, window);
         check_chunk(&many_avx512int8, &many_avx512bf16, window);
         check_chunk(&many_amx_bf16, &many_amx_bf16, window);
         check_chunk(&many_amx_int8, &many_amx_bf16, window);
     }
-    printf("amx-bf16 avx512bf16 avx512int8 amx-int8\n");
+    printf("avx2fp32 avx2int16%s\n", has_avx512() ? " avx512int16 amx-bf16 avx512bf16 avx512int8 amx-int8" : "");
     return 0;
 }

@@ -14,13 +14,14 @@ from torch.nn import functional
 from splitrun.kernels.cpu import many
 from splitrun.kernels.cpu.library import Matrix, kernel, native
 from splitrun.kernels.cpu.many import ManyRows
-from splitrun.kernels.cpu.reference import many_bound, nf4_codes, product_reference
+from splitrun.kernels.cpu.reference import WIDE, Codes, many_bound, nf4_codes, product_reference
 from splitrun.kernels.cpu.selftest import first_fault_of_many
-from splitrun.kernels.cpu.settings import PROMPT_VARIABLE
+from splitrun.kernels.cpu.settings import LEVEL_VARIABLE, LEVELS, PROMPT_KERNELS, PROMPT_VARIABLE
 from splitrun.kernels.cpu.tiled import TiledWeight
 from splitrun.kernels.formats import QUANTIZED
 from splitrun.kernels.int8 import Int8Weight
 from splitrun.kernels.nf4 import Nf4Weight
+from splitrun.kernels.nf4_definition import NF4_TABLE, dequantize_reference
 
 KERNELS = many.every() if compiled_levels() else {}
 NAMES = list(KERNELS) or [pytest.param("none", marks=pytest.mark.skip(reason="no kernel for prompts runs here"))]
@@ -59,10 +60,24 @@ def product(each: ManyRows, weight: TiledWeight, x: Tensor, bias: Tensor | None 
     return out
 
 
-def integers(plain: Nf4Weight | Int8Weight) -> tuple[Tensor, Tensor]:
+def largest_codes(each: ManyRows) -> Codes | None:
+    """None: the kernel multiplies no integers."""
+    return {"int8": Codes(), "int16": WIDE}.get(each.kind)
+
+
+def integers(plain: Nf4Weight | Int8Weight, most: Codes) -> tuple[Tensor, Tensor]:
     if isinstance(plain, Nf4Weight):
-        return nf4_codes(plain.packed), plain.maxima
+        return nf4_codes(plain.packed, most.table), plain.maxima
     return plain.codes.long(), plain.scales
+
+
+def values_in(each: ManyRows, plain: Nf4Weight | Int8Weight) -> Tensor:
+    """What the kernel takes for the weight's values."""
+    if each.kind == "bf16":
+        return plain.dequantize()
+    if isinstance(plain, Nf4Weight):
+        return dequantize_reference(plain.packed, plain.maxima, torch.tensor(NF4_TABLE), torch.float32)
+    return Int8Weight(plain.codes, plain.scales, torch.float32).dequantize()
 
 
 @pytest.mark.parametrize(("format", "outputs", "columns"), SHAPES)
@@ -74,11 +89,14 @@ def test_products_keep_to_the_reference(each: ManyRows, format: str, outputs: in
             continue
         x, bias = activations(rows, columns, dtype), activations(1, outputs, dtype)[0]
         found = product(each, weight, x, bias)
-        if each.kind == "int8":
-            assert torch.equal(found, product_reference(x, *integers(plain), format, bias, each.span))
+        if (most := largest_codes(each)) is not None:
+            expected = product_reference(x, *integers(plain, most), format, bias, each.span, most)
+            assert torch.equal(found, expected)
         else:
-            exact = x.double() @ plain.dequantize().double().T + bias.double()
-            assert ((found.double() - exact).abs() <= many_bound(x, plain.dequantize(), exact)).all()
+            values = values_in(each, plain)
+            exact = x.double() @ values.double().T + bias.double()
+            # the bound's half unit in the last place is of bf16, which is coarser than fp16's
+            assert ((found.double() - exact).abs() <= many_bound(x, values, exact)).all()
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
@@ -115,9 +133,26 @@ def test_unaligned_memory(each: ManyRows) -> None:
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_integers_of_16_bits_err_less_than_bf16_beside_outliers_too(each: ManyRows, format: str) -> None:
+    if each.kind != "int16":
+        pytest.skip("another arithmetic")
+    plain, weight = weight_of(format, 64, 1536)
+    values = values_in(each, plain).double()
+    x = activations(32, 1536, torch.float16)
+    x[:, 100] *= 100
+
+    def error(product: Tensor) -> float:
+        exact = x.double() @ values.T
+        return float((product.double() - exact).norm() / exact.norm())
+
+    in_bf16 = x.bfloat16().double() @ plain.dequantize().double().T
+    assert error(product(each, weight, x)) < min(0.0005, error(in_bf16) / 2)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_error_of_int8_products_is_small_beside_outliers_less_so(each: ManyRows, format: str) -> None:
     if each.kind != "int8":
-        pytest.skip("bf16 has its own bound")
+        pytest.skip("another arithmetic")
     plain, weight = weight_of(format, 64, 1536)
     x = activations(32, 1536)
     exact = x.double() @ plain.dequantize().double().T
@@ -132,14 +167,15 @@ def test_error_of_int8_products_is_small_beside_outliers_less_so(each: ManyRows,
 def test_weights_multiply_prompts_with_the_kernel_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, weight = weight_of("nf4", 75, 128)
     x, bias = activations(17, 128), activations(1, 75)[0]
-    for name, one in KERNELS.items():
+    assert many.available().keys() <= KERNELS.keys()
+    for name, one in many.available().items():
         monkeypatch.setenv(PROMPT_VARIABLE, name)
         assert torch.equal(weight.apply(x, bias=bias), product(one, weight, x, bias))
     monkeypatch.setenv(PROMPT_VARIABLE, "torch")
     torch.testing.assert_close(weight.apply(x, bias=bias), functional.linear(x, plain.dequantize(), bias))
     monkeypatch.setenv(PROMPT_VARIABLE, "bf16")
     chosen = many.many_rows()
-    assert chosen is None or chosen.kind == "bf16"
+    assert chosen is None or chosen.kind in ("bf16", "int16")
 
 
 @pytest.mark.skipif(not KERNELS, reason="no kernel for prompts runs here")
@@ -163,6 +199,32 @@ def test_the_self_test_finds_a_wrong_kernel(each: ManyRows, monkeypatch: pytest.
 
     monkeypatch.setattr(ManyRows, "product", wrong)
     assert "37 rows of nf4" in (first_fault_of_many(each) or "")
+
+
+LEVELS_HERE = list(compiled_levels())
+
+
+@pytest.mark.parametrize("level", LEVELS_HERE)
+@pytest.mark.parametrize("wanted", ["bf16", "int8"])
+def test_a_level_holds_for_prompts_too(level: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a kernel of a better level is named: the level's own is used then."""
+    monkeypatch.setenv(LEVEL_VARIABLE, level)
+    monkeypatch.setattr(many, "kernel", lambda: compiled_levels()[level])
+    monkeypatch.setattr(many, "_first_right", many._first_right.__wrapped__)
+    names = [name for name in KERNELS if LEVELS.index(PROMPT_KERNELS[name]) >= LEVELS.index(level)]
+    assert list(many.available()) == names
+    monkeypatch.setattr(many, "_chosen", many._chosen.__wrapped__)
+    chosen = many._chosen(wanted)
+    kinds = [KERNELS[name].kind for name in names]
+    serving = [name for name, kind in zip(names, kinds, strict=True) if kind in many.MEANT[wanted]]
+    default = [name for name, kind in zip(names, kinds, strict=True) if kind in many.MEANT["bf16"]]
+    expected = (serving or default or [None])[0]
+    assert (chosen and chosen.name) == expected
+    for name in KERNELS:
+        named = many._chosen(name)
+        assert (named and named.name) == (name if name in names else (default or [None])[0])
+    for kernel_of_level in (chosen, many._first_right(many.ATTENTION)):
+        assert kernel_of_level is None or kernel_of_level.name in names
 
 
 def test_tile_instructions_are_used_where_there_are_any() -> None:

@@ -1,9 +1,12 @@
 """Products of many activation rows (prompts) with nf4 and int8 weights: which kernel runs here, and its call.
 
-Two kinds of arithmetic, for more than 16 rows: ``bf16`` multiplies the format's values rounded to bf16 with bf16
-activations; ``int8`` rounds activations to int8 like the products of few rows, about twice as fast, and is used only
-where asked for. Environment: ``SPLITRUN_CPU_PROMPTS`` is ``bf16`` (the default), ``int8``, ``torch`` (none of them),
-or the name of a kernel. Knows pointers and sizes, no models.
+For more than 16 rows. A kernel's arithmetic is of one of four kinds: ``bf16`` multiplies the format's values rounded to
+bf16 with bf16 activations; ``int16``, where the processor has no products in bf16, rounds both to integers, with a
+smaller error; ``fp32`` rounds neither and multiplies in attention there; ``int8`` rounds activations to int8 like the
+products of few rows, about twice as fast as bf16, and is used only where asked for.
+
+Environment: ``SPLITRUN_CPU_PROMPTS`` is ``bf16`` (the default: bf16 or int16), ``int8``, ``torch`` (none of them), or
+the name of a kernel; ``SPLITRUN_CPU_KERNELS`` holds here too. Knows pointers and sizes, no models.
 """
 
 from __future__ import annotations
@@ -17,21 +20,33 @@ import torch
 from torch import Tensor
 
 from splitrun.kernels.cpu.library import DTYPES, Matrix, kernel, native, scratch_address
-from splitrun.kernels.cpu.settings import KINDS, PROMPT_VARIABLE, TORCH, check_settings
+from splitrun.kernels.cpu.settings import (
+    KINDS,
+    LEVEL_VARIABLE,
+    LEVELS,
+    PROMPT_KERNELS,
+    PROMPT_VARIABLE,
+    TORCH,
+    check_settings,
+)
 
-WORSE_THAN_TORCH = ("avx512bf16",)
-"""Kernels that torch beats where the processor has tile instructions."""
+ARITHMETICS = ("bf16", "int8", "int16", "fp32")
+"""Kinds in the library's own order."""
+MEANT = {"bf16": ("bf16", "int16"), "int8": ("int8",)}
+"""A kind that one may ask for -> the kinds of kernels that serve it."""
+ATTENTION = ("bf16", "fp32")
+"""Kinds that multiply with keys and values."""
 
 
 class ManyRows:
     """One kernel. Tensors are on the CPU and contiguous; nothing is checked in C.
 
-    ``kind`` is one of KINDS; ``span`` the groups of 64 columns that share a scale in int8.
+    ``kind`` is one of ARITHMETICS; ``span`` the groups of 64 columns that share a scale in integers.
     """
 
     def __init__(self, library: ctypes.CDLL, address: int) -> None:
         self.name: str = library.splitrun_many_name(address).decode()
-        self.kind = KINDS[library.splitrun_many_kind(address)]
+        self.kind = ARITHMETICS[library.splitrun_many_kind(address)]
         self.span: int = library.splitrun_many_span(address)
         self.address = address
         self._library = library
@@ -41,7 +56,7 @@ class ManyRows:
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether activations of this type lose nothing on the way in that the kind does not say."""
-        return dtype == torch.bfloat16 or (self.kind == "int8" and dtype == torch.float16)
+        return dtype == torch.bfloat16 or (self.kind != "bf16" and dtype == torch.float16)
 
     def product(self, weight: Matrix, x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
         """Write ``x @ weight.T + bias`` to out. Shape: (rows, columns) -> (rows, weight rows), one dtype."""
@@ -63,7 +78,7 @@ class ManyRows:
     ) -> None:
         """Run a decoder layer whose structures lie at these addresses, for any number of tokens, all in bf16.
 
-        ``attention`` is a kernel of kind bf16. Shape: (tokens, hidden) -> same.
+        ``attention`` is a kernel of a kind in ATTENTION. Shape: (tokens, hidden) -> same.
         """
         threads, library = torch.get_num_threads(), self._library
         nbytes = library.splitrun_chunk_scratch_bytes(self.address, block, hidden.shape[0], threads)
@@ -103,24 +118,54 @@ def many_rows() -> ManyRows | None:
 
 
 def attention_rows() -> ManyRows | None:
-    """The kernel that multiplies for attention inside a chunk: always bf16; None: chunks go another way."""
+    """The kernel that multiplies for attention inside a chunk; None: chunks go another way."""
     chosen = many_rows()
-    return chosen if chosen is None or chosen.kind == KINDS[0] else _chosen(KINDS[0])
+    return chosen if chosen is None or chosen.kind in ATTENTION else _first_right(ATTENTION)
+
+
+def of_level(level: str) -> dict[str, ManyRows]:
+    """Those of `every` that a level has: its own, and those of the levels below."""
+    best = LEVELS.index(level)
+    return {name: one for name, one in every().items() if LEVELS.index(PROMPT_KERNELS[name]) >= best}
+
+
+def available() -> dict[str, ManyRows]:
+    """Those of the level that this process multiplies few rows with; none without one."""
+    few = kernel()
+    return {} if few is None else of_level(few.name)
 
 
 @cache
 def _chosen(wanted: str) -> ManyRows | None:
-    """The best kernel of a kind, or one by name. The first that fails its test ends the search, with one warning."""
+    """The best kernel that serves a kind one may ask for, or one by name; the default one where there is none."""
+    check_settings()
+    if wanted == TORCH:
+        return None
+    if wanted in PROMPT_KERNELS:
+        return _right(available()[wanted]) if wanted in available() else _chosen(KINDS[0])
+    found = _first_right(MEANT[wanted])
+    return found or (_chosen(KINDS[0]) if wanted != KINDS[0] else None)
+
+
+@cache
+def _first_right(kinds: tuple[str, ...]) -> ManyRows | None:
+    """The best kernel of these kinds. The first that fails its test ends the search."""
+    candidate = next((one for one in available().values() if one.kind in kinds), None)
+    return None if candidate is None or _torch_is_faster(candidate) else _right(candidate)
+
+
+def _torch_is_faster(candidate: ManyRows) -> bool:
+    """Whether torch multiplies bf16 with tile instructions, where our own kernel for those is missing."""
+    library = native()
+    held = bool(os.environ.get(LEVEL_VARIABLE))
+    tiles = library is not None and bool(library.splitrun_has_tiles()) and not held
+    return tiles and candidate.kind != "int8" and PROMPT_KERNELS[candidate.name] != LEVELS[0]
+
+
+def _right(candidate: ManyRows) -> ManyRows | None:
+    """The kernel, unless it fails its test: then None, with one warning."""
     from splitrun.kernels.cpu.selftest import first_fault_of_many
 
-    check_settings()
-    library = native()
-    if library is None or wanted == TORCH or kernel() is None:
-        return None
-    found = every()
-    candidate = found.get(wanted) or next((one for one in found.values() if one.kind == wanted), None)
-    if candidate is None or (candidate.name in WORSE_THAN_TORCH and library.splitrun_has_tiles() and wanted in KINDS):
-        return None
     fault = first_fault_of_many(candidate)
     if fault is None:
         return candidate
@@ -128,6 +173,6 @@ def _chosen(wanted: str) -> ManyRows | None:
         f"the {candidate.name} kernel for prompts is switched off: {fault}. splitrun goes on with torch's product; "
         "please report this processor's name",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return None

@@ -14,11 +14,16 @@ fp32 and output rounding. Typical, for normally distributed values: 1.0 % (nf4),
 are rounded again (kernels for tile instructions take 8). Read A_g and M_g as those of the span; M_g counts twice.
 Typical: 1.2 % and 0.8 %.
 
+A product of many rows in int16 has codes up to 16383 for activations and 1722 for the table (`WIDE`), in place of 127:
+read 32766 and 3444 for 254 above.
+
 A product of many rows in bf16 multiplies values rounded to bf16 in fp32 sums: `many_bound`. So does one of few rows
 with a bf16 matrix at a level with dot products of bf16; what is smaller than fp32's normal numbers is zero there.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,42 +35,59 @@ LANES = 16
 """Partial sums along a row of a 16-bit matrix."""
 SMALLEST = 1e-30
 """A group without a larger magnitude counts as zeros."""
-INVERSE_127 = float(torch.tensor(1.0) / torch.tensor(127.0))
 
 
-def nf4_integers() -> Tensor:
-    """The table of 16 values times 127, rounded. Shape: int64 (16,)."""
-    return (torch.tensor(NF4_TABLE) * 127).round().long()
+@dataclass(frozen=True)
+class Codes:
+    """The largest integers that stand for an activation, and for a value of nf4's table."""
+
+    activation: int = 127
+    table: int = 127
 
 
-def quantize_activations(x: Tensor, unit: float, span: int = 1) -> tuple[Tensor, Tensor]:
+WIDE = Codes(16383, 1722)
+"""Of products in int16."""
+
+
+def nf4_integers(most: int = 127) -> Tensor:
+    """The table of 16 values times the largest integer, rounded. Shape: int64 (16,)."""
+    return (torch.tensor(NF4_TABLE) * most).round().long()
+
+
+def quantize_activations(x: Tensor, unit: float, span: int = 1, most: int = 127) -> tuple[Tensor, Tensor]:
     """Codes and scales. Shape: (rows, n) -> int64 (rows, spans, 64 * span), fp32 (rows, spans); missing columns are 0.
 
-    ``unit``: what the largest magnitude is multiplied with to become the scale.
+    ``unit``: what the largest magnitude is multiplied with to become the scale; ``most``: the largest code.
     """
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % (GROUP * span)))
     groups = padded.view(x.shape[0], -1, GROUP * span)
     largest = groups.abs().amax(-1)
     finite = torch.isfinite(groups).all(-1)
     used = finite & (largest >= SMALLEST)
-    inverse = torch.where(used, torch.tensor(127.0) / largest, 0.0)
+    inverse = torch.where(used, torch.tensor(float(most)) / largest, 0.0)
     codes = (torch.where(used.unsqueeze(-1), groups, 0.0) * inverse.unsqueeze(-1)).round().long()
     scales = torch.where(used, largest * torch.tensor(unit), torch.where(finite, 0.0, torch.nan))
     return codes, scales
 
 
 def product_reference(
-    x: Tensor, codes: Tensor, scales: Tensor, format: str, bias: Tensor | None = None, span: int = 1
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    format: str,
+    bias: Tensor | None = None,
+    span: int = 1,
+    most: Codes = Codes(),
 ) -> Tensor:
     """``x @ W.T + bias`` in x's dtype. Shape: (rows, n), int64 (out, n), fp32 (out, n / 64) or (out,) -> (rows, out).
 
-    ``codes`` are the integers that stand for a weight's values: -127..127.
+    ``codes`` are the integers that stand for a weight's values: -127..127, or as far as ``most`` says.
     """
-    unit = torch.tensor(INVERSE_127)
+    unit = torch.tensor(1.0) / torch.tensor(float(most.activation))
     if format == "nf4":
-        unit = unit * unit
+        unit = unit * (torch.tensor(1.0) / torch.tensor(float(most.table)))
         codes, scales = _spanned(codes, scales, span)
-    activations, activation_scales = quantize_activations(x, float(unit), span)
+    activations, activation_scales = quantize_activations(x, float(unit), span, most.activation)
     width = GROUP * span
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % width)).view(codes.shape[0], -1, width)
     sums = torch.zeros(x.shape[0], codes.shape[0])
@@ -96,7 +118,7 @@ def _spanned(codes: Tensor, scales: Tensor, span: int) -> tuple[Tensor, Tensor]:
 
 
 def many_bound(x: Tensor, values: Tensor, exact: Tensor) -> Tensor:
-    """How far a bf16 product in fp32 sums may be from the exact one of these values. Shape: (rows, out), float64.
+    """How far a product in fp32 sums may be from the exact one of these values. Shape: (rows, out), float64.
 
     fp32 sums of n terms, n 2^-23 of the terms' magnitudes; half a unit of bf16 for the output; and what is smaller
     than fp32's normal numbers counts as zero.
@@ -123,10 +145,10 @@ def dense_reference(x: Tensor, values: Tensor, bias: Tensor | None = None) -> Te
     return (total if bias is None else total + bias.float()).to(x.dtype)
 
 
-def nf4_codes(packed: Tensor) -> Tensor:
-    """Integers of packed codes. Shape: uint8 (out, n / 2) -> int64 (out, n)."""
+def nf4_codes(packed: Tensor, most: int = 127) -> Tensor:
+    """Integers of packed codes, up to the largest. Shape: uint8 (out, n / 2) -> int64 (out, n)."""
     indices = torch.stack([packed >> 4, packed & 15], -1).view(packed.shape[0], -1)
-    return nf4_integers()[indices.long()]
+    return nf4_integers(most)[indices.long()]
 
 
 assert GROUP == BLOCK, "an nf4 scale covers the columns of one activation scale"

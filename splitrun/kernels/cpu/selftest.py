@@ -8,7 +8,7 @@ import torch
 
 from splitrun.kernels.cpu.library import Kernel
 from splitrun.kernels.cpu.many import ManyRows
-from splitrun.kernels.cpu.reference import dense_reference, many_bound, nf4_codes, product_reference
+from splitrun.kernels.cpu.reference import WIDE, Codes, dense_reference, many_bound, nf4_codes, product_reference
 from splitrun.kernels.int8 import Int8Weight, quantize_int8
 from splitrun.kernels.nf4 import Nf4Weight
 from splitrun.kernels.nf4_definition import NF4_TABLE, dequantize_reference, quantize_nf4
@@ -72,15 +72,15 @@ def _results(
         yield f"the {dtype} product beside that", product, expected
 
 
-def _reference(plain: Nf4Weight | Int8Weight) -> torch.Tensor:
+def _reference(plain: Nf4Weight | Int8Weight, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """The values by definition. An nf4 weight's own `dequantize` imports bitsandbytes: seconds, and 180 MB."""
     if isinstance(plain, Nf4Weight):
-        return dequantize_reference(plain.packed, plain.maxima, torch.tensor(NF4_TABLE), torch.bfloat16)
-    return plain.dequantize()
+        return dequantize_reference(plain.packed, plain.maxima, torch.tensor(NF4_TABLE), dtype)
+    return Int8Weight(plain.codes, plain.scales, dtype).dequantize()
 
 
 MANY_ROWS = 37
-WIDE = (("nf4", 1088), ("int8", 1060))
+WIDE_SHAPES = (("nf4", 1088), ("int8", 1060))
 """Two slabs and a short one."""
 
 
@@ -93,7 +93,7 @@ def first_fault_of_many(kernel: ManyRows) -> str | None:
     if few is None:
         return "there is no kernel for few rows"
     generator = torch.Generator().manual_seed(8)
-    for format, columns in WIDE:
+    for format, columns in WIDE_SHAPES:
         values = torch.randn(75, columns, generator=generator)
         x, bias = (torch.randn(rows, columns, generator=generator).bfloat16() for rows in (MANY_ROWS, 1))
         weight = TiledWeight.empty(format, values.shape, torch.bfloat16, few)
@@ -101,13 +101,15 @@ def first_fault_of_many(kernel: ManyRows) -> str | None:
         plain, bias = weight.plain(), bias[0, :75].contiguous()
         found = torch.empty(MANY_ROWS, 75, dtype=torch.bfloat16)
         kernel.product(weight.matrix, x, found, bias)
-        if kernel.kind == "int8":
-            codes = nf4_codes(plain.packed) if isinstance(plain, Nf4Weight) else plain.codes.long()
+        if kernel.kind in ("int8", "int16"):
+            most = Codes() if kernel.kind == "int8" else WIDE
+            codes = nf4_codes(plain.packed, most.table) if isinstance(plain, Nf4Weight) else plain.codes.long()
             scales = plain.maxima if isinstance(plain, Nf4Weight) else plain.scales
-            right = torch.equal(found, product_reference(x, codes, scales, format, bias, kernel.span))
+            right = torch.equal(found, product_reference(x, codes, scales, format, bias, kernel.span, most))
         else:
-            exact = x.double() @ _reference(plain).double().T + bias.double()
-            right = bool(((found.double() - exact).abs() <= many_bound(x, _reference(plain), exact)).all())
+            values = _reference(plain, torch.bfloat16 if kernel.kind == "bf16" else torch.float32)
+            exact = x.double() @ values.double().T + bias.double()
+            right = bool(((found.double() - exact).abs() <= many_bound(x, values, exact)).all())
         if not right:
             return f"the product of {MANY_ROWS} rows of {format} weights differs from the reference"
     return None

@@ -2,7 +2,7 @@
  *
  * Tile registers: 0 to 3 sums, 4 and 5 activations, 6 and 7 weights. Each row of sums is 16 outputs. */
 #include "panel_body.h"
-#include "chunk_rows.h"
+#include "chunk_rows_bf16.h"
 #include "tiles.h"
 
 #define HALF 32                /* outputs at a time, of a panel */

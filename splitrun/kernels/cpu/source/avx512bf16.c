@@ -1,6 +1,6 @@
 /* Products of many rows in bf16, x86 with AVX-512 BF16: four rows with four tiles of outputs at a time. */
 #include "panel_body.h"
-#include "chunk_rows.h"
+#include "chunk_rows_bf16.h"
 
 #define ROWS 4
 

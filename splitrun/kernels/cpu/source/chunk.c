@@ -1,5 +1,5 @@
 /* One decoder layer for a chunk of a prompt in one call: what block.c computes, with products of many rows and attention by
- * products of panels. Between the products everything is fp32, except that attention multiplies bf16. bf16 only. */
+ * products of panels. Between the products everything is fp32, except that attention may multiply bf16. bf16 only. */
 #include "chunk.h"
 
 enum { NORM, PROJECT, TURN_KEYS, ATTEND, PACK_CONTEXT, OUTPUT, SECOND_NORM, GATE, PACK_GATED, DOWN, STORE, PHASES };
@@ -17,8 +17,8 @@ static struct desk desk_in(const struct block *block, uint8_t *memory, int64_t *
     desk.bench = workbench_in(memory);
     desk.wide = (float *)next;
     desk.queries = next += even(TILE * larger(narrow_of(block), block->gate.rows) * 4);
-    desk.weights = next += rows / TILE * parts(block->width, 32) * STEP_TILE;
-    desk.scores = (float *)(next += rows / TILE * (KEYS / 32) * STEP_TILE);
+    desk.weights = next += rows / TILE * parts(block->width, FEWEST_STEP_COLUMNS) * STEP_TILE;
+    desk.scores = (float *)(next += rows / TILE * (KEYS / FEWEST_STEP_COLUMNS) * STEP_TILE);
     desk.found = (float *)(next += rows * PANEL * 4);
     desk.largest = (float *)(next += parts(block->width, PANEL) * rows * PANEL * 4);
     desk.total = desk.largest + rows;
@@ -36,7 +36,7 @@ static void norm_tile(const struct chunk *chunk, struct desk *desk, int64_t tile
     int64_t columns = block->query.columns, rows = tile_rows(chunk, tile);
     struct packed packed = packed_in(chunk->many, chunk->tokens, columns, chunk->packed);
     for (int64_t row = 0; row < rows; row++)
-        chunk->bf16->rows->norm(chunk->hidden + (tile * TILE + row) * columns, weight, columns, block->epsilon,
+        chunk->attention->rows->norm(chunk->hidden + (tile * TILE + row) * columns, weight, columns, block->epsilon,
                                 desk->wide + row * columns);
     chunk->many->pack(chunk->many, desk->wide, FP32, columns, rows, columns, chunk->unit, &packed, tile);
 }
@@ -98,14 +98,14 @@ static void add_product(const struct chunk *chunk, struct desk *desk, const stru
     float copy[PANEL], scales[PANEL];
     multiply(chunk, desk, &part, activations);
     for (int64_t i = 0, panel = part.panel; i < part.panels; i++, panel++)
-        chunk->bf16->rows->add(desk->bench.sums + i * sums_of(part.rows), part.rows, panel_outputs(weight, panel),
+        chunk->attention->rows->add(desk->bench.sums + i * sums_of(part.rows), part.rows, panel_outputs(weight, panel),
                                panel_scales(chunk->many, weight, panel, scales), bias_of(bias, weight, panel, copy),
                                chunk->hidden + part.first_row * weight->rows + panel * PANEL, weight->rows);
 }
 
 static void gate(const struct chunk *chunk, struct desk *desk, int64_t task) {
     const struct block *block = chunk->block;
-    const struct chunk_rows *rows = chunk->bf16->rows;
+    const struct chunk_rows *rows = chunk->attention->rows;
     int64_t groups = groups_of_panels(&block->gate, &chunk->gates), stride = block->gate.rows;
     struct part part = part_of(&block->gate, &block->up, &chunk->gates, chunk->tokens, task / groups, task % groups);
     int64_t each = sums_of(part.rows);
@@ -132,7 +132,7 @@ static void turn_keys(const struct chunk *chunk, struct desk *desk, int64_t tile
         const float *keys = chunk->projected + token * projected_of(block) + block->query.rows;
         for (int head = 0; head < block->kv_heads; head++, keys += block->width) {
             int64_t at = place_of_slot(chunk, row, slot, head);
-            chunk->bf16->rows->turn(keys, block->key_norm, chunk->cosines + token * block->width,
+            chunk->attention->rows->turn(keys, block->key_norm, chunk->cosines + token * block->width,
                                     chunk->sines + token * block->width, block->width, block->epsilon, 1.0f, desk->wide);
             store_values(desk->wide, BF16, 0, block->width, (uint16_t *)block->keys + at);
             store_values(keys + block->key.rows, BF16, 0, block->width, (uint16_t *)block->values + at);
@@ -145,7 +145,7 @@ static void perform(struct chunk *chunk, struct desk *desk, int phase, int64_t t
     int64_t columns = block->query.columns, at = task * TILE * columns;
     switch (phase) {
         case NORM:
-            chunk->bf16->rows->widen(chunk->in + at, tile_rows(chunk, task) * columns, chunk->hidden + at);
+            chunk->attention->rows->widen(chunk->in + at, tile_rows(chunk, task) * columns, chunk->hidden + at);
             norm_tile(chunk, desk, task, block->first_norm);
             break;
         case PROJECT: project(chunk, desk, task); break;
@@ -157,7 +157,7 @@ static void perform(struct chunk *chunk, struct desk *desk, int phase, int64_t t
         case GATE: gate(chunk, desk, task); break;
         case PACK_GATED: pack_tile(chunk, chunk->gated, block->gate.rows, chunk->packed_gated, task); break;
         case DOWN: add_product(chunk, desk, &block->down, 0, chunk->packed_gated, task); break;
-        default: chunk->bf16->rows->narrow(chunk->hidden + at, tile_rows(chunk, task) * columns, chunk->out + at);
+        default: chunk->attention->rows->narrow(chunk->hidden + at, tile_rows(chunk, task) * columns, chunk->out + at);
     }
 }
 
@@ -166,8 +166,8 @@ static void work(void *argument) {
     struct seat seat = take_seat(&chunk->arrived, chunk->threads);
     int64_t bytes;
     struct desk desk = desk_in(chunk->block, chunk->benches + seat.bench * chunk->bench_bytes, &bytes);
-    if (chunk->bf16->enter) chunk->bf16->enter();
-    if (chunk->many->enter && !chunk->bf16->enter) chunk->many->enter();
+    if (chunk->attention->enter) chunk->attention->enter();
+    if (chunk->many->enter && !chunk->attention->enter) chunk->many->enter();
     for (int index = 0; index < PHASES; index++) {
         struct phase *phase = &chunk->phases[index];
         int64_t task;
@@ -177,7 +177,7 @@ static void work(void *argument) {
         }
         wait_for(phase);
     }
-    if (chunk->bf16->leave) chunk->bf16->leave();
+    if (chunk->attention->leave) chunk->attention->leave();
 }
 
 /* Parts of scratch memory, each at a multiple of 64 bytes. */
@@ -211,14 +211,15 @@ EXPORT int64_t splitrun_chunk_scratch_bytes(const struct many *many, const struc
     return lay_out(&chunk, (uint8_t *)(uintptr_t)many) + 64;
 }
 
-/* As splitrun_block, for any number of tokens; all types bf16. many multiplies weights, bf16 is of that kind. */
-EXPORT void splitrun_chunk(const struct many *many, const struct many *bf16, const struct block *block,
+/* As splitrun_layers for one layer, for any number of tokens; all types bf16. many multiplies with weights, attention
+ * (a kernel that has rows) with keys and values. */
+EXPORT void splitrun_chunk(const struct many *many, const struct many *attention, const struct block *block,
                            const struct rows *rows, const void *in, const void *cosines, const void *sines, void *out,
                            void *scratch, int32_t threads) {
     int64_t tokens = rows->rows * rows->count, tiles = parts(tokens, TILE), most = panels_at_once(many);
     struct phase phases[PHASES];
-    struct chunk chunk = {.many = many, .bf16 = bf16, .block = block, .rows = rows, .in = in, .cosines = cosines,
-                          .sines = sines, .out = out, .tokens = tokens, .unit = unit_of(&block->query),
+    struct chunk chunk = {.many = many, .attention = attention, .block = block, .rows = rows, .in = in, .cosines = cosines,
+                          .sines = sines, .out = out, .tokens = tokens, .unit = unit_of(many, &block->query),
                           .threads = threads, .phases = phases};
     lay_out(&chunk, (uint8_t *)even((int64_t)(uintptr_t)scratch));
     chunk.products = portion_of_task(many, tokens, weight_panels(&block->output), most, threads);

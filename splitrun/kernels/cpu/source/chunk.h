@@ -8,13 +8,13 @@
 #include "phases.h"
 
 struct chunk {
-    const struct many *many, *bf16; /* the products', and attention's */
+    const struct many *many, *attention; /* the kernels of products with weights, and of those with keys and values */
     const struct block *block;
     const struct rows *rows;
     const uint16_t *in, *cosines, *sines;
     uint16_t *out;
     float *hidden, *projected, *context; /* Shape: (tokens, their width) */
-    float *gated;                        /* of int8 products; those in bf16 are packed at once */
+    float *gated;                        /* where it is not packed at once */
     uint8_t *packed, *packed_gated, *benches;
     int64_t tokens, bench_bytes;
     struct portion products, gates; /* of a task; each gate has its up beside it */

@@ -1,4 +1,5 @@
-/* Attention of a chunk of a prompt by products of panels: 16 tokens with 64 keys at a time, in bf16, sums in fp32. */
+/* Attention of a chunk of a prompt by products of panels: 16 tokens with 64 keys at a time, in bf16 or
+ * fp32, sums in fp32. */
 #include "chunk.h"
 
 struct view_of_tile {
@@ -15,11 +16,24 @@ static void turn_queries(const struct chunk *chunk, struct desk *desk, const str
             int64_t token = tile->token + i;
             const float *query = chunk->projected + token * projected_of(block) +
                                  (tile->head * tile->group + head) * block->width;
-            chunk->bf16->rows->turn(query, block->query_norm, chunk->cosines + token * block->width,
+            chunk->attention->rows->turn(query, block->query_norm, chunk->cosines + token * block->width,
                                     chunk->sines + token * block->width, block->width, block->epsilon, block->scale,
                                     desk->wide + i * block->width);
         }
-        chunk->bf16->pack(chunk->bf16, desk->wide, FP32, block->width, tile->count, block->width, 1.0f, queries, head);
+        chunk->attention->pack(chunk->attention, desk->wide, FP32, block->width, tile->count, block->width, 1.0f, queries, head);
+    }
+}
+
+/* desk->scores = queries times keys, as many columns at a time as a slab has. Moves the keys' addresses. */
+static void score_keys(const struct chunk *chunk, struct desk *desk, const uint16_t **keys, int count,
+                       const struct packed *queries, int64_t all) {
+    int64_t most = slab_columns(chunk->attention), each = step_columns(chunk->attention);
+    for (int64_t first = 0; first < chunk->block->width; first += most) {
+        int64_t left = chunk->block->width - first, columns = left < most ? left : most;
+        struct slab slab = {desk->bench.slabs[0].lines, 0, first / each, parts(columns, each)};
+        chunk->attention->rows->lay_keys(keys, count, (int)columns, slab.lines);
+        chunk->attention->multiply(chunk->attention, queries, 0, all, &slab, desk->scores, first > 0, 0);
+        for (int i = 0; i < count; i++) keys[i] += most;
     }
 }
 
@@ -27,34 +41,33 @@ static void turn_queries(const struct chunk *chunk, struct desk *desk, const str
 static void attend_keys(const struct chunk *chunk, struct desk *desk, const struct view_of_tile *tile,
                         const struct packed *queries, int64_t start, int count) {
     const struct block *block = chunk->block;
-    const struct chunk_rows *rows = chunk->bf16->rows;
+    const struct chunk_rows *rows = chunk->attention->rows;
     const uint16_t *keys[KEYS], *values[KEYS];
-    int64_t all = (int64_t)tile->group * TILE;
-    struct slab slab = {desk->bench.slabs[0].lines, 0, 0, queries->steps};
-    struct packed weights = {desk->weights, 0, 0, KEYS / 32, 0};
+    int64_t all = (int64_t)tile->group * TILE, steps = KEYS / step_columns(chunk->attention);
+    struct slab slab = {desk->bench.slabs[0].lines, 0, 0, 0};
+    struct packed weights = {desk->weights, 0, 0, steps, 0};
     for (int i = 0; i < count; i++) {
         int64_t at = place_of_slot(chunk, tile->row, start + i, tile->head);
         keys[i] = (const uint16_t *)block->keys + at;
         values[i] = (const uint16_t *)block->values + at;
     }
-    rows->lay_keys(keys, count, block->width, slab.lines);
-    chunk->bf16->multiply(chunk->bf16, queries, 0, all, &slab, desk->scores, 0, 0);
+    score_keys(chunk, desk, keys, count, queries, all);
     for (int64_t row = 0; row < all; row++) {
         int64_t last = tile->seen + row % TILE - start, first = block->window ? last - block->window : 0;
         last = last < 0 ? 0 : last < count ? last : count;
         first = first < 0 ? 0 : first < KEYS ? first : KEYS;
         float shrink = rows->weigh(desk->scores + row * PANEL, (int)first, (int)last, desk->largest + row,
                                    desk->total + row,
-                                   desk->weights + row / TILE * (KEYS / 32) * STEP_TILE + row % TILE * STEP_BYTES);
+                                   desk->weights + row / TILE * steps * STEP_TILE + row % TILE * STEP_BYTES);
         for (int64_t part = 0; shrink != 1.0f && part < parts(block->width, PANEL); part++)
             rows->scale(desk->found + (part * all + row) * PANEL, shrink);
     }
-    slab.steps = KEYS / 32;
+    slab.steps = steps;
     for (int64_t part = 0; part < parts(block->width, PANEL); part++) {
         int columns = block->width - part * PANEL < PANEL ? (int)(block->width - part * PANEL) : PANEL;
         rows->lay_values(values, count, columns, slab.lines);
         for (int i = 0; i < count; i++) values[i] += PANEL;
-        chunk->bf16->multiply(chunk->bf16, &weights, 0, all, &slab, desk->found + part * all * PANEL, 1, 0);
+        chunk->attention->multiply(chunk->attention, &weights, 0, all, &slab, desk->found + part * all * PANEL, 1, 0);
     }
 }
 
@@ -68,7 +81,7 @@ void attend_chunk(const struct chunk *chunk, struct desk *desk, int64_t task) {
                                 block->heads / block->kv_heads};
     tile.count = tile.count < TILE ? tile.count : TILE;
     int64_t all = (int64_t)tile.group * TILE, last = tile.seen + tile.count - 1, start = chunk->rows->skips[row];
-    struct packed queries = {desk->queries, 0, 0, parts(block->width, 32), 0};
+    struct packed queries = {desk->queries, 0, 0, parts(block->width, step_columns(chunk->attention)), 0};
     if (block->window && tile.seen - block->window > start) start = tile.seen - block->window;
     turn_queries(chunk, desk, &tile, &queries);
     memset(desk->found, 0, (size_t)(parts(block->width, PANEL) * all * PANEL) * sizeof(float));
@@ -81,7 +94,7 @@ void attend_chunk(const struct chunk *chunk, struct desk *desk, int64_t task) {
                      (tile.head * tile.group + i / TILE) * block->width;
         for (int64_t part = 0; part < parts(block->width, PANEL); part++) {
             int64_t columns = block->width - part * PANEL < PANEL ? block->width - part * PANEL : PANEL;
-            chunk->bf16->rows->scale(desk->found + (part * all + i) * PANEL, 1.0f / desk->total[i]);
+            chunk->attention->rows->scale(desk->found + (part * all + i) * PANEL, 1.0f / desk->total[i]);
             memcpy(out + part * PANEL, desk->found + (part * all + i) * PANEL, (size_t)columns * sizeof(float));
         }
     }

@@ -1,6 +1,6 @@
 /* Which levels this build has and this processor runs, best first. The build defines HAVE_... for each file that its
  * compiler could compile. */
-#include "kernels.h"
+#include "panels.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -15,6 +15,9 @@ const float nf4_table[16] = {
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
 const int8_t nf4_codes[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
+
+const int16_t nf4_wide_codes[16] = {-1722, -1199, -904, -680, -490, -318, -157, 0,
+                                    137,   277,   424,  582,  759,  969,  1245, 1722};
 
 /* The index-th level that runs here, or null after the last; portable is always the last. */
 EXPORT const struct level *splitrun_level(int32_t index) {

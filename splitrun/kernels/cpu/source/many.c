@@ -29,7 +29,6 @@ static int tiles_allowed(unsigned wanted) {
 }
 
 static int has_avx512(void) {
-    __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
@@ -37,9 +36,10 @@ static int has_avx512(void) {
 
 /* The index-th that runs here, or null after the last. */
 EXPORT const struct many *splitrun_many(int32_t index) {
-    const struct many *found[8];
+    const struct many *found[12];
     int count = 0;
 #if defined(__x86_64__)
+    __builtin_cpu_init();
     if (has_avx512()) {
         int bf16_tiles = tiles_allowed(EDX_AMX_TILE | EDX_AMX_BF16), int8_tiles = tiles_allowed(EDX_AMX_TILE | EDX_AMX_INT8);
 #ifdef HAVE_AMX
@@ -53,6 +53,20 @@ EXPORT const struct many *splitrun_many(int32_t index) {
 #ifdef HAVE_AVX512INT8
         if (__builtin_cpu_supports("avx512vnni")) found[count++] = &many_avx512int8;
         if (__builtin_cpu_supports("avx512vnni")) found[count++] = &many_avx512int8_wide;
+#endif
+#ifdef HAVE_AVX512INT16
+        if (__builtin_cpu_supports("avx512vnni")) found[count++] = &many_avx512int16;
+#endif
+    }
+    if (__builtin_cpu_supports("avx2")) {
+#ifdef HAVE_AVX2VNNIINT16
+        if (__builtin_cpu_supports("avxvnni")) found[count++] = &many_avx2vnniint16;
+#endif
+#ifdef HAVE_AVX2INT16
+        found[count++] = &many_avx2int16;
+#endif
+#ifdef HAVE_AVX2FP32
+        if (__builtin_cpu_supports("fma")) found[count++] = &many_avx2fp32;
 #endif
     }
 #endif

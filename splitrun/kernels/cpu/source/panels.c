@@ -29,7 +29,7 @@ static int64_t aligned(int64_t bytes) { return parts(bytes, LINE_OF_MEMORY) * LI
 static int64_t steps_of(const struct many *many, int64_t columns) { return parts(columns, step_columns(many)); }
 
 static int64_t spans_of(const struct many *many, int64_t columns) {
-    return many->kind == INT8_PRODUCTS ? parts(columns, (int64_t)many->span * GROUP) : 0;
+    return has_scales(many) ? parts(columns, (int64_t)many->span * GROUP) : 0;
 }
 
 int64_t packed_bytes(const struct many *many, int64_t rows, int64_t columns) {
@@ -55,9 +55,11 @@ struct workbench workbench_in(uint8_t *memory) {
     return bench;
 }
 
-/* What an int8 activation scale is multiplied with, so that scales of weights need no further factor. */
-float unit_of(const struct weight *weight) {
-    return weight->format == NF4 ? (1.0f / 127.0f) * (1.0f / 127.0f) : 1.0f / 127.0f;
+/* What an activation scale is multiplied with, so that scales of weights need no further factor. */
+float unit_of(const struct many *many, const struct weight *weight) {
+    int wide = many->kind == INT16_PRODUCTS;
+    float code = 1.0f / (wide ? WIDE_CODE : 127.0f), value = 1.0f / (wide ? WIDE_VALUE : 127.0f);
+    return weight->format == NF4 ? code * value : code;
 }
 
 /* Where the columns of a panel from one on begin. */
@@ -69,10 +71,11 @@ static const uint8_t *codes_of(const struct expansion *one) {
 /* The index-th of a part's expansions: a slab of all its panels, of the weight and of the other, then the next slab. */
 static struct expansion expansion_of(const struct many *many, const struct part *part, int64_t index,
                                      const struct workbench *bench) {
-    int64_t all = part->panels * (part->other ? 2 : 1), own = index % all, first = index / all * SLAB;
+    int64_t all = part->panels * (part->other ? 2 : 1), own = index % all, most = slab_columns(many);
+    int64_t first = index / all * most;
     struct expansion one = {own < part->panels ? part->weight : part->other, part->panel + own % part->panels, first,
                             part->weight->columns - first, 0, bench->slabs[index % 2]};
-    one.count = one.count < SLAB ? one.count : SLAB;
+    one.count = one.count < most ? one.count : most;
     one.slab.first = first / step_columns(many);
     one.slab.steps = steps_of(many, one.count);
     return one;
@@ -81,7 +84,8 @@ static struct expansion expansion_of(const struct many *many, const struct part 
 /* The bench's sums = the products of a part, without `panel_scales`: those of the weight, then those of the other. */
 void multiply_part(const struct many *many, const struct part *part, const struct packed *packed,
                    const struct workbench *bench) {
-    int64_t all = part->panels * (part->other ? 2 : 1), count = all * parts(part->weight->columns, SLAB);
+    int64_t all = part->panels * (part->other ? 2 : 1);
+    int64_t count = all * parts(part->weight->columns, slab_columns(many));
     struct expansion now = expansion_of(many, part, 0, bench), next, later;
     many->expand(many, &now);
     next = expansion_of(many, part, 1, bench);
@@ -98,9 +102,9 @@ int64_t panel_outputs(const struct weight *weight, int64_t panel) {
     return left < PANEL ? left : PANEL;
 }
 
-/* What remains to multiply the sums of a panel with: scales of rows, in int8 with int8 weights; else null. */
+/* What remains to multiply the sums of a panel with: scales of rows, of integers with int8 weights; else null. */
 const float *panel_scales(const struct many *many, const struct weight *weight, int64_t panel, float *copy) {
-    if (many->kind == BF16_PRODUCTS || weight->format == NF4) return 0;
+    if (!has_scales(many) || weight->format == NF4) return 0;
     memset(copy, 0, PANEL * sizeof(float));
     memcpy(copy, weight->scales + panel * PANEL, (size_t)panel_outputs(weight, panel) * sizeof(float));
     return copy;
@@ -127,7 +131,7 @@ static void work(void *argument) {
         int64_t row = task * TILE, rows = product->rows - row < TILE ? product->rows - row : TILE;
         int64_t width = product->dtype == FP32 ? 4 : 2;
         many->pack(many, (const uint8_t *)product->x + row * columns * width, product->dtype, columns, rows, columns,
-                   unit_of(product->weight), &product->packed, task);
+                   unit_of(many, product->weight), &product->packed, task);
         task_done(&product->pack);
     }
     wait_for(&product->pack);
@@ -153,7 +157,7 @@ struct part part_of(const struct weight *weight, const struct weight *other, con
 /* Rows and panels of a task: many, so that a panel is expanded seldom and activations come from afar seldom, but few enough
  * to give every thread several tasks. Blocks of rows are about equal. */
 struct portion portion_of_task(const struct many *many, int64_t rows, int64_t panels, int64_t most_panels, int64_t threads) {
-    int64_t most = many->kind == BF16_PRODUCTS ? ROWS_AT_ONCE / 2 : ROWS_AT_ONCE;
+    int64_t most = many->kind == INT8_PRODUCTS ? ROWS_AT_ONCE : ROWS_AT_ONCE / 2;
     struct portion portion = {parts(parts(rows, parts(rows, most)), 2 * TILE) * 2 * TILE, most_panels};
     int64_t wanted = threads > 1 ? 3 * threads : 1;
     while (portion.panels > 1 && parts(rows, portion.rows) * parts(panels, portion.panels) < wanted) portion.panels /= 2;
