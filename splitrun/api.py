@@ -60,8 +60,9 @@ def plan(
     devices or sizes that cannot be, InvalidRequest for a setting of the environment that names nothing, and a
     ModelError for a model that cannot be run.
     """
+    from splitrun.planner.formats import allowed_formats
     from splitrun.planner.refuse import refuse_hopeless
-    from splitrun.planner.solve import allowed_formats, check_request, solve
+    from splitrun.planner.solve import check_request, solve
 
     check_settings()
     _check_arguments(context, sessions, weights, quality, nodes and facts is not None)
@@ -145,7 +146,7 @@ def gather_facts(
     """
     from splitrun.engine.own_seconds import engine_cost
     from splitrun.measure.gather import gather
-    from splitrun.planner.solve import device_formats
+    from splitrun.planner.formats import device_formats
 
     def formats(profile: ModelProfile, cluster: Cluster) -> Mapping[str, tuple[str, ...]]:
         return device_formats(profile, cluster, weights)

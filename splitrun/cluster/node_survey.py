@@ -20,7 +20,7 @@ def serve(parent: Parent, job: dict[str, Any]) -> None:
     from splitrun.measure.gather import gather
     from splitrun.planner.facts import Cluster, ModelProfile
     from splitrun.planner.facts_file import plain
-    from splitrun.planner.solve import device_formats
+    from splitrun.planner.formats import device_formats
 
     def formats(profile: ModelProfile, cluster: Cluster) -> dict[str, tuple[str, ...]]:
         return dict(device_formats(profile, cluster, str(job["formats"])))

@@ -60,16 +60,19 @@ class Parts:
     @classmethod
     def of(cls, profile: ModelProfile, device: Device, workload: Workload, weights: str) -> Parts:
         """As that device has them in that format."""
-        layers, dtype, last = profile.layers, kv_dtype_on(device, weights), profile.layers + 1
-        units = range(layers + 2)
-        seconds = [unit_s(profile, unit, device, weights, workload, dtype) for unit in units]
+        dtype, last = kv_dtype_on(device, weights), profile.layers + 1
+        kinds = _kinds(profile, device, weights)
+        counted = {unit: unit_s(profile, unit, device, weights, workload, dtype) for unit in set(kinds)}
+        seconds = [counted[kind] for kind in kinds]
         prefill, rows = workload.objective == "first-token", objective_rows(workload)
         stage_s = stage_overhead_s(profile, device, weights, workload, prefill, rows)
         ahead = numpy.concatenate([[0.0], numpy.cumsum(seconds[1:-1])])
-        able = runs(layers) & device.holds_layers
+        able = numpy.tri(last, dtype=numpy.bool_).T & device.holds_layers
         run_s = numpy.where(able, stage_s + ahead[None, :] - ahead[:, None], INFINITE)
         numpy.fill_diagonal(run_s, 0.0)
-        bills = [unit_memory(profile, unit, device, weights, workload, KVSpec(dtype=dtype)) for unit in units]
+        spec = KVSpec(dtype=dtype)
+        billed = {unit: unit_memory(profile, unit, device, weights, workload, spec) for unit in set(kinds)}
+        bills = [billed[kind] for kind in kinds]
         sizes = [bill.weight_bytes + bill.kv_bytes + bill.state_bytes for bill in bills[1:-1]]
         before = numpy.concatenate([[0], numpy.cumsum(numpy.array(sizes, dtype=numpy.int64))])
         return cls(
@@ -102,9 +105,17 @@ def choices_of(device: Device, parts: Sequence[Parts], ends: Ends, apart: bool) 
     return tuple(found)
 
 
-def runs(layers: int) -> numpy.typing.NDArray[numpy.bool_]:
-    """Which entries are runs of one layer and more. Shape: (layers + 1, layers + 1)."""
-    return numpy.triu(numpy.ones((layers + 1, layers + 1), dtype=numpy.bool_), 1)
+def _kinds(profile: ModelProfile, device: Device, weights: str) -> list[int]:
+    """Unit -> the first that takes the same seconds and bytes on that device in that format: each is counted once."""
+    place = (device.name, weights)
+    measured, peaks = profile.seconds.get(place), profile.peaks.get(place)
+    return [
+        kind
+        if (measured is None or measured.units[unit] == measured.units[kind])
+        and (peaks is None or peaks[unit] == peaks[kind])
+        else unit
+        for unit, kind in enumerate(profile.kinds)
+    ]
 
 
 def _figures(embed: Parts | None, layers: Parts, head: Parts | None) -> tuple[float, ...]:
@@ -153,11 +164,10 @@ def _bytes(device: Device, embed: Parts | None, layers: Parts, head: Parts | Non
     """All bytes of the device for each run of layers. Shape: (n + 1, n + 1)."""
     bills = [part.bills[side] for side, part in enumerate((embed, head)) if part is not None]
     base = device_memory(device, 0, bills, embed.tied_bytes if embed is not None and embed is head else 0)
-    total = base.weight_bytes + base.kv_bytes + base.state_bytes + layers.held_bytes
-    fixed = device.in_use(layers=True).context_bytes + allocator_bytes(device, 0) + margin_bytes(device, 0)
-    sizes = total + total // ALLOCATOR_SHARE + total // MARGIN_SHARE
-    sizes += numpy.maximum(layers.workspace_bytes, base.workspace_bytes) + fixed
-    sizes[~runs(layers.run_s.shape[0] - 1)] = 0
+    sizes = base.weight_bytes + base.kv_bytes + base.state_bytes + layers.held_bytes
+    sizes += sizes // ALLOCATOR_SHARE + sizes // MARGIN_SHARE
+    sizes += numpy.maximum(layers.workspace_bytes, base.workspace_bytes)
+    sizes += device.context_bytes + device.layers_context_bytes + allocator_bytes(device, 0) + margin_bytes(device, 0)
     numpy.fill_diagonal(sizes, base.total_bytes if bills else 0)
     return sizes
 
@@ -166,6 +176,6 @@ def _largest(workspaces: Sequence[int]) -> Integers:
     """The largest of each run's. Shape: (n + 1, n + 1)."""
     each, count = numpy.array(workspaces, dtype=numpy.int64), len(workspaces)
     largest = numpy.zeros((count + 1, count + 1), dtype=numpy.int64)
-    for start in range(count):
-        largest[start, start + 1 :] = numpy.maximum.accumulate(each[start:])
+    ahead = numpy.triu(numpy.broadcast_to(each, (count, count)))
+    numpy.maximum.accumulate(ahead, axis=1, out=largest[:-1, 1:])
     return largest

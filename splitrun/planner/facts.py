@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from splitrun.errors import InvalidPlacement
@@ -214,6 +215,18 @@ class ModelProfile:
     def layers(self) -> int:
         """Number of layers: the units without embed and head."""
         return len(self.units) - 2
+
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """Unit -> the first layer whose facts differ from its own in nothing but the name; embed and head: itself."""
+        first: list[int] = []
+        facts = [tuple(vars(unit).values())[1:] for unit in self.units]  # all but the name
+        found = [0]
+        for layer in range(1, self.layers + 1):
+            kind = next((number for number in first if facts[number] == facts[layer]), layer)
+            first += [layer] if kind == layer else []
+            found.append(kind)
+        return (*found, self.layers + 1)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,8 @@ class _Rest:
             end=chain.start, embed=chain.head, head=chain.embed,
         )  # fmt: skip
         self._problem = problem
-        self._tables = reach_of(backwards, runs_of(backwards), problem.sets)
+        reach = reach_of(backwards, runs_of(backwards), problem.sets, {})
+        self._tables = {mask: table for mask, (table, _) in reach.items()}
         for members in problem.classes:  # of devices that are alike the sets take one, and any may be meant
             slots = [[slot for slot, device in enumerate(chain.device) if device == member] for member in members]
             for same in map(list, zip(*slots, strict=True)):

@@ -61,6 +61,21 @@ def least_possible(tables: Tables, bottleneck: bool) -> float:
     return total
 
 
+def least_with_layers_on(tables: Tables, devices: Sequence[int], bottleneck: bool) -> float:
+    """Seconds (on the busiest device) that no split beats whose layers are all on those devices, however large."""
+    each = [
+        numpy.diagonal(choice.seconds, 1) - choice.stage_s
+        for slot in tables.slots
+        for choice in (slot.choices[False, False] if slot.device in devices else ())
+    ]
+    if not each:
+        return INFINITE
+    layers_s = float(numpy.minimum.reduce(each).sum())
+    if bottleneck:
+        return layers_s / len(devices)
+    return layers_s + _least_end_s(tables, (True, False)) + _least_end_s(tables, (False, True))
+
+
 def _least_end_s(tables: Tables, ends: Ends) -> float:
     return min(choice.ends_s for slot in tables.slots for choice in slot.choices[ends])
 

@@ -17,8 +17,9 @@ from splitrun.quantities import format_bytes
 
 
 def does_not_fit(profile: ModelProfile, cluster: Cluster, workload: Workload, formats: Sequence[str]) -> DoesNotFit:
-    """The error for a model that fits in none of ``formats`` (most precise first), with the shortfall per device."""
-    usable = [name for name in formats if _able(cluster, name)]
+    """The error for a model that fits in none of ``formats`` (most precise first), with the shortfall per device; with
+    none where no device computes them."""
+    usable = [name for name in formats if any(device.holds_layers for device in _able(cluster, name))]
     if not usable:
         names = ", ".join(formats)
         return DoesNotFit(f"{profile.source} does not fit: no device computes {names}; add one with --memory")

@@ -13,22 +13,27 @@ numbers only: no formats' names, no messages.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy
 
 from splitrun.planner.alike import Classes, DeviceSet, apart, classes_of, ends_of, sets_of
 from splitrun.planner.problem import INFINITE, Bounds, Choice, Floats, Integers, Split, Tables
 
+Pair = tuple[int, int]
+"""The slots of embed and head."""
+
 
 @dataclass
 class Outcome:
-    """The best split and its value, and the best value for each set of devices in use (as a bit mask)."""
+    """The best split and its value, and the best value for each set of devices in use (as a bit mask) and for the slots
+    of embed and head."""
 
     value: float = INFINITE
     split: Split | None = None
     by_devices: dict[int, float] = field(default_factory=dict)
+    by_ends: dict[Pair, float] = field(default_factory=dict)
 
     def best_with(self, device: int) -> float:
         """The best value among the plans that use that device; infinite when none fits."""
@@ -68,22 +73,28 @@ class Problem:
     sets: Sequence[DeviceSet]
 
 
+Reach = dict[int, tuple[Floats, Floats]]
+"""Mask of devices -> two arrays of shape (slots, n + 1). Entry [s, j] of the first is the least charge for layers 0 to
+j - 1 by all devices of the mask, slot s the last of them; of the second, the least with the hop to slot s."""
 Price = Callable[[Choice, int], Floats]
 """What a choice costs per run: (choice, bytes it may take) -> shape (n + 1, n + 1)."""
 
 
-def fastest(tables: Tables, bottleneck: bool, ends: Iterable[int] | None = None) -> Outcome:
+def fastest(tables: Tables, bottleneck: bool, ends: Collection[int] | None = None) -> Outcome:
     """The split of least seconds under the budgets; with ``bottleneck``, of least seconds on its busiest device.
 
     Among splits with the same busiest device the one with the fewest seconds in all is taken. ``ends``: devices that
     may hold embed and head; None: every one.
     """
-    allowed = None if ends is None else frozenset(ends)
-    outcome = best_of(tables, seconds_within(INFINITE), bottleneck, not bottleneck, allowed)
+    holders = [number for number, slot in enumerate(tables.slots) if ends is None or slot.device in ends]
+    pairs = {(embed, head) for embed in holders for head in holders}
+    outcome = best_of(tables, seconds_within(INFINITE), bottleneck, not bottleneck, pairs)
     if not bottleneck or outcome.split is None:
         return outcome
-    second = best_of(tables, seconds_within(outcome.value * (1 + 1e-12)), False, True, allowed)
-    return Outcome(outcome.value, second.split, outcome.by_devices)
+    ceiling = outcome.value * (1 + 1e-12)
+    pairs = {pair for pair, value in outcome.by_ends.items() if value <= ceiling}
+    second = best_of(tables, seconds_within(ceiling), False, True, pairs)
+    return replace(outcome, split=second.split)
 
 
 def seconds_within(ceiling: float) -> Price:
@@ -97,7 +108,7 @@ def seconds_within(ceiling: float) -> Price:
 
 def least_excess(tables: Tables) -> Outcome:
     """The split whose bytes beyond the budgets are fewest in all; value 0 when something fits."""
-    return best_of(tables, excess, False, False, None)
+    return best_of(tables, excess, False, False)
 
 
 def excess(choice: Choice, cap: int) -> Floats:
@@ -107,22 +118,25 @@ def excess(choice: Choice, cap: int) -> Floats:
 
 
 def best_of(
-    tables: Tables, price: Price, bottleneck: bool, with_hops: bool, allowed: frozenset[int] | None = None
+    tables: Tables, price: Price, bottleneck: bool, with_hops: bool, allowed: Collection[Pair] | None = None
 ) -> Outcome:
     """The split of least cost: the sum over its devices, or with ``bottleneck`` the largest, and hops where they count.
 
-    ``allowed``: devices that may hold embed and head; None: every one.
+    ``allowed``: slots that may hold embed and head; None: all.
     """
-    outcome = Outcome()
+    outcome, embed = Outcome(), -1
     for problem in problems(tables, price, bottleneck, with_hops, allowed):
-        _improve(problem, tables, price, outcome)
+        if problem.chain.embed != embed or tables.pools:  # else devices without head go on from where they came to
+            embed, shared = problem.chain.embed, Reach()
+        _improve(problem, tables, price, outcome, shared)
     return outcome
 
 
 def problems(
-    tables: Tables, price: Price, bottleneck: bool, with_hops: bool, allowed: frozenset[int] | None = None
+    tables: Tables, price: Price, bottleneck: bool, with_hops: bool, allowed: Collection[Pair] | None = None
 ) -> Iterator[Problem]:
-    """One problem for every holder of embed and head and every division of shared memories."""
+    """One problem for every holder of embed and head, those of one embed in a row, and every division of shared
+    memories."""
     classes = classes_of(tables)
     pairs = ends_of(classes)
     count = len(tables.slots)
@@ -138,7 +152,7 @@ def problems(
         return prices[key]
 
     for embed, head in itertools.product(range(count), repeat=2):
-        if allowed is not None and not {device[embed], device[head]} <= allowed:
+        if allowed is not None and (embed, head) not in allowed:
             continue
         if (device[embed] == device[head] and embed != head) or (device[embed], device[head]) not in pairs:
             continue  # one size of activations per device, and of devices that are alike the first
@@ -189,15 +203,16 @@ def _sizes(tables: Tables, device: int, embed: bool, head: bool) -> Integers:
     return numpy.unique(numpy.concatenate(found)) if found else numpy.zeros(0, dtype=numpy.int64)
 
 
-def _improve(problem: Problem, tables: Tables, price: Price, outcome: Outcome) -> None:
-    """Improve ``outcome`` with the best chain of every set of devices."""
+def _improve(problem: Problem, tables: Tables, price: Price, outcome: Outcome, shared: Reach) -> None:
+    """Improve ``outcome`` with the best chain of every set of devices; ``shared`` as for ``reach_of``."""
     chain, caps = problem.chain, problem.caps
     runs, last_layer = runs_of(chain), chain.charge.shape[1] - 1
     alone = chain.charge[:, 0, 0]
     join = numpy.maximum if chain.bottleneck else numpy.add
-    reach = reach_of(chain, runs, problem.sets)
+    reach = reach_of(chain, runs, problem.sets, shared)
     ends_held = 1 << chain.device[chain.embed] | 1 << chain.device[chain.head]
-    for mask, table in reach.items():
+    pair = (chain.embed, chain.head)
+    for mask, (table, _) in reach.items():
         ends = table[:, last_layer] + chain.end
         for slot in {chain.embed, chain.head}:
             if not mask >> chain.device[slot] & 1:
@@ -205,6 +220,7 @@ def _improve(problem: Problem, tables: Tables, price: Price, outcome: Outcome) -
         used, value = mask | ends_held, float(ends.min())
         if value < outcome.by_devices.get(used, INFINITE):
             outcome.by_devices[used] = value
+        outcome.by_ends[pair] = min(value, outcome.by_ends.get(pair, INFINITE))
         if value < outcome.value:
             outcome.value = value
             found = _trace(chain, runs, reach, mask, int(ends.argmin()))
@@ -218,32 +234,37 @@ def runs_of(chain: Chain) -> Floats:
     return runs
 
 
-def reach_of(chain: Chain, runs: Floats, sets: Sequence[DeviceSet]) -> dict[int, Floats]:
-    """Mask -> shape (slots, n + 1): entry [s, j] is the least charge for layers 0 .. j - 1 by all devices of the mask,
-    slot s the last of them."""
+def reach_of(chain: Chain, runs: Floats, sets: Sequence[DeviceSet], shared: Reach) -> Reach:
+    """How far the devices of each set come. ``shared`` is what was found for another head with the same embed and caps,
+    where devices without either head come as far; and is given what this one's finds."""
     count, size = runs.shape[:2]
     join = numpy.maximum if chain.bottleneck else numpy.add
-    reach: dict[int, Floats] = {}
-    arriving: dict[int, Floats] = {}  # the same with the hop to each slot
+    reach: Reach = {}
+    room = numpy.empty((size, size))
     for mask, last in sets:
-        table = reach[mask] = numpy.full((count, size), INFINITE)
+        with_head = mask >> chain.device[chain.head] & 1
+        if not with_head and mask in shared:
+            reach[mask] = shared[mask]
+            continue
+        table = numpy.full((count, size), INFINITE)
         for slot in (slot for slot in range(count) if chain.device[slot] in last):
             before = mask ^ (1 << chain.device[slot])
             if before == 0:
                 table[slot] = chain.start[slot] + runs[slot, 0]
                 continue
-            arrive = arriving[before][slot]
+            arrive = reach[before][1][slot]
             first = int((arrive < INFINITE).argmax())
             if arrive[first] < INFINITE:
-                table[slot, first:] = join(arrive[first:, None], runs[slot, first:, first:]).min(axis=0)
-        arriving[mask] = (table[:, None] + chain.hop[:, :, None]).min(axis=0)
+                joined = join(arrive[first:, None], runs[slot, first:, first:], out=room[first:, first:])
+                joined.min(axis=0, out=table[slot, first:])
+        reach[mask] = table, (table[:, None] + chain.hop[:, :, None]).min(axis=0)
+        if not with_head:
+            shared[mask] = reach[mask]
     return reach
 
 
-def _trace(
-    chain: Chain, runs: Floats, reach: Mapping[int, Floats], mask: int, last: int
-) -> tuple[tuple[int, int, int], ...]:
-    """The runs (slot, first layer, end) behind reach[mask][last, n], in order."""
+def _trace(chain: Chain, runs: Floats, reach: Reach, mask: int, last: int) -> tuple[tuple[int, int, int], ...]:
+    """The runs (slot, first layer, end) behind entry [last, n] of what the mask reaches, in order."""
     join = numpy.maximum if chain.bottleneck else numpy.add
     found: list[tuple[int, int, int]] = []
     stop = runs.shape[2] - 1
@@ -251,7 +272,7 @@ def _trace(
         mask ^= 1 << chain.device[last]
         if mask == 0:
             return ((last, 0, stop), *reversed(found))
-        arrive = reach[mask] + chain.hop[:, last, None]
+        arrive = reach[mask][0] + chain.hop[:, last, None]
         first = int(join(arrive.min(axis=0), runs[last, :, stop]).argmin())
         found.append((last, first, stop))
         last, stop = int(arrive[:, first].argmin()), first

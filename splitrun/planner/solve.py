@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from splitrun.errors import DoesNotFit, InvalidPlacement
 from splitrun.planner.alike import MAX_SUBSETS, classes_of, subsets
 from splitrun.planner.cost import best_streams, engine_s, estimate
-from splitrun.planner.facts import FORMATS, VALUE_BYTES, Cluster, Device, ModelProfile, Workload
-from splitrun.planner.many import fastest_of_many
+from splitrun.planner.facts import FORMATS, Cluster, Device, ModelProfile, Workload
+from splitrun.planner.formats import allowed_formats, device_formats
+from splitrun.planner.many import fastest_of_many, least_with_layers_on
 from splitrun.planner.memory import computes_layers, kv_dtype_on
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
 from splitrun.planner.problem import Split, Tables, used_devices
@@ -39,9 +40,10 @@ from splitrun.planner.tables import build_tables
 from splitrun.planner.within import fastest_within
 from splitrun.quantities import format_bytes, format_seconds
 
-QUANTIZED = ("int8", "nf4")
 NO_CARD, ENDS_ONLY, WITH_LAYERS = range(3)
 """What a plan pays for in main memory: nothing, cards for embedding and head alone, cards for layers too."""
+ROUNDING = 1e-9
+"""Sums of the same seconds in another order differ by less."""
 EMBED, LAYERS, HEAD = range(3)
 """Parts of a device, each with a format of its own."""
 
@@ -49,11 +51,12 @@ EMBED, LAYERS, HEAD = range(3)
 @dataclass(frozen=True)
 class _Found:
     """A plan, what it takes by its objective, and the same plan with all that is to be said of it, made when asked
-    for."""
+    for. No plan without layers on local cards takes less than ``off_cards_s``."""
 
     value: float
     plan: Placement
     explained: Callable[[], Placement]
+    off_cards_s: float = 0.0
 
 
 class _Refused(Exception):
@@ -85,24 +88,31 @@ def solve(
             return _solve(profile, cluster, workload, weights, quality, stream).explained()
         except _Refused as refused:
             raise refused.error() from None
-    uses = {NO_CARD: cluster.without(cards), WITH_LAYERS: cluster.with_card_in_use(layers=True)}
+    uses = {WITH_LAYERS: cluster.with_card_in_use(layers=True), NO_CARD: cluster.without(cards)}
     if cluster.card_layers_bytes:
         uses[ENDS_ONLY] = cluster.with_card_in_use(layers=False)
     found: dict[int, _Found] = {}
-    refusals: list[_Refused] = []
+    refusals: dict[int, _Refused] = {}
     for paid, use in uses.items():
         try:
             found[paid] = _solve(profile, use, workload, weights, quality, stream and paid == WITH_LAYERS)
         except _Refused as refused:
-            refusals.append(refused)
+            refusals[paid] = refused
+        if WITH_LAYERS in found and found[WITH_LAYERS].off_cards_s > found[WITH_LAYERS].value * (1 + ROUNDING):
+            break  # whatever else is paid for, it is slower
     if not found:
-        raise min((each.error() for each in refusals), key=lambda each: sum(each.shortfall_bytes.values()))
+        raise min((refusals[paid].error() for paid in sorted(refusals)), key=_hardness)
     # Of equals the one that pays least; but slabs for prompts, which ends have none of, are worth paying for.
     taken = min(found, key=lambda paid: (found[paid].value, stream and paid == ENDS_ONLY, paid))
     best, dearer = found[taken].explained(), [each for paid, each in sorted(found.items()) if paid > taken]
     assert best.estimate is not None
     notes = _unpaid(cluster, best, dearer) if taken != WITH_LAYERS else []
     return replace(best, estimate=replace(best.estimate, notes=(*notes, *best.estimate.notes)))
+
+
+def _hardness(refusal: DoesNotFit) -> tuple[bool, int]:
+    """Sorts first what misses least, and last what no memory would mend."""
+    return not refusal.shortfall_bytes, sum(refusal.shortfall_bytes.values())
 
 
 def _unpaid(cluster: Cluster, plan: Placement, dearer: Sequence[_Found]) -> list[str]:
@@ -160,7 +170,9 @@ def _solve(
         notes += prompt_notes(profile, cluster, streaming)
         return _predicted(profile, cluster, streaming, binding, notes)
 
-    return _Found(outcome.value, plan, explained)
+    elsewhere = [number for number, device in enumerate(devices) if device.name not in cluster.local_cards()]
+    least_s = least_with_layers_on(tables, elsewhere, workload.objective == "throughput")
+    return _Found(outcome.value, plan, explained, least_s)
 
 
 def _searched(
@@ -258,47 +270,6 @@ def _too_lossy(profile: ModelProfile, cluster: Cluster, plan: Placement, quality
         f"no plan within --quality {quality} fits; the fastest without it loses {share:.0%} of what nf4 does: allow "
         f"that with --quality {share:.2f}",
         dict.fromkeys((device.name for device in cluster.devices), 0),
-    )
-
-
-def device_formats(profile: ModelProfile, cluster: Cluster, weights: str = "auto") -> Mapping[str, tuple[str, ...]]:
-    """Device -> the formats to consider there.
-
-    Under "auto" a 16-bit type is considered where the checkpoint is stored in it or the device computes in it: another
-    one costs the same and is emulated.
-    """
-    allowed = allowed_formats(profile, weights)
-
-    def suits(name: str, device: Device) -> bool:
-        sixteen_bits = VALUE_BYTES.get(name) == 2
-        return not sixteen_bits or weights != "auto" or name in (profile.stored_format, device.compute_dtype)
-
-    return {
-        device.name: tuple(name for name in allowed if name in device.formats and suits(name, device))
-        for device in cluster.devices
-    }
-
-
-def allowed_formats(profile: ModelProfile, weights: str = "auto") -> tuple[str, ...]:
-    """The formats to try, most precise first.
-
-    Under "auto" none is more precise than the checkpoint's own; a checkpoint that is quantized stays as it is.
-    Raises InvalidPlacement for a format that the model cannot be loaded in.
-    """
-    stored = profile.stored_format
-    known = tuple(name for name in FORMATS if all(name in unit.weight_bytes for unit in profile.units))
-    possible = tuple(name for name in known if name == stored) if stored in QUANTIZED else known
-    if weights == "auto":
-        choices = tuple(name for name in possible if FORMATS.index(name) >= FORMATS.index(stored))
-    else:
-        choices = tuple(name for name in possible if name == weights)
-    if choices:
-        return choices
-    allowed = ", ".join(possible)
-    if weights != "auto" and weights not in FORMATS:
-        raise InvalidPlacement(f"weights {weights!r} is not a format; use --weights auto, or one of {allowed}")
-    raise InvalidPlacement(
-        f"{profile.source} is stored as {stored} and cannot be loaded as {weights}; use --weights with {allowed}"
     )
 
 

@@ -26,8 +26,9 @@ from shapes import model_of
 
 from splitrun.measure.host import allowed_processors, read_file, read_processor
 from splitrun.planner.facts import FORMATS, Cluster, Device, KVGroup, ModelProfile, UnitProfile, Workload
+from splitrun.planner.formats import device_formats
 from splitrun.planner.search import fastest
-from splitrun.planner.solve import device_formats, solve
+from splitrun.planner.solve import solve
 from splitrun.planner.tables import build_tables
 
 MIB = 1 << 20
@@ -38,8 +39,10 @@ PROBLEMS = (
     ("126 layers, 17 devices, 16 of a kind", 126, 17, True, "nf4", 5.0),
 )
 """Name, layers, devices, whether all but the first are alike, formats, and the seconds wanted."""
-USES = ("80 layers, 4 devices, 3 cards in use or not", 80, 4, False, "auto", 0.1)
-"""The same where cards in use take main memory: searched for no card, for ends on cards, and for layers there."""
+USES = (("3 cards that take main memory", 1.0), ("3 slow ones beside a large processor", 0.1))
+"""The first again where cards in use take main memory, and how quick they are. Where a plan without layers on cards may
+be the best it is searched for too: for ends on cards, and for no card.
+"""
 MOST_WITHIN = 500
 """Layers times devices up to which keeping within a quality is timed too."""
 IMPORTS = "import splitrun.api, splitrun.measure.gather, splitrun.engine.own_seconds, transformers.modeling_utils"
@@ -72,9 +75,14 @@ def machine(devices: int, layers: int, alike: bool) -> Cluster:
     return Cluster(tuple(place(number) for number in range(devices)))
 
 
-def paying(cluster: Cluster) -> Cluster:
-    """The same, where a card in use takes main memory, and layers on it take more."""
-    return replace(cluster, card_process_bytes=300 * MIB, card_layers_bytes=200 * MIB)
+def paying(cluster: Cluster, speed: float) -> Cluster:
+    """The same, where a card in use takes main memory, and layers on it take more; slow cards beside a processor that
+    has room for the whole model."""
+    processor, *cards = cluster.devices
+    if speed < 1:
+        processor = replace(processor, budget_bytes=6 * processor.budget_bytes)
+        cards = [replace(card, bandwidth_bytes_per_s=speed * card.bandwidth_bytes_per_s) for card in cards]
+    return replace(cluster, devices=(processor, *cards), card_process_bytes=300 * MIB, card_layers_bytes=200 * MIB)
 
 
 def seconds(run: Callable[[], object], repeat: int) -> float:
@@ -88,13 +96,13 @@ def seconds(run: Callable[[], object], repeat: int) -> float:
 
 
 def problem(
-    name: str, layers: int, count: int, alike: bool, weights: str, wanted_s: float, repeat: int, pays: bool = False
+    name: str, layers: int, count: int, alike: bool, weights: str, wanted_s: float, repeat: int, speed: float = 0.0
 ) -> str:
-    """Both objectives of one problem as lines of the table; with ``pays`` cards in use take main memory."""
+    """Both objectives of one problem as lines of the table; with ``speed`` cards in use take main memory."""
     profile, cluster = model(layers), machine(count, layers, alike)
     lines = []
-    if pays:
-        cluster = paying(cluster)
+    if speed:
+        cluster = paying(cluster, speed)
     for workload in (Workload(), Workload(sessions=4, objective="throughput")):
         formats = device_formats(profile, cluster, weights)
         bottleneck = workload.objective == "throughput"
@@ -103,7 +111,7 @@ def problem(
             return fastest(build_tables(profile, cluster, formats, workload), bottleneck)  # noqa: B023  called at once
 
         def whole() -> object:
-            return solve(profile, cluster, workload, weights, stream=not pays)  # noqa: B023
+            return solve(profile, cluster, workload, weights, stream=not speed)  # noqa: B023
 
         def within() -> object:
             return solve(profile, cluster, workload, quality="0.5", stream=True)  # noqa: B023
@@ -152,8 +160,10 @@ def main() -> None:
     for each in PROBLEMS:
         lines.append(problem(*each, args.repeat))
         print(lines[-1], flush=True)
-    lines.append(problem(*USES, args.repeat, pays=True))
-    print(lines[-1], flush=True)
+    _, *first = PROBLEMS[0]
+    for name, speed in USES:
+        lines.append(problem(f"80 layers, 4 devices, {name}", *first, args.repeat, speed))
+        print(lines[-1], flush=True)
     if args.model:
         lines += ["", command(args.model)]
         print(lines[-1])

@@ -13,8 +13,9 @@ import splitrun
 from splitrun.errors import DoesNotFit, InvalidPlacement
 from splitrun.measure import gather
 from splitrun.planner.facts import Cluster, Workload
+from splitrun.planner.formats import allowed_formats
 from splitrun.planner.refuse import refuse_hopeless
-from splitrun.planner.solve import allowed_formats, solve
+from splitrun.planner.solve import solve
 
 
 def refused(cluster: Cluster, workload: Workload, weights: str = "auto") -> DoesNotFit | None:

@@ -11,11 +11,12 @@ from planner_models import GIB, MIB, device, formats_of, model, unit
 from splitrun.errors import DoesNotFit, InvalidPlacement
 from splitrun.planner.cost import score
 from splitrun.planner.facts import Cluster, Workload
+from splitrun.planner.formats import allowed_formats
 from splitrun.planner.memory import placement_memory
 from splitrun.planner.placement import Placement
 from splitrun.planner.quality import loss_limit, placement_loss
 from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds
-from splitrun.planner.solve import allowed_formats, solve
+from splitrun.planner.solve import solve
 
 
 def test_a_small_card_takes_what_fits_and_the_cpu_the_rest() -> None:

@@ -12,11 +12,12 @@ from planner_models import GIB, MIB, device, model, random_cluster, random_model
 from splitrun.planner import search
 from splitrun.planner.alike import Classes, classes_of, sets_of, subsets
 from splitrun.planner.facts import FORMATS, Cluster, Link, ModelProfile, Objective, Workload
+from splitrun.planner.formats import device_formats
 from splitrun.planner.memory import over_budget
 from splitrun.planner.problem import Tables
 from splitrun.planner.quality import loss_limit
 from splitrun.planner.search import fastest, least_excess
-from splitrun.planner.solve import device_formats, solve
+from splitrun.planner.solve import solve
 from splitrun.planner.tables import build_tables
 from splitrun.planner.within import fastest_within
 

@@ -68,6 +68,14 @@ def test_a_refusal_names_the_smaller_shortfall() -> None:
     assert 9 * MIB <= caught.value.shortfall_bytes["cpu"] <= 11 * MIB
 
 
+def test_a_shortfall_is_told_rather_than_that_a_device_cannot_compute() -> None:
+    found = cluster(host=4000, card=60)
+    dense = replace(found.devices[0], formats=("bf16",), budget_bytes=4000 * MIB)
+    with pytest.raises(DoesNotFit, match="short") as caught:
+        solve(model(), replace(found, devices=(dense, found.devices[1])), WORKLOAD, "nf4")
+    assert caught.value.shortfall_bytes["cuda:0"] > 0
+
+
 def test_layers_on_a_card_take_more_than_its_ends() -> None:
     found = replace(cluster(host=4000, card=280), card_layers_bytes=150 * MIB)
     narrow = replace(found.device("cuda:0"), layers_context_bytes=20 * MIB)

@@ -14,6 +14,7 @@ from planner_models import GIB, random_cluster, random_model, random_seconds, ra
 from splitrun.errors import DoesNotFit
 from splitrun.planner.cost import activation_bytes, hop_s, objective_rows, pass_s, score, stage_s
 from splitrun.planner.facts import VALUE_BYTES, Cluster, Device, ModelProfile, Workload
+from splitrun.planner.formats import allowed_formats, device_formats
 from splitrun.planner.memory import (
     DeviceMemory,
     compute_dtype,
@@ -25,7 +26,7 @@ from splitrun.planner.memory import (
 )
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
 from splitrun.planner.quality import loss_limit, placement_loss, unit_loss
-from splitrun.planner.solve import allowed_formats, device_formats, solve
+from splitrun.planner.solve import solve
 
 
 def chains(layers: int, devices: tuple[Device, ...]) -> Iterator[list[tuple[Device, int, int]]]:

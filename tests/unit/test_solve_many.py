@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -11,12 +12,13 @@ from planner_models import GIB, MIB, device, model, random_cluster, random_model
 
 from splitrun.errors import DoesNotFit
 from splitrun.planner.facts import Cluster, Objective, Workload
-from splitrun.planner.many import fastest_of_many
+from splitrun.planner.formats import device_formats
+from splitrun.planner.many import fastest_of_many, least_with_layers_on
 from splitrun.planner.memory import over_budget
 from splitrun.planner.problem import INFINITE
 from splitrun.planner.quality import loss_limit, placement_loss
 from splitrun.planner.search import fastest
-from splitrun.planner.solve import device_formats, solve
+from splitrun.planner.solve import solve
 from splitrun.planner.tables import build_tables
 
 
@@ -36,6 +38,26 @@ def test_between_the_bound_and_the_best(seed: int) -> None:
     assert found.value >= exact * (1 - 1e-9)
     if found.split is None:
         assert found.value == INFINITE
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_no_plan_with_layers_on_some_devices_beats_their_bound(seed: int) -> None:
+    draw = random.Random(seed)
+    profile, cluster, workload = random_model(draw), random_cluster(draw), random_workload(draw)
+    profile = random_seconds(draw, profile, cluster) if seed % 2 else profile
+    named = {name: found for name, found in device_formats(profile, cluster).items() if found}
+    if not named:
+        return
+    able = draw.sample(sorted(named), draw.randint(1, len(named)))
+    bottleneck = workload.objective == "throughput"
+    numbers = [number for number, name in enumerate(named) if name in able]
+    least = least_with_layers_on(build_tables(profile, cluster, named, workload), numbers, bottleneck)
+    cluster = replace(
+        cluster, devices=tuple(replace(place, holds_layers=place.name in able) for place in cluster.devices)
+    )
+    found = fastest(build_tables(profile, cluster, named, workload), bottleneck).value
+    assert 0 < least <= found * (1 + 1e-9)
+    assert least_with_layers_on(build_tables(profile, cluster, named, workload), [], bottleneck) == INFINITE
 
 
 def machines(count: int) -> Cluster:
