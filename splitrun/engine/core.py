@@ -7,7 +7,6 @@ were.
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -18,14 +17,13 @@ from splitrun.engine.lineup import Line
 from splitrun.engine.outbox import Outbox
 from splitrun.engine.outcome import Failure, Interruption, Outcome, Restarted, Resumed
 from splitrun.engine.pipeline import Pipeline
+from splitrun.engine.receivers import Deliver, Deliveries, hand_out
 from splitrun.engine.record import Span
 from splitrun.errors import DeviceOutOfMemory, InvalidRequest, QueueFull, SplitrunError, StageLost
 from splitrun.schedule.limits import check_request
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import Scheduler
 from splitrun.schedule.step import Step, Tokens
-
-Deliver = Callable[[TokenEvent], None]
 
 
 class _Broken:
@@ -37,7 +35,6 @@ Message = Outcome | _Broken
 _WARM_UP_ID = -1
 _WARM_UP = Request(_WARM_UP_ID, (0,), SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
 _BUG = "the engine's loop ended on an internal error: start the server again"
-_LOG = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -53,14 +50,15 @@ class EngineCore:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._deliveries: dict[int, Deliver] = {}
-        self._committed: list[tuple[Deliver, TokenEvent]] = []
+        self._committed: Deliveries = []
         self._outbox = Outbox()
         self._reason = "no token has gone through the stages yet"
         self._draining = self._paused = self._closed = self._replacing = False
+        self._owed = False
         self._lost = ""
         self.closed = threading.Event()
         self._prompt_tokens = self._completion_tokens = 0
-        self._pipeline = line.make_pipeline(self._come_back)
+        self._pipeline = self._pipeline_of(line)
         self._thread = threading.Thread(target=self._loop, name="splitrun engine", daemon=True)
         self._thread.start()
 
@@ -168,7 +166,7 @@ class EngineCore:
         self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        self._hand_out(deliveries)
+        hand_out(deliveries, self.cancel)
         self._pipeline.close()
 
     def replace(self, reason: str, rebuild: Callable[[], Line]) -> None:
@@ -189,7 +187,7 @@ class EngineCore:
                 if self._closed:
                     line.close()
                     return
-                self._line, self._pipeline = line, line.make_pipeline(self._come_back)
+                self._line, self._pipeline = line, self._pipeline_of(line)
                 self._scheduler.recompute_all()
             self._inbox.put(Resumed())
         except SplitrunError as error:
@@ -199,22 +197,38 @@ class EngineCore:
                 self._replacing = False
                 self._idle.notify_all()
 
+    def _pipeline_of(self, line: Line) -> Pipeline:
+        pipeline = line.make_pipeline(self._come_back)
+        pipeline.at_work = self._wake
+        return pipeline
+
     def _come_back(self, message: Outcome) -> None:
         """Take what stages send back. The next step after tokens is sent off at once, by the worker that made them or
-        the mailbox that got them: the loop would have to wake up first. It hands them out meanwhile."""
+        the mailbox that got them: the loop would have to wake up first. It hands them out meanwhile; where a card's
+        work is launched first it is woken behind that, since two threads of one interpreter stand in each other's way.
+        """
         if not isinstance(message, Tokens):
             self._inbox.put(message)
             return
-        well = False
+        well = later = False
         try:
             with self._lock:
                 taken = self._take_up(message)
+                if taken and self._outbox.holds_steps and self._pipeline.leaves_time:
+                    self._owed = later = True
             self._outbox.send(self._submit)
             well = True
         finally:
             if not well:
                 self._inbox.put(_Broken())
-        self._inbox.put(None if taken else message)
+        if not later:
+            self._inbox.put(None if taken else message)
+
+    def _wake(self) -> None:
+        """Wake the loop if it has been left asleep: the stages have begun what takes them longer."""
+        if self._owed:
+            self._owed = False
+            self._inbox.put(None)
 
     def _take_up(self, message: Tokens) -> bool:
         """Commit tokens and line up the next step, if it is their turn. Called under the lock."""
@@ -240,7 +254,7 @@ class EngineCore:
             pipeline.submit(step)
 
     def _loop(self) -> None:
-        deliveries: list[tuple[Deliver, TokenEvent]] = []
+        deliveries: Deliveries = []
         try:
             while not self._closed:
                 deliveries += self._handle(self._inbox.get())
@@ -249,12 +263,14 @@ class EngineCore:
                 with self._lock:
                     self._line_up_steps()
                 self._outbox.send(self._submit)
-                self._hand_out(deliveries)  # while the stages compute the next step
+                hand_out(deliveries, self.cancel)  # while the stages compute the next step
                 if self._pipeline.leaves_time:
                     with self._lock:
-                        self._scheduler.prepare()
+                        step = self._scheduler.prepare()
+                    if step is not None:
+                        self._pipeline.prepare(step)
         finally:
-            self._hand_out(deliveries)
+            hand_out(deliveries, self.cancel)
             self._stop(_BUG)
 
     def _stop(self, reason: str) -> None:
@@ -264,9 +280,9 @@ class EngineCore:
             self._draining = True
             deliveries = self._take_committed(self._scheduler.fail_all(reason))
             self._idle.notify_all()
-        self._hand_out(deliveries)
+        hand_out(deliveries, self.cancel)
 
-    def _handle(self, message: Message | None) -> list[tuple[Deliver, TokenEvent]]:
+    def _handle(self, message: Message | None) -> Deliveries:
         """Commit what came back from the stages, and say who is to be told, of what workers committed too; None only
         wakes the loop."""
         if isinstance(message, _Broken):
@@ -310,12 +326,12 @@ class EngineCore:
         self._reason = ""
         return self._scheduler.commit(message)
 
-    def _take_committed(self, events: list[TokenEvent]) -> list[tuple[Deliver, TokenEvent]]:
+    def _take_committed(self, events: list[TokenEvent]) -> Deliveries:
         """What workers committed, and behind it these events, with their receivers. Called under the lock."""
         taken, self._committed = self._committed, []
         return taken + self._receivers_of(events)
 
-    def _receivers_of(self, events: list[TokenEvent]) -> list[tuple[Deliver, TokenEvent]]:
+    def _receivers_of(self, events: list[TokenEvent]) -> Deliveries:
         """Pair events with their receivers and forget those of ended requests. Called under the lock."""
         pairs = []
         for event in events:
@@ -327,13 +343,3 @@ class EngineCore:
             if deliver is not None:
                 pairs.append((deliver, event))
         return pairs
-
-    def _hand_out(self, deliveries: list[tuple[Deliver, TokenEvent]]) -> None:
-        """Tell the receivers, and forget them. One that raises loses its own request and nobody else's."""
-        while deliveries:
-            deliver, event = deliveries.pop(0)
-            try:
-                deliver(event)
-            except Exception as error:  # the receivers' boundary: their faults are not the engine's
-                _LOG.error("the receiver of request %d failed: %r", event.request_id, error)
-                self.cancel(event.request_id)

@@ -21,6 +21,7 @@ from splitrun.cluster.ports import data_ports
 from splitrun.cluster.process import LOCAL_NODE, StageHandle, StageProcess, machine_of
 from splitrun.engine.exchange import COORDINATOR
 from splitrun.engine.interface import StageStatus
+from splitrun.engine.link import Link, RemoteLink
 from splitrun.engine.loading import (
     Load,
     LoadedStages,
@@ -37,7 +38,7 @@ from splitrun.engine.loading import (
 )
 from splitrun.engine.outcome import Outcome
 from splitrun.engine.patience import LOOPBACK, Listening, Patience, Successor
-from splitrun.engine.pipeline import Link, Pipeline, RemoteLink
+from splitrun.engine.pipeline import Pipeline
 from splitrun.engine.record import JSON_LOG_VARIABLE
 from splitrun.engine.remote import RemoteStages
 from splitrun.engine.room import journals_fit, kept_room, require_room

@@ -20,7 +20,8 @@ from splitrun.cluster.process import machine_of
 from splitrun.engine.exchange import COORDINATOR
 from splitrun.engine.filling import Filling
 from splitrun.engine.filling import Load as Load
-from splitrun.engine.pipeline import Link, RemoteLink, translated
+from splitrun.engine.link import Link, RemoteLink
+from splitrun.engine.pipeline import translated
 from splitrun.errors import SplitrunError
 from splitrun.kernels.gpu.library import usable
 from splitrun.measure.accelerators import half_type

@@ -19,6 +19,11 @@ class Outbox:
         self._steps: deque[Step] = deque()
         self._sending = threading.Lock()
 
+    @property
+    def holds_steps(self) -> bool:
+        """Whether steps wait."""
+        return bool(self._steps)
+
     def add(self, step: Step) -> None:
         """Put a step behind those that wait."""
         self._steps.append(step)

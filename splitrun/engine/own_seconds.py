@@ -18,8 +18,9 @@ from torch import Tensor
 from splitrun.engine.core import EngineCore
 from splitrun.engine.interface import StageStatus
 from splitrun.engine.lineup import Line
+from splitrun.engine.link import Link
 from splitrun.engine.outcome import Outcome
-from splitrun.engine.pipeline import Link, Pipeline
+from splitrun.engine.pipeline import Pipeline
 from splitrun.engine.process_bytes import process_bytes
 from splitrun.measure.cache import Cache
 from splitrun.measure.engine_cost import FIGURES, EngineCost, cost_key, cost_of

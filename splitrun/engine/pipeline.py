@@ -10,92 +10,23 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from splitrun.engine.link import LESS, EagerStage, Elsewhere, Link, RemoteLink, RestorableStage
 from splitrun.engine.outcome import Failure, Outcome
 from splitrun.engine.record import Record, Span, StageClock
 from splitrun.errors import DeviceOutOfMemory, SplitrunError, StageLost, StageTimeout
 from splitrun.schedule.scheduler import Held
-from splitrun.schedule.step import IntArray, RowTokens, Step, Tokens
+from splitrun.schedule.step import RowTokens, Step, Tokens
 from splitrun.transport.journal import Journal
-from splitrun.transport.local import Hop, Parcel, Worker
+from splitrun.transport.local import Parcel
 from splitrun.transport.messages import KVRows
 
-LESS = "fewer layers there"
-"""What mends a full device where the plan is not at hand."""
 CLOSING_S = 30.0
 """How long closing waits for a stage that computes."""
-
-
-class Stage(Protocol):
-    """What the pipeline needs of a stage."""
-
-    def any_thread(self, step: Step) -> bool:
-        """Whether the step may run on another thread than that of the stage's worker."""
-
-    def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
-        """The activation behind the stage's last unit, or the tokens when it has the head."""
-
-    def close(self) -> None:
-        """Give the memory back."""
-
-
-@runtime_checkable
-class RestorableStage(Protocol):
-    """A stage that may have been in another process and lost with it."""
-
-    def restore(self, tables: Mapping[str, IntArray], start: int, rows: Tensor) -> None:
-        """Put KV of one sequence into its blocks, from the token ``start`` on. Shape: (tokens, values)."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """One stage in its place: its worker, its name in messages, the hop behind it (None at the head), and what to plan
-    with when its device is full."""
-
-    stage: Stage
-    worker: Worker
-    name: str
-    onward: Hop | None
-    relief: str = LESS
-
-
-@dataclass(frozen=True)
-class RemoteLink:
-    """One stage in another process: how to send it a step with its activation (on the CPU), and the hop from main
-    memory to the stage behind it, if that one is here."""
-
-    name: str
-    send: Callable[[Step, Tensor | None], None]
-    onward: Hop | None
-
-
-class Elsewhere(Protocol):
-    """The stages in other processes, as a whole."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether all of them run, or are being started again."""
-
-    def begin(self, requests: Collection[int]) -> None:
-        """These requests are about to run."""
-
-    def forget(self, request: int) -> None:
-        """This request has ended."""
-
-    def kept_bytes(self, stage: int) -> int:
-        """Bytes of a stage's KV that are kept here."""
-
-    def restore(self, loss: int, held: Iterable[Held]) -> None:
-        """See `Pipeline.restore`."""
-
-    def close(self) -> None:
-        """End them."""
 
 
 class Pipeline:
@@ -103,6 +34,7 @@ class Pipeline:
 
     ``elsewhere`` is closed with the pipeline. ``after`` is called on a stage's worker behind each of its steps, when
     what came of it is on its way. ``journals``: stage in another process -> what is kept of what it is sent.
+    ``at_work``, to be set, is called when a stage here begins what takes long: others have time then.
     """
 
     def __init__(
@@ -119,7 +51,9 @@ class Pipeline:
         self._elsewhere = elsewhere
         self._after = after
         self._journals = journals or {}
+        self.at_work: Callable[[], None] = _nothing
         self._closing = threading.Event()
+        self._preparing = threading.Lock()
         self._begun = 0
         self._ended = 0
         self._lock = threading.Lock()
@@ -129,6 +63,13 @@ class Pipeline:
     def submit(self, step: Step) -> None:
         """Send a step on its way; returns at once."""
         self._post(0, step, None)
+
+    def prepare(self, step: Step) -> None:
+        """Let the stages here make ready for a step that is expected; see `EagerStage.prepare`."""
+        with self._preparing, suppress(Exception):  # of a stage that fails, the step itself tells
+            for link in () if self._closing.is_set() else self._local:
+                if isinstance(link.stage, EagerStage):
+                    link.stage.prepare(step)
 
     def begin(self, requests: Collection[int]) -> None:
         """These requests are about to run: what is kept for the case of a loss is kept of them."""
@@ -211,7 +152,8 @@ class Pipeline:
         CLOSING_S is left behind. May be called twice."""
         if self._closing.is_set():
             return
-        self._closing.set()
+        with self._preparing:
+            self._closing.set()
         if self._elsewhere is not None:
             self._elsewhere.close()
         for link in self._local:
@@ -286,6 +228,7 @@ class Pipeline:
         """One stage's share of a step, on the stage's worker or a thread lent to it; returns what sends the step on."""
         result: Parcel | Tokens | None = None
         passed = bool(step.refill) and index not in step.refill
+        started_s = time.monotonic()
         try:
             if not self._closing.is_set() and not passed:
                 result = self._compute(index, link, step, parcel)
@@ -293,7 +236,8 @@ class Pipeline:
             self._count(index, ended=1)
         if passed and not self._closing.is_set():
             return partial(self._pass, index, step)
-        return None if result is None else partial(self._hand_on, index, step, result)
+        seconds = time.monotonic() - started_s
+        return None if result is None else partial(self._hand_on, index, step, result, started_s, seconds)
 
     def _count(self, index: int, *, begun: int = 0, ended: int = 0) -> int:
         """Count shares of steps; returns how many are under way in this process."""
@@ -304,23 +248,24 @@ class Pipeline:
             return self._begun - self._ended
 
     def _compute(self, index: int, link: Link, step: Step, parcel: Parcel | None) -> Parcel | Tokens:
-        started = time.monotonic()
+        if link.onward is None or not link.stage.any_thread(step):
+            self.at_work()
         result = link.stage.run(step, self._arriving(index, step, parcel))
         if isinstance(result, Tokens):
-            self._note(index, step, started)
             return result
         assert link.onward is not None, f"{link.name} has no head and no stage behind it"
-        onward = link.onward.send(result)
         self.clocks[index].sent_bytes += result.nbytes
-        self._note(index, step, started)
-        return onward
+        return link.onward.send(result)
 
-    def _hand_on(self, index: int, step: Step, result: Parcel | Tokens) -> None:
-        """Send what came of a stage's share where it goes."""
+    def _hand_on(self, index: int, step: Step, result: Parcel | Tokens, started_s: float, seconds: float) -> None:
+        """Send what came of a stage's share where it goes. What it took is written down behind that, unless somebody
+        who gets tokens might ask for it."""
         if isinstance(result, Tokens):
+            self._note(index, step, started_s, seconds)
             self._deliver(result)
         else:
             self._post(index + 1, step, result)
+            self._note(index, step, started_s, seconds)
         if self._after is not None:
             self._after(index, step)
 
@@ -331,10 +276,13 @@ class Pipeline:
         else:
             self._deliver(Tokens(step.index, step.epoch, (RowTokens(),) * step.rows))
 
-    def _note(self, index: int, step: Step, started_s: float) -> None:
-        seconds = time.monotonic() - started_s
+    def _note(self, index: int, step: Step, started_s: float, seconds: float) -> None:
         self.clocks[index].add(seconds, len(step.token_ids))
         self.record.add(Span(index, step.index, step.epoch, len(step.token_ids), step.requests, started_s, seconds))
+
+
+def _nothing() -> None:
+    """Nobody waits for time."""
 
 
 def translated(error: Exception, name: str, relief: str = LESS) -> SplitrunError:

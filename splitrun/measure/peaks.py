@@ -15,8 +15,8 @@ from splitrun.measure.resident import give_back, high_water_bytes, reset_high_wa
 
 def held_bytes(kind: str, device: str) -> int:
     """Bytes that are held now, for ``peak_of``; begins anew with the highest mark of a card's allocator."""
+    give_back()
     if kind == "cpu":
-        give_back()
         return resident_bytes()
     if kind != "cuda":
         return 0
@@ -44,8 +44,8 @@ def peak_of(run: Callable[[], object], kind: str, device: str, held: int) -> int
 
 def peak_beyond(run: Callable[[], object], kind: str, device: str) -> int:
     """Bytes that ``run`` needs at its highest, beyond what it leaves behind."""
+    give_back()  # what others have left in circles would be freed meanwhile, and count as taken by ``run``
     if kind == "cpu":
-        give_back()
         if not reset_high_water():
             return 0
         run()

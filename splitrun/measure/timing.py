@@ -22,6 +22,7 @@ from torch import Tensor
 
 from splitrun.kernels.weight import Weight
 from splitrun.measure.peaks import held_bytes, peak_beyond, peak_of
+from splitrun.measure.resident import give_back
 from splitrun.measure.speed import release, synchronizer
 from splitrun.measure.thread_count import settle_threads
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
@@ -151,6 +152,7 @@ class UnitBench:
         self._stages.clear()
         self._worker.close()
         if self._setting.kind != "cpu":
+            give_back()  # stages are circles
             release(torch, self._setting.kind)
 
     def _peak(self, point: Point) -> int:

@@ -24,14 +24,14 @@ def build_step(
     tokens: bool = True,
 ) -> Step:
     """The step that runs ``rows`` in this order. Every sequence has its slot and the blocks its slice needs. Without
-    ``tokens``, which are not known yet, there are none in it."""
+    ``tokens``, which are not known yet, there are zeros in their place."""
     starts = [0, *accumulate(slice_.count for _, slice_ in rows)]
     targets = [sequence.prompt_targets(slice_) for sequence, slice_ in rows]
     return Step(
         index=index,
         epoch=epoch,
         token_ids=numpy.array(
-            [token for sequence, slice_ in rows for token in sequence.tokens(slice_)] if tokens else [],
+            [token for sequence, slice_ in rows for token in sequence.tokens(slice_)] if tokens else [0] * starts[-1],
             dtype=numpy.int32,
         ),
         query_starts=numpy.array(starts, dtype=numpy.int32),

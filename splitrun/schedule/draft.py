@@ -1,18 +1,15 @@
 """The step behind the one that runs, written down while stages compute: all of it but the tokens, which they tell.
 
-Between two tokens of a stream nothing else is to be done then. A draft is made for the common case alone: every row of
-the step gets one token, nobody comes, goes or needs a further block; it is dropped where anything else happens, so that
-the steps are those that would have been made without it. Chooses nothing.
+Between two tokens of a stream nothing else is to be done then, and stages can make ready for it before it comes. A
+draft is made for the common case alone: every row of the step gets one token, nobody comes, goes or needs a further
+block; it is dropped where anything else happens, so that the steps are those that would have been made without it.
+Chooses nothing.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy
 
 from splitrun.schedule.assembly import Row, build_step
 from splitrun.schedule.limits import Limits
@@ -21,24 +18,23 @@ from splitrun.schedule.sequence import Slice, State
 from splitrun.schedule.step import Step
 
 Flights = deque[tuple[int, list[Row]]]
-FILLED_IN = ("index", "epoch", "token_ids")
 
 
 @dataclass(frozen=True)
 class Draft:
-    """The rows of the next step and its ``fields`` but those of FILLED_IN; ``running`` sequences and ``flights`` are as
-    many as there must be when it is used."""
+    """The next step with its rows, and zeros for its tokens; ``running`` sequences and ``flights`` are as many as there
+    must be when it is used."""
 
     rows: list[Row]
-    fields: Mapping[str, Any]
-    epoch: int
+    step: Step
     running: int
     flights: int
 
-    def suits(self, epoch: int, roster: Roster, flights: int) -> bool:
-        """Whether all has come as expected."""
+    def suits(self, index: int, epoch: int, roster: Roster, flights: int) -> bool:
+        """Whether all has come as expected, and the step is the one with that index."""
         return (
-            (epoch, len(roster.running), flights, roster.waiting) == (self.epoch, self.running, self.flights, 0)
+            (index, epoch) == (self.step.index, self.step.epoch)
+            and (len(roster.running), flights, roster.waiting) == (self.running, self.flights, 0)
             and all(
                 sequence.state is State.RUNNING
                 and sequence.in_flight == 0
@@ -48,17 +44,17 @@ class Draft:
             )
         )  # fmt: skip
 
-    def step(self, index: int) -> Step:
-        """The step. Modifies the sequences: their slices are scheduled."""
-        for sequence, slice_ in self.rows:
+    def complete(self) -> Step:
+        """The step with its tokens. Modifies the sequences: their slices are scheduled."""
+        for row, (sequence, slice_) in enumerate(self.rows):
             sequence.scheduled = slice_.end
             sequence.in_flight += 1
-            sequence.last_step = index
-        tokens = numpy.array([sequence.output[-1] for sequence, _ in self.rows], dtype=numpy.int32)
-        return Step(index=index, epoch=self.epoch, token_ids=tokens, **self.fields)
+            sequence.last_step = self.step.index
+            self.step.token_ids[row] = sequence.output[-1]
+        return self.step
 
 
-def draft(epoch: int, roster: Roster, flights: Flights, limits: Limits) -> Draft | None:
+def draft(index: int, epoch: int, roster: Roster, flights: Flights, limits: Limits) -> Draft | None:
     """The step that follows the oldest one in flight, as far as it is known; None where it is not."""
     if not flights or roster.waiting or any(group.window is not None for group in roster.accounts.groups):
         return None
@@ -77,6 +73,5 @@ def draft(epoch: int, roster: Roster, flights: Flights, limits: Limits) -> Draft
         ends = slice_.end >= sequence.token_limit
         if ends or chosen.penalizes or any(table.missing(slice_.end) for table in tables):
             return None
-    step = build_step(0, epoch, rows, roster.accounts, tokens=False)
-    fields = {name: value for name, value in vars(step).items() if name not in FILLED_IN}
-    return Draft(rows, fields, epoch, len(roster.running), len(flights) - 1)
+    step = build_step(index, epoch, rows, roster.accounts, tokens=False)
+    return Draft(rows, step, len(roster.running), len(flights) - 1)

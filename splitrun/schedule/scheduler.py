@@ -83,8 +83,8 @@ class Scheduler:
         if self.in_flight >= self.limits.depth:
             return None
         drafted, self._draft = self._draft, None
-        if drafted is not None and drafted.suits(self.epoch, self._roster, self.in_flight):
-            return self._send_off(drafted.step(self._steps), drafted.rows)
+        if drafted is not None and drafted.suits(self._steps, self.epoch, self._roster, self.in_flight):
+            return self._send_off(drafted.complete(), drafted.rows)
         if not self._roster.waiting and not any(each.ready or each.refilling for each in self._roster.running):
             return None
         for sequence in self._roster.running:
@@ -102,10 +102,12 @@ class Scheduler:
         refill = self._refill if refilling else ()
         return self._send_off(build_step(self._steps, self.epoch, rows, self._roster.accounts, refill), rows)
 
-    def prepare(self) -> None:
-        """Make as much of the next step as can be known before the oldest one in flight is committed. It changes
-        nothing but how long ``schedule`` takes then."""
-        self._draft = draft(self.epoch, self._roster, self._flights, self.limits)
+    def prepare(self) -> Step | None:
+        """Make as much of the next step as can be known before the oldest one in flight is committed: all but its
+        tokens, for which it has zeros. It changes nothing but how long ``schedule`` takes then, which returns the same
+        Step, unless something unexpected happens."""
+        self._draft = draft(self._steps, self.epoch, self._roster, self._flights, self.limits)
+        return None if self._draft is None else self._draft.step
 
     def _send_off(self, step: Step, rows: list[Row]) -> Step:
         self._flights.append((step.index, rows))

@@ -42,13 +42,24 @@ class CardStage(RangeStage):
         super().__init__(model, stores, rules, weight_bytes)
         self._card = card
         self._groups = tuple(group.name for group in rules.groups)
+        self._latest: tuple[Step, bool] | None = None
         captures = Captures(model.device)
         self._graphs = DecodeGraphs(card, self._groups, model.dtype, model.device, captures)
         self._prompts = PromptGraphs(card, self._groups, model.dtype, model.device, captures)
 
     def any_thread(self, step: Step) -> bool:
         """As `RangeStage.any_thread`; decoding takes kernels of our own."""
-        return step.rows <= ROWS and int(step.query_starts[-1]) == step.rows and not _scored(step)
+        latest = self._latest
+        if latest is None or latest[0] is not step:  # it is asked several times, by more than one thread
+            decodes = step.rows <= ROWS and int(step.query_starts[-1]) == step.rows and not _scored(step)
+            latest = self._latest = (step, decodes)
+        return latest[1]
+
+    def prepare(self, step: Step) -> None:
+        """Make ready for a step that is expected, with zeros for its tokens, while those before it run; the same object
+        comes to ``run``, or another step in its place. Any thread."""
+        if self.any_thread(step):
+            self._graphs.prepare(step)
 
     def left(self) -> torch.cuda.Event | None:
         """As `RangeStage.left`."""
@@ -57,9 +68,11 @@ class CardStage(RangeStage):
     @torch.inference_mode()
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """As `RangeStage.run`. Greedy rows that only decode bring back their ids and nothing else."""
-        if not self.model.cut.head or not self.any_thread(step):
+        if not self.any_thread(step):
             return super().run(step, incoming)
         rows = range(step.rows)
+        if not self.model.cut.head:
+            return self._decoded(step, incoming)
         wanted = [sampling for sampling in step.sampling if sampling is not None]
         self._graphs.run(step, rows, incoming)
         if len(wanted) == step.rows and all(map(is_plain, wanted)):
@@ -75,9 +88,7 @@ class CardStage(RangeStage):
         """As `RangeStage.compute`."""
         computed = Computed()
         if not self.model.cut.head and self.any_thread(step):
-            self._graphs.run(step, range(step.rows), incoming)
-            graphs = self._graphs
-            computed.activation = graphs.left(step.rows) if self.gives_host else graphs.hidden(step.rows).clone()
+            computed.activation = self._decoded(step, incoming)
             return computed
         if incoming is not None:
             incoming = incoming.to(self.model.device, non_blocking=True)
@@ -99,6 +110,11 @@ class CardStage(RangeStage):
         for start in range(0, len(prompts), ROWS):
             self._prompt(computed, step, prompts[start : start + ROWS], incoming)
         return computed
+
+    def _decoded(self, step: Step, incoming: Tensor | None) -> Tensor:
+        """The activation behind a step that only decodes. Shape: (rows, hidden)."""
+        self._graphs.run(step, range(step.rows), incoming)
+        return self._graphs.left(step.rows) if self.gives_host else self._graphs.hidden(step.rows).clone()
 
     def _decode(self, computed: Computed, step: Step, rows: list[int], incoming: Tensor | None, offset: int) -> None:
         """One new token of each of up to 16 rows. Modifies ``computed``."""

@@ -6,6 +6,7 @@ comes, and shares its memory with the others. Knows a range of units and steps; 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -27,12 +28,16 @@ LEAST_TOKENS = 32
 
 
 class Captures:
-    """Graphs by key. Without a GPU the launches are simply made."""
+    """Graphs by key. Without a GPU the launches are simply made.
+
+    ``stream`` is the one that they were captured on last, and are replayed on: the stage's worker has no other.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.stream: torch.cuda.Stream | None = None
 
     def has(self, key: Hashable) -> bool:
         """Whether ``run`` would replay."""
@@ -41,7 +46,7 @@ class Captures:
     def capture(self, key: Hashable, launch: Callable[[], None]) -> None:
         """Record what ``launch`` does; a first, real run compiles and loads the kernels."""
         launch()
-        current = torch.cuda.current_stream(self._device)
+        current = self.stream = torch.cuda.current_stream(self._device)
         current.synchronize()
         torch.cuda.empty_cache()  # graphs have memory of their own; the first run's must not stand beside it
         graph = torch.cuda.CUDAGraph()
@@ -80,6 +85,7 @@ class DecodeGraphs:
         self._chosen = torch.zeros(ROWS, dtype=torch.int64, device=device)
         leaving = self._hidden if card.head is None else self._chosen
         self._slots = DecodeSlots(groups, self._hidden, card.embedding is None, leaving)
+        self._filling = threading.Lock()
 
     def run(self, step: Step, rows: Sequence[int], incoming: Tensor | None, offset: int = 0) -> None:
         """Compute rows of a step, each with its new token at ``offset``; what comes out stays here.
@@ -93,16 +99,24 @@ class DecodeGraphs:
         size = 1 if count == 1 else next(size for size in SIZES if size >= count)
         if not self._captures.has(("decode", size)):
             self._capture(size)
-        self._slots.write(step, rows, incoming, offset)
-        self._captures.run(("decode", size), lambda: self._launch(size))
-        self._slots.launched()
+        with self._filling:
+            self._slots.write(step, rows, incoming, offset)
+            self._captures.run(("decode", size), lambda: self._launch(size))
+            self._slots.launched(self._captures.stream)
+
+    def prepare(self, step: Step) -> None:
+        """Make ready for a step of one new token a row that is expected, on any thread."""
+        with self._filling:
+            if _widest(step) <= self._slots.blocks:
+                self._slots.prepare(step)
 
     def _capture(self, size: int) -> None:
-        self._slots.write_absent()
-        try:
-            self._captures.capture(("decode", size), lambda: self._launch(size))
-        finally:
-            self._slots.recount()
+        with self._filling:
+            self._slots.write_absent()
+            try:
+                self._captures.capture(("decode", size), lambda: self._launch(size))
+            finally:
+                self._slots.recount()
 
     def hidden(self, rows: int) -> Tensor:
         """The activation behind the last layer. Shape: (rows, hidden); changes with the next run."""
@@ -128,11 +142,12 @@ class DecodeGraphs:
 
     def _make_room(self, step: Step) -> None:
         """Wider tables for longer histories; graphs read them in place and are captured anew."""
-        widest = max((table.shape[1] for table in step.block_tables.values()), default=0)
+        widest = _widest(step)
         if widest > self._slots.blocks:
-            self._captures.forget()
-            self._slots.wait()
-            self._slots.set_blocks(1 << (widest - 1).bit_length())
+            with self._filling:
+                self._captures.forget()
+                self._slots.wait()
+                self._slots.set_blocks(1 << (widest - 1).bit_length())
 
     def _launch(self, rows: int) -> None:
         """The launches of one step; nothing is allocated that must outlive it."""
@@ -152,6 +167,10 @@ class DecodeGraphs:
             best = logits.max(dim=-1)
             self._chosen[:rows] = torch.where(best.values.isfinite(), best.indices, -1)
         slots.deliver(rows)
+
+
+def _widest(step: Step) -> int:
+    return max((table.shape[1] for table in step.block_tables.values()), default=0)
 
 
 class PromptGraphs:

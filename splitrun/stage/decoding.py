@@ -7,6 +7,7 @@ a small layer. Knows steps and kernels; what a model is made of, its caller has 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
@@ -28,6 +29,15 @@ KEPT_POSITIONS = 8192
 FIRST_POSITIONS = 256
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What the layers need beside the activation: angles of the new tokens, and what each layer reads."""
+
+    cosines: Tensor
+    sines: Tensor
+    histories: Sequence[RowHistories]
+
+
 class Decoding:
     """``groups``: the KV group of each layer of the range. ``chain``: the layers, None where there are none."""
 
@@ -39,6 +49,7 @@ class Decoding:
         self._block_tokens = block_tokens
         self._base: Any = model.skeleton.base
         self._angles: tuple[Tensor, Tensor] | None = None
+        self._ready: tuple[Step, _Inputs] | None = None
 
     def takes(self, step: Step, may_choose: bool) -> bool:
         """Whether the step is one: a token a row, no row scored, and with a head nothing wanted but the most likely
@@ -59,6 +70,14 @@ class Decoding:
             may_choose and self._model.chooser is not None and all(one is not None and is_plain(one) for one in wanted)
         )
 
+    def prepare(self, step: Step) -> None:
+        """Make ready for a step that is expected, if it will be taken: it comes to ``hidden`` next, or another one in
+        its place. Any thread."""
+        angles = self._angles
+        known = angles is not None and len(step.context_lengths) > 0 and max(step.context_lengths) < len(angles[0])
+        if self._chain is not None and known and self.takes(step, may_choose=True):
+            self._ready = (step, self._inputs(step))
+
     def hidden(self, step: Step, incoming: Tensor | None) -> Tensor:
         """The activation behind the last layer. Shape: (tokens, hidden), as ``incoming``, None with an embedding.
         Updates the KV blocks."""
@@ -70,17 +89,21 @@ class Decoding:
                 raise StageError(f"an activation of {hidden.shape[0]} tokens does not match its step")
         if self._chain is None:
             return hidden
-        histories = {
-            name: self._histories(step.block_tables[name], step, group) for name, group in self._groups.items()
-        }
-        cosines, sines = self._rotation(step, hidden)
-        return self._chain.run(hidden.contiguous(), cosines, sines, [histories[name] for name in self._names])
+        ready, self._ready = self._ready, None
+        found = ready[1] if ready is not None and ready[0] is step else self._inputs(step)
+        return self._chain.run(hidden.contiguous(), found.cosines, found.sines, found.histories)
 
     def chosen(self, step: Step, incoming: Tensor | None) -> list[int]:
         """With a head: the most likely token of each row, -1 where its logits are not finite."""
         normed = self._base.norm(self.hidden(step, incoming))
         values, ids = (found.tolist() for found in self._model.largest(normed))
         return [token if isfinite(value) else -1 for value, token in zip(values, ids, strict=True)]
+
+    def _inputs(self, step: Step) -> _Inputs:
+        histories = {
+            name: self._histories(step.block_tables[name], step, group) for name, group in self._groups.items()
+        }
+        return _Inputs(*self._rotation(step), [histories[name] for name in self._names])
 
     def _histories(self, table: IntArray, step: Step, group: KVGroup) -> RowHistories:
         tables, skips, lengths = [], [], []
@@ -94,23 +117,24 @@ class Decoding:
             assert min(tables[-1]) >= 0, "a needed block was dropped"
         return RowHistories(tables, skips, lengths, 1)
 
-    def _rotation(self, step: Step, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, step: Step) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the new tokens. Shape: (rows, rotated width)."""
         longest = max(step.context_lengths.tolist())
         if longest >= KEPT_POSITIONS:
-            return self._computed(hidden, torch.from_numpy(step.context_lengths).long())
+            return self._computed(torch.from_numpy(step.context_lengths).long())
         if self._angles is None or longest >= len(self._angles[0]):
             count = max(FIRST_POSITIONS, 1 << longest.bit_length())
-            self._angles = self._computed(hidden, torch.arange(count))
+            self._angles = self._computed(torch.arange(count))
         cosines, sines = self._angles
         if step.rows == 1:
             return cosines[longest : longest + 1], sines[longest : longest + 1]
         positions = torch.from_numpy(step.context_lengths).long()
         return cosines[positions], sines[positions]
 
-    def _computed(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cosines, sines = self._base.rotary_emb(hidden, positions.unsqueeze(0))
-        return cosines[0].to(hidden.dtype), sines[0].to(hidden.dtype)
+    def _computed(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        typed = torch.empty(0, dtype=self._model.dtype)  # all that the model's code asks of an activation
+        cosines, sines = self._base.rotary_emb(typed, positions.unsqueeze(0))
+        return cosines[0].to(typed.dtype), sines[0].to(typed.dtype)
 
 
 def takes_base(base: Any) -> bool:

@@ -233,6 +233,13 @@ class GenericStage(RangeStage):
         for states in self._states.values():
             states.clear()
 
+    @torch.inference_mode()
+    def prepare(self, step: Step) -> None:
+        """Make ready for a step that is expected, with zeros for its tokens, while those before it run; the same object
+        comes to ``run``, or another step in its place. Any thread."""
+        if self._decoding is not None:
+            self._decoding.prepare(step)
+
     def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
         """As `RangeStage.run`, without logits where nobody needs them."""
         if self.thread_counts is not None:

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -46,6 +45,7 @@ class Worker:
         self._unfinished = 1  # until the thread has set itself up
         self._counting, self._turn = threading.Lock(), threading.Lock()
         self._stream: torch.cuda.Stream | None = None
+        self._before: torch.cuda.Stream | None = None  # the current one of this thread when it lends itself
         self._thread = threading.Thread(target=self._loop, name=f"splitrun {device}", daemon=True)
         self._thread.start()
 
@@ -65,9 +65,16 @@ class Worker:
             if self._unfinished:
                 return False
             self._unfinished += 1
-        # The caller's own stream comes back behind it: this one may be recorded by its own thread later.
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+        if self._stream is None:
             self._do(task, failed)
+            return True
+        if caller._before is None:  # torch's own way of changing streams looks this up every time
+            caller._before = torch.cuda.current_stream()
+        torch.cuda.set_stream(self._stream)
+        try:
+            self._do(task, failed)
+        finally:  # this stream may be recorded by its own thread later
+            torch.cuda.set_stream(caller._before)
         return True
 
     def call(self, function: Callable[[], Result], timeout_s: float | None = None) -> Result:

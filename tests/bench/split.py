@@ -32,9 +32,10 @@ from shapes import DEFAULT, MODEL_HELP, SHAPES, model_of
 from torch import Tensor
 
 from splitrun import Engine, Placement, SamplingParams
+from splitrun.engine.link import Link
 from splitrun.engine.loading import Load
 from splitrun.engine.outcome import Outcome
-from splitrun.engine.pipeline import Link, Pipeline
+from splitrun.engine.pipeline import Pipeline
 from splitrun.measure.unit_steps import Point, make_step
 from splitrun.model.structure import inspect
 from splitrun.schedule.step import RowTokens, Step, Tokens

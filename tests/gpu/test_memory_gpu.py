@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 
 import splitrun
 from splitrun.errors import StageError
+from splitrun.measure.peaks import peak_beyond
 from splitrun.planner.facts import Workload
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
 
@@ -66,3 +69,18 @@ def test_a_full_card_costs_the_request_that_found_it_full() -> None:
             held.clear()
         assert engine.generate([short], GREEDY)[0].token_ids == wanted
         assert engine.generate([long], GREEDY)[0].token_ids
+
+
+def test_garbage_that_goes_meanwhile_does_not_count_as_taken() -> None:
+    """Stages are circles: one that was closed may lie there until something looks for circles."""
+    held: list[torch.Tensor] = []
+
+    def load() -> None:
+        gc.collect()
+        held.append(torch.ones(4 << 20, dtype=torch.uint8, device=CARD))
+
+    peak_beyond(load, "cuda", "cuda:0")
+    circle: list[Any] = [torch.ones(64 << 20, dtype=torch.uint8, device=CARD)]
+    circle.append(circle)
+    del circle
+    assert peak_beyond(load, "cuda", "cuda:0") < 32 << 20

@@ -11,7 +11,7 @@ import transformers
 
 from splitrun import Engine, Placement, SamplingParams, plan
 from splitrun.demo.tasks import questions
-from splitrun.engine.pipeline import Link
+from splitrun.engine.link import Link
 from splitrun.kernels.weight import Weight
 from splitrun.model.files import resolve
 from splitrun.stage.generic import RangeStage

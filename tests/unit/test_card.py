@@ -92,8 +92,14 @@ class Run:
     lengths: dict[int, int] = field(default_factory=dict)
     index: int = 0
 
-    def feed(self, rows: dict[int, Sequence[int]], incoming: Tensor | None = None, scored: bool = False) -> Any:
-        """Run tokens of some sequences as one step."""
+    def feed(
+        self,
+        rows: dict[int, Sequence[int]],
+        incoming: Tensor | None = None,
+        scored: bool = False,
+        expected: Sequence[Step | None] = (),
+    ) -> Any:
+        """Run tokens of some sequences as one step. ``expected``: what the stage makes ready for before, None: this."""
         counts = [len(ids) for ids in rows.values()]
         tables = numpy.array([[row * BLOCKS + block for block in range(BLOCKS)] for row in rows], dtype=numpy.int32)
         greedy = SamplingParams(max_tokens=1, temperature=0.0)
@@ -112,6 +118,12 @@ class Run:
         )
         self.index += 1
         self.latest = step
+        known = step.token_ids.copy()
+        step.token_ids[:] = 0
+        for one in expected:
+            assert isinstance(self.stage, CardStage)
+            self.stage.prepare(step if one is None else one)
+        step.token_ids[:] = known
         computed = self.stage.compute(step, incoming)
         for row, ids in rows.items():
             self.lengths[row] = self.lengths.get(row, 0) + len(ids)
@@ -204,6 +216,22 @@ def test_a_cut_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
             activation = part.feed(rows, arriving)
         wanted = whole.feed(rows)
         assert all(torch.equal(activation[row], wanted[row]) for row in rows)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_was_prepared_has_the_same_bits(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ids or an activation coming in; whether the step comes that was expected last, or another one."""
+    cut = CutRange(first, 0, 1, False)
+    ready, plain = (make("llama", "dense", TYPE, monkeypatch, cut) for _ in range(2))
+    for run in (ready, plain):
+        run.feed({0: [1], 1: [2]}, None if first else torch.ones((2, SIZES["hidden_size"]), dtype=DTYPES[TYPE]))
+    for turn in range(SLOTS + 2):
+        rows = {row: [turn + row + 3] for row in range(1 + turn % 2)}
+        noise = torch.randn((len(rows), SIZES["hidden_size"]), generator=torch.Generator().manual_seed(turn))
+        incoming = None if first else noise.to(DTYPES[TYPE])
+        expected = [ready.latest, None] if turn % 3 else [None, ready.latest]
+        found = ready.feed(rows, incoming, expected=expected)
+        assert torch.equal(found, plain.feed(rows, incoming))
 
 
 def test_what_is_left_for_the_processor_is_what_lies_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:

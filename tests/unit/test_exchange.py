@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from splitrun.engine.exchange import COORDINATOR, Exchange, Route
+from splitrun.engine.link import Link, RemoteLink
 from splitrun.engine.outcome import Failure, Outcome
-from splitrun.engine.pipeline import Link, Pipeline, RemoteLink
+from splitrun.engine.pipeline import Pipeline
 from splitrun.errors import StageError
 from splitrun.schedule.flat import MalformedMessage
 from splitrun.schedule.step import RowTokens, Step, Tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -74,29 +74,39 @@ class Run:
     blocks: int = BLOCKS
     index: int = 0
 
-    def feed(self, rows: dict[int, Sequence[int]], replay: bool = False) -> dict[int, Tensor]:
+    def feed(self, rows: dict[int, Sequence[int]], replay: bool = False, prepare: bool = False) -> dict[int, Tensor]:
         """Run tokens of some sequences as one step. Shape of each result: (tokens, hidden)."""
-        counts = [len(ids) for ids in rows.values()]
-        tables = numpy.array(
-            [[row * self.blocks + block for block in range(self.blocks)] for row in rows], dtype=numpy.int32
-        )
-        step = Step(
-            index=self.index,
-            epoch=0,
-            token_ids=numpy.array([token for ids in rows.values() for token in ids], dtype=numpy.int32),
-            query_starts=numpy.cumsum([0, *counts]).astype(numpy.int32),
-            context_lengths=numpy.array([self.lengths.get(row, 0) for row in rows], dtype=numpy.int32),
-            slots=numpy.array(list(rows), dtype=numpy.int32),
-            block_tables={group.name: tables for group in self.structure.groups},
-            sampling=(None,) * len(rows),
-            replay=(replay,) * len(rows),
-        )
+        counts, step = [len(ids) for ids in rows.values()], step_of(self, rows, replay)
         self.index += 1
+        if prepare:
+            assert isinstance(self.stage, GenericStage)
+            self.stage.prepare(replace(step, token_ids=numpy.zeros_like(step.token_ids)))  # this one does not come
+            known = step.token_ids.copy()
+            step.token_ids[:] = 0
+            self.stage.prepare(step)
+            step.token_ids[:] = known
         activation = self.stage.compute(step, None).activation
         assert activation is not None
         for row, ids in rows.items():
             self.lengths[row] = self.lengths.get(row, 0) + len(ids)
         return dict(zip(rows, activation.split(counts), strict=True))
+
+
+def step_of(run: Run, rows: dict[int, Sequence[int]], replay: bool = False) -> Step:
+    """Tokens of some sequences behind those that the run has fed."""
+    counts = [len(ids) for ids in rows.values()]
+    tables = numpy.array([[row * run.blocks + block for block in range(run.blocks)] for row in rows], dtype=numpy.int32)
+    return Step(
+        index=run.index,
+        epoch=0,
+        token_ids=numpy.array([token for ids in rows.values() for token in ids], dtype=numpy.int32),
+        query_starts=numpy.cumsum([0, *counts]).astype(numpy.int32),
+        context_lengths=numpy.array([run.lengths.get(row, 0) for row in rows], dtype=numpy.int32),
+        slots=numpy.array(list(rows), dtype=numpy.int32),
+        block_tables={group.name: tables for group in run.structure.groups},
+        sampling=(None,) * len(rows),
+        replay=(replay,) * len(rows),
+    )
 
 
 def make(
@@ -280,6 +290,27 @@ def test_the_short_way_of_decoding_changes_no_bit(name: str, monkeypatch: pytest
         found, wanted = short.feed(rows), long.feed(rows)
         assert all(torch.equal(found[row], wanted[row]) for row in rows)
     assert len(taken) == (0 if name == "dynamic" else 12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_that_was_prepared_has_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was prepared is used: angles and histories are not looked up again. Another step may come instead."""
+    made: list[int] = []
+    inputs = Decoding._inputs
+    monkeypatch.setattr(Decoding, "_inputs", lambda *arguments: (made.append(1), inputs(*arguments))[1])
+    ready, plain = (make(name, MODELS[name])[0] for _ in range(2))
+    for run in (ready, plain):
+        run.feed({0: tokens(9), 1: tokens(3, 5)})
+        run.feed({0: [1], 1: [2]})  # the table of angles is made
+        assert isinstance(run.stage, GenericStage)
+        run.stage.prepare(step_of(run, {0: [1]}))  # it never comes
+    for place in range(12):
+        rows = {0: tokens(1, place), 1: tokens(1, 50 + place)}
+        made.clear()
+        found = ready.feed(rows, prepare=True)
+        assert len(made) == 2  # for two that were expected, and none when one came
+        wanted = plain.feed(rows)
+        assert all(torch.equal(found[row], wanted[row]) for row in rows)
 
 
 def test_a_history_of_several_segments() -> None:

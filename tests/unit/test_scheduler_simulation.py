@@ -321,13 +321,13 @@ def test_every_request_gets_what_it_gets_alone(seed: int, depth: int) -> None:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps that drafts became."""
     found: list[int] = []
-    make = Draft.step
+    complete = Draft.complete
 
-    def counted(self: Draft, index: int) -> Step:
-        found.append(index)
-        return make(self, index)
+    def counted(self: Draft) -> Step:
+        found.append(self.step.index)
+        return complete(self)
 
-    monkeypatch.setattr(Draft, "step", counted)
+    monkeypatch.setattr(Draft, "complete", counted)
     return found
 
 
@@ -349,12 +349,13 @@ def test_decoding_goes_by_drafts_but_where_a_block_is_full(sessions: int, used: 
     simulation = Simulation(Scheduler(groups, limits), FakeStage(groups, limits, random.Random(1)), random.Random(1))
     for request_id in range(sessions):
         simulation.submit(Request(request_id, (1, 2, 3), SamplingParams(max_tokens=160, seed=3, ignore_eos=True)))
-    steps = 0
+    steps, expected = 0, None
     while simulation.scheduler.has_work:
         while (step := simulation.scheduler.schedule()) is not None:
+            assert step is expected or step.index not in used  # stages have made ready for that very object
             simulation.queue.append(step)
             steps += 1
-        simulation.scheduler.prepare()
+        expected = simulation.scheduler.prepare()
         simulation.record(simulation.scheduler.commit(simulation.stage.run(simulation.queue.popleft())))
     simulation.verify([])
     assert steps * 0.85 < len(used) < steps

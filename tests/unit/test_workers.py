@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -14,10 +15,11 @@ from torch import Tensor
 from splitrun.engine.core import EngineCore
 from splitrun.engine.interface import StageStatus
 from splitrun.engine.lineup import Line
+from splitrun.engine.link import Link, RemoteLink
 from splitrun.engine.outbox import Outbox
-from splitrun.engine.outcome import Outcome
-from splitrun.engine.pipeline import Link, Pipeline, RemoteLink
-from splitrun.schedule.request import Request, SamplingParams
+from splitrun.engine.outcome import Failure, Outcome
+from splitrun.engine.pipeline import Pipeline
+from splitrun.schedule.request import Request, SamplingParams, TokenEvent
 from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
 from splitrun.schedule.step import RowSampling, RowTokens, Step, Tokens
 from splitrun.transport.local import SameMemory, Worker
@@ -147,6 +149,24 @@ class ThreadStage:
         pass
 
 
+class EagerThreadStage(ThreadStage):
+    """Notes what it is asked to make ready for, and what comes."""
+
+    def __init__(self, head: bool = False, told: list[str] | None = None) -> None:
+        super().__init__(head)
+        self.expected: list[Step] = []
+        self.steps: dict[int, Step] = {}
+        self._told = told if told is not None else []
+
+    def prepare(self, step: Step) -> None:
+        self.expected.append(step)
+
+    def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
+        self._told.append("run")
+        self.steps[step.index] = step
+        return super().run(step, incoming)
+
+
 def step(index: int) -> Step:
     one = numpy.ones(1, numpy.int32)
     wanted = (RowSampling(SamplingParams(), 0, 0),)
@@ -189,9 +209,8 @@ def test_steps_are_drafted_where_a_card_leaves_the_processor_time(workers: tuple
 
 @pytest.mark.parametrize(("device", "drafted"), [("xpu:0", True), ("cpu", False)])
 def test_the_engine_drafts_there_alone(device: str, drafted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared: list[int] = []
-    monkeypatch.setattr(Scheduler, "prepare", lambda self: prepared.append(1))
-    links = [Link(ThreadStage(head=True), Worker(device), "", None)]
+    stage = EagerThreadStage(head=True)
+    links = [Link(stage, Worker(device), "", None)]
     limits = Limits(context=64, sessions=1, vocabulary=2, chunk_tokens=64, block_tokens=64, depth=1)
     line = Line(partial(Pipeline, links), (StageStatus(device, ""),), {}, lambda: None)
     core = EngineCore(Scheduler((GroupSpec("full", None, 1),), limits), line)
@@ -200,7 +219,53 @@ def test_the_engine_drafts_there_alone(device: str, drafted: bool, monkeypatch: 
     core.submit(Request(1, (1,), sampling), lambda event: ended.set() if event.finish_reason else None)
     assert ended.wait(PATIENCE_S)
     core.close()
-    assert bool(prepared) == drafted
+    assert bool(stage.expected) == drafted
+    assert all(step is stage.steps.get(step.index, step) for step in stage.expected)  # the same object comes
+
+
+def test_the_loop_wakes_when_the_card_has_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are handed out while the card computes, not while its work is being launched."""
+    processor, card = Worker("cpu"), Worker("xpu:0")
+    happened: list[str] = []
+    embed, middle, head = (EagerThreadStage(head=head, told=happened) for head in (False, False, True))
+    places = ((embed, processor), (middle, card), (head, processor))
+    links = [Link(stage, worker, "", SameMemory() if stage is not head else None) for stage, worker in places]
+    limits = Limits(context=64, sessions=1, vocabulary=2, chunk_tokens=64, block_tokens=64, depth=1)
+    wake = EngineCore._wake
+    monkeypatch.setattr(EngineCore, "_wake", lambda self: (happened.append("wake"), wake(self))[1])
+    line = Line(partial(Pipeline, links), (StageStatus("", ""),) * 3, {}, lambda: None)
+    core = EngineCore(Scheduler((GroupSpec("full", None, 1),), limits), line)
+    events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+    sampling = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    core.submit(Request(1, (1,), sampling), events.put)
+    found = [events.get(timeout=PATIENCE_S) for _ in range(5)]
+    core.close()
+    assert found[-1].finish_reason == "length"
+    assert happened == ["run", "run", "wake", "run"] * 5
+
+
+def test_nothing_is_prepared_once_the_stages_are_closed() -> None:
+    stage, worker = EagerThreadStage(), Worker("xpu:0")
+    pipeline = Pipeline([Link(stage, worker, "", None)], print)
+    pipeline.prepare(step(0))
+    pipeline.close()
+    pipeline.prepare(step(1))
+    assert [one.index for one in stage.expected] == [0]
+
+
+def test_a_stage_that_cannot_prepare_is_told_of_by_its_step(workers: tuple[Worker, Worker]) -> None:
+    class Faulty(EagerThreadStage):
+        def prepare(self, step: Step) -> None:
+            raise Fault
+
+        def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
+            raise Fault
+
+    came: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    pipeline = Pipeline([Link(Faulty(), workers[1], "a stage", None)], came.put)
+    pipeline.prepare(step(0))
+    pipeline.submit(step(0))
+    assert isinstance(came.get(timeout=PATIENCE_S), Failure)
 
 
 def test_stages_of_one_card_follow_each_other_on_a_lent_thread(workers: tuple[Worker, Worker]) -> None:
