@@ -30,13 +30,16 @@ def prompts(level: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setenv(PROMPT_VARIABLE, kind)
     monkeypatch.setenv(LEVEL_VARIABLE, level)
     monkeypatch.setattr(many, "kernel", lambda: LEVELS[level])
-    for chosen in (many._chosen, many._first_right):
-        chosen.cache_clear()
-    if many.many_rows() is None or many.attention_rows() is None:
-        pytest.skip("no kernel for chunks at this level")
-    yield
-    for chosen in (many._chosen, many._first_right):
-        chosen.cache_clear()
+    caches = (many._chosen, many._first_right)
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        if many.many_rows() is None or many.attention_rows() is None:
+            pytest.skip("no kernel for chunks at this level")
+        yield
+    finally:
+        for cached in caches:
+            cached.cache_clear()
 
 
 @pytest.mark.usefixtures("prompts")
