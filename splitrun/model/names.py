@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from splitrun.errors import MissingWeights
+from splitrun.model.late_patterns import compiled_late
 from splitrun.model.recipe import Recipe
 from splitrun.model.source import WeightSource
 
@@ -99,6 +100,7 @@ class NameMap:
 
 def _collect(model: Any, source: WeightSource, expected: dict[str, Any]) -> tuple[list[Recipe], set[str]]:
     """Recipes without their targets, and the renamed names on disk that match nothing."""
+    from transformers import core_model_loading
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -107,7 +109,8 @@ def _collect(model: Any, source: WeightSource, expected: dict[str, Any]) -> tupl
         rename_source_key,
     )
 
-    transforms = get_model_conversion_mapping(model)
+    with compiled_late(core_model_loading):
+        transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -5,7 +5,8 @@
 The first start (``--empty`` deletes the packed weights before) quantizes; later ones read what it kept. Where this
 machine has no figures of the model yet, that one also measures them, for up to a minute: start twice. Peak memory is
 the kernel's high-water mark of resident pages, anonymous and file pages alike, of the one process that ``run`` is. Its
-parts are what the mark grew by at each step of the same start, taken apart in another process.
+parts are what the mark grew by at each step of the same start, taken apart in another process. A start may keep what
+Python compiled, as it does wherever splitrun is installed, even where ``PYTHONDONTWRITEBYTECODE`` is set.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ print(json.dumps({"marks": marks, "weights": weights, "kv": kv}))
 def start(model: str, weights: str) -> tuple[float, int]:
     """Seconds until ``splitrun run`` prints its first token, and the peak of its resident bytes."""
     command = [sys.executable, "-m", "splitrun", "run", model, "Hello", "--max-tokens", "1", "--weights", weights]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
     assert process.stdout is not None
     process.stdout.read(1)
     seconds = time.perf_counter() - begun

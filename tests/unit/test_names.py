@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import logits, make_config, make_model, make_skeleton
 from torch import Tensor
+from transformers import core_model_loading
 
 from splitrun.errors import CorruptWeights, MissingWeights, UnsupportedModel
 from splitrun.kernels.nf4 import Nf4Weight
+from splitrun.model.late_patterns import LatePattern, compiled_late
 from splitrun.model.names import NameMap
 from splitrun.model.source import SafetensorsSource
 from splitrun.model.weights import Loader
@@ -194,3 +198,16 @@ def test_a_dense_format_other_than_the_compute_type_is_our_own_mistake(tmp_path:
     skeleton = make_skeleton(make_config("llama"))
     with pytest.raises(ValueError, match="compute dtype"):
         Loader(skeleton, SafetensorsSource(tmp_path), torch.float32).load(["lm_head.weight"], "bf16", "cpu")
+
+
+def test_patterns_that_nobody_uses_are_not_compiled() -> None:
+    with compiled_late(core_model_loading):
+        late, broken = (core_model_loading.WeightRenaming(source, "other.weight") for source in ("own.weight", "(own"))
+    at_once = core_model_loading.WeightRenaming("own.weight", "other.weight")
+    assert core_model_loading.re is re
+    assert isinstance(late.compiled_sources, LatePattern)
+    for renaming in (late, deepcopy(late)):
+        for name in ("model.own.weight", "model.own.weight_scale"):
+            assert renaming.rename_source_key(name) == at_once.rename_source_key(name)
+    with pytest.raises(re.error):
+        broken.rename_source_key("own")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from planner_models import device, model
 
+from splitrun.kernels.cpu.settings import LEVEL_VARIABLE, PROMPT_VARIABLE
 from splitrun.measure import resident
 from splitrun.measure.lines import Found, unit_peak
 from splitrun.measure.peaks import held_bytes, peak_beyond, peak_of
@@ -109,3 +110,14 @@ def test_versions_name_what_seconds_depend_on() -> None:
     assert f"torch {torch.__version__.partition('+')[0]}" in words
     assert "transformers " in words
     assert "driver" not in words
+
+
+def test_seconds_hold_for_the_kernels_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (LEVEL_VARIABLE, PROMPT_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    usual, card = versions("cpu"), versions("cuda")
+    monkeypatch.setenv(LEVEL_VARIABLE, "avx2")
+    held = versions("cpu")
+    monkeypatch.setenv(PROMPT_VARIABLE, "int8")
+    assert len({usual, held, versions("cpu")}) == 3
+    assert versions("cuda") == card
