@@ -34,8 +34,10 @@ from splitrun.transport.local import torch_device
 
 ROWS = (1, 4, 16)
 NEAR, FAR = 128, 4096
-CHUNKS = (32, 512)
+CHUNKS = (32, 128, 512)
 CHUNK_HISTORIES = (1024, 3584)
+MANY_THREADS = 8
+"""From so many on, waking them for a chunk of a prompt takes a good part of what one layer does."""
 SHARE_OF_MEMORY = 4
 """A unit is timed only where all its copies and its largest step take less than one part in so many of the device."""
 
@@ -114,7 +116,11 @@ class _Task:
             if shape in alone:
                 continue
             count = self._run_length(index, shape)
-            several = self._found(CutRange(False, index, index + count, False), self._repeated(points, count), fast)
+            several = self._found(
+                CutRange(False, index, index + count, False),
+                in_a_row(points, count, self.device.kind, self.threads),
+                fast,
+            )
             if several is None:
                 return None
             fast = several.fast
@@ -150,11 +156,6 @@ class _Task:
         prefill = [Point(1, tokens, 0) for tokens in chunks]
         histories = sorted({min(history, longest - chunks[-1]) for history in CHUNK_HISTORIES} - {0})
         return [*decode, *prefill, *(Point(1, chunks[-1], history) for history in histories)]
-
-    def _repeated(self, points: Sequence[Point], count: int) -> list[Point]:
-        """What is timed on ``count`` layers in a row. A prompt takes a processor so much longer than its stage's own
-        share that one layer tells enough."""
-        return [point for point in points if count == 1 or self.device.kind != "cpu" or point.tokens == 1]
 
     def _far(self, rows: int, far: int) -> int:
         """The far context, shortened until the gathered history of all rows takes a small part of the device."""
@@ -230,12 +231,21 @@ class _Task:
             "config": _config_text(self.files.config),
             "units": shapes,
             "ends": [cut.embed, cut.head],
-            "between": BETWEEN_BYTES if cut.start == cut.stop else 0,
+            "between": BETWEEN_BYTES if cut.start == cut.stop or self.device.kind != "cpu" else 0,
             "weights": self._dense_format() if cut.embed else self.weights,
             "blocks": self.wanted.block_tokens,
         }
         text = json.dumps(conditions, sort_keys=True, default=str)
         return f"unit {_range_text(cut)} {conditions['weights']} {hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+def in_a_row(points: Sequence[Point], count: int, kind: str, threads: int | None) -> list[Point]:
+    """What is timed on ``count`` layers in a row, beside all points on one. A prompt takes a processor of few cores so
+    much longer than its stage's own share that one layer tells enough, and a history it takes any processor."""
+    if count == 1 or kind != "cpu":
+        return list(points)
+    many = (threads or 1) >= MANY_THREADS
+    return [point for point in points if point.tokens == 1 or (many and not point.context)]
 
 
 def unit_shape(structure: ModelStructure, unit: int) -> str:

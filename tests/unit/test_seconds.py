@@ -20,7 +20,7 @@ from splitrun.measure.lines import at_most, less, slope
 from splitrun.measure.lines import unit_seconds as lines_of
 from splitrun.measure.profile import profile
 from splitrun.measure.timing import Sample, Setting, UnitBench, copies_needed, last_cache_bytes, sample
-from splitrun.measure.unit_seconds import Wanted, layer_shape, measure
+from splitrun.measure.unit_seconds import MANY_THREADS, Wanted, in_a_row, layer_shape, measure
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
@@ -108,6 +108,15 @@ def test_a_layer_takes_most_of_what_several_take() -> None:
     assert found[point].seconds == pytest.approx(6e-3)
     assert at_most({point: Sample(4e-3, 0.3)}, embed)[point].seconds == pytest.approx(1e-3)
     assert at_most({point: Sample(0.7e-3, 0.3)}, embed)[point].seconds == pytest.approx(0.7e-3)
+
+
+@pytest.mark.parametrize(
+    ("count", "kind", "threads", "kept"),
+    [(1, "cpu", 2, 3), (4, "cpu", 2, 1), (4, "cpu", MANY_THREADS, 2), (4, "cuda", None, 3)],
+)
+def test_what_is_timed_on_layers_in_a_row(count: int, kind: str, threads: int | None, kept: int) -> None:
+    points = [Point(1, 1, 128), Point(1, 128, 0), Point(1, 512, 1024)]
+    assert in_a_row(points, count, kind, threads) == points[:kept]
 
 
 def test_a_step_reads_and_writes_within_its_blocks() -> None:
