@@ -16,6 +16,8 @@ from splitrun.errors import DoesNotFit, InvalidPlacement
 from splitrun.kernels.cpu.settings import check_settings
 
 if TYPE_CHECKING:
+    from splitrun.measure.cache import Cache
+    from splitrun.measure.engine_cost import EngineCost
     from splitrun.planner.estimate import Estimate
     from splitrun.planner.facts import Cluster, ModelProfile, Objective, Workload
     from splitrun.planner.facts_file import Facts
@@ -193,7 +195,8 @@ def read_facts_for(file: str | os.PathLike[str], model: str, memory: Mapping[str
 def predict(
     placement: Placement, prompt_tokens: int, new_tokens: int, load: Literal["weights", "dummy"] = "weights"
 ) -> Estimate:
-    """What the placement will do on this machine with a prompt and an answer of those lengths, one session alone.
+    """What the placement will do on this machine with a prompt and an answer of those lengths, one session alone and
+    one request right behind the other, as they are in a bench.
 
     Times the units of the placement's formats on its devices, unless an earlier run did.
     """
@@ -206,7 +209,12 @@ def predict(
         formats[stage.device] = tuple({*formats.get(stage.device, ()), stage.weights})
     budgets: dict[str, str | int] = {name: placement.devices.get(name, "auto") for name in placement.device_names}
     source, revision = placement.model.source, placement.model.revision
-    known = gather(source, revision, load, budgets, lambda profile, cluster: formats, (1,), engine_cost)
+
+    def in_a_row(kept: Cache, card: str | None = None) -> EngineCost:
+        cost = engine_cost(kept, card)
+        return replace(cost, request_s=cost.next_request_s)
+
+    known = gather(source, revision, load, budgets, lambda profile, cluster: formats, (1,), in_a_row)
     history = prompt_tokens + new_tokens // 2
     workload = replace(placement.workload, history_tokens=history, prompt_tokens=prompt_tokens)
     return estimate(known.profile, known.cluster, replace(placement, workload=workload))

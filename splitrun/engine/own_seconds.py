@@ -62,7 +62,7 @@ def engine_cost(kept: Cache, card: str | None = None) -> EngineCost:
     """What the engine takes beside stages, with ``card`` in use or none: seconds and main memory."""
 
     def measure() -> dict[str, float]:
-        (alone, request), (two, _), (warm, _) = (
+        (alone, request, next_request), (two, *_), (warm, *_) = (
             map(median, zip(*(_beside_stages(*shape) for _ in range(ROUNDS)), strict=True))
             for shape in ((1, READ_BYTES, REQUESTS), (2, READ_BYTES), (1, 0))
         )
@@ -72,6 +72,7 @@ def engine_cost(kept: Cache, card: str | None = None) -> EngineCost:
             "step_s": alone,
             "warm_step_s": min(warm, alone),
             "request_s": max(0.0, request - alone),
+            "next_request_s": max(0.0, next_request - alone),
             "hop_s": max(0.0, two - alone),
             "process_bytes": own.host,
             "card_process_bytes": both.host - own.host,
@@ -83,9 +84,9 @@ def engine_cost(kept: Cache, card: str | None = None) -> EngineCost:
     return cost_of(kept.get_or_measure(cost_key(card), FIGURES, measure))
 
 
-def _beside_stages(count: int, read_bytes: int, requests: int = 0) -> tuple[float, float]:
-    """Seconds per further token beyond what the stages' clocks show; and of the first one, the median of that many
-    requests that each come when nothing has been asked for."""
+def _beside_stages(count: int, read_bytes: int, requests: int = 0) -> tuple[float, float, float]:
+    """Seconds per further token beyond what the stages' clocks show; and of the first one, the medians of that many
+    requests that each come when nothing has been asked for, and of as many that come behind another."""
     workers = [Worker("cpu") for _ in range(count)]
     onward = [SameMemory() if index + 1 < count else None for index in range(count)]
     links = [
@@ -112,11 +113,12 @@ def _beside_stages(count: int, read_bytes: int, requests: int = 0) -> tuple[floa
 
     try:
         _generate(core, 2)
-        step_s, firsts = beside(TOKENS)[1], [0.0]
+        step_s = beside(TOKENS)[1]
+        nexts, firsts = [beside(1)[0] for _ in range(requests)], []
         for _ in range(requests):
             time.sleep(IDLE_S)
             firsts.append(beside(1)[0])
-        return step_s, median(firsts[1:] or firsts)
+        return step_s, median(firsts or [0.0]), median(nexts or [0.0])
     finally:
         core.close()
 

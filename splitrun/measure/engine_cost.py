@@ -16,7 +16,7 @@ from splitrun.measure.cache import Cache, Figures
 from splitrun.measure.code import code_digest
 from splitrun.planner.facts import Cluster, Device, Link
 
-SECONDS = ("step_s", "warm_step_s", "request_s", "hop_s")
+SECONDS = ("step_s", "warm_step_s", "request_s", "next_request_s", "hop_s")
 BYTES = ("process_bytes", "card_process_bytes", "card_context_bytes", "card_layers_bytes", "card_layers_context_bytes")
 FIGURES = (*SECONDS, *BYTES)
 RUNNING = ("splitrun.engine", "splitrun.schedule", "splitrun.transport")
@@ -30,7 +30,8 @@ class EngineCost:
 
     step_s              seconds per step beside stages and hops
     warm_step_s         the same where no stage on the processor has read so much that the caches hold nothing else
-    request_s           seconds that the first token of a request takes more than a step
+    request_s           seconds that the first token of a request takes more than a step, when nothing was asked for
+    next_request_s      the same right behind another request
     hop_s               seconds of handing a step from one worker to the next
     process_bytes       main memory of its process before any model
     card_process_bytes  what it takes more once a card is in use
@@ -41,6 +42,7 @@ class EngineCost:
     step_s: float
     warm_step_s: float
     request_s: float
+    next_request_s: float
     hop_s: float
     process_bytes: int
     card_process_bytes: int = 0
@@ -63,8 +65,9 @@ def cost_key(card: str | None) -> str:
 
 def cost_of(found: Figures) -> EngineCost:
     """The figures as the cache has them."""
-    step_s, warm_step_s, request_s, hop_s = (found[name] for name in SECONDS)
-    return EngineCost(step_s, warm_step_s, request_s, hop_s, *(max(0, int(found[name])) for name in BYTES))
+    step_s, warm_step_s, request_s, next_request_s, hop_s = (found[name] for name in SECONDS)
+    sizes = (max(0, int(found[name])) for name in BYTES)
+    return EngineCost(step_s, warm_step_s, request_s, next_request_s, hop_s, *sizes)
 
 
 def with_engine(cluster: Cluster, cost: EngineCost) -> Cluster:

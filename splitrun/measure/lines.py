@@ -5,7 +5,7 @@ Arithmetic alone; knows neither benches nor devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from splitrun.measure.timing import Sample
@@ -14,8 +14,9 @@ from splitrun.planner.peaks import RowsPeak, UnitPeak
 from splitrun.planner.seconds import DecodeLine, UnitSeconds
 
 Samples = dict[Point, Sample]
-MOST_BESIDE = 2.0
-"""A stage of layers prepares a step at most so many times as long as one that only embeds: rotary tables, a mask."""
+MOST_BESIDE, MOST_BESIDE_CHUNK = 2.0, 6.0
+"""A stage of layers prepares a step at most so many times as long as one that only embeds: rotary tables, a mask; and a
+chunk of a prompt on a processor, which computes their sines and cosines itself."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,24 @@ def less(found: Samples, stage: Samples) -> Samples:
     }
 
 
-def slope(several: Samples, one: Samples, count: int, embed: Samples | None = None) -> Samples:
+def most_beside(embed: Samples, on_processor: bool) -> dict[Point, float]:
+    """The most seconds that a stage of layers takes beside them, by those of one that only embeds."""
+
+    def factor(point: Point) -> float:
+        return MOST_BESIDE_CHUNK if on_processor and point.tokens > 1 else MOST_BESIDE
+
+    return {point: factor(point) * sample.seconds for point, sample in embed.items()}
+
+
+def slope(several: Samples, one: Samples, count: int, most: Mapping[Point, float] | None = None) -> Samples:
     """Seconds of one layer: what ``count`` of them in a row take more than one, for each of those more.
 
     A difference of two figures that were taken moments apart is noisy, so it is held within what must be: no more than
-    an equal share of the whole, and no less than that share when a stage takes ``MOST_BESIDE`` times that of ``embed``.
+    an equal share of the whole, and no less than that share when a stage takes the ``most`` that it may beside layers.
     """
 
     def within(point: Point, sample: Sample) -> float:
-        beside = MOST_BESIDE * embed[point].seconds if embed else sample.seconds
+        beside = most[point] if most else sample.seconds
         least = max(0.0, sample.seconds - beside) / count
         more = max(0.0, sample.seconds - one[point].seconds) / (count - 1)
         return min(max(least, more), sample.seconds / count)
@@ -52,12 +62,9 @@ def slope(several: Samples, one: Samples, count: int, embed: Samples | None = No
     return {point: replace(sample, seconds=within(point, sample)) for point, sample in several.items()}
 
 
-def at_most(rest: Samples, embed: Samples) -> Samples:
-    """What a stage takes beside its layers, no more than ``MOST_BESIDE`` times the stage that only embeds."""
-    return {
-        point: replace(sample, seconds=min(sample.seconds, MOST_BESIDE * embed[point].seconds))
-        for point, sample in rest.items()
-    }
+def at_most(rest: Samples, most: Mapping[Point, float]) -> Samples:
+    """What a stage takes beside its layers, no more than the ``most`` that it may."""
+    return {point: replace(sample, seconds=min(sample.seconds, most[point])) for point, sample in rest.items()}
 
 
 def unit_seconds(samples: dict[Point, Sample], points: Iterable[Point]) -> UnitSeconds:

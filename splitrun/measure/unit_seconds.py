@@ -19,7 +19,7 @@ from splitrun.errors import SplitrunError
 from splitrun.measure.cache import Cache
 from splitrun.measure.code import code_digest
 from splitrun.measure.host import worker_threads
-from splitrun.measure.lines import Found, Samples, at_most, less, slope, unit_peak, unit_seconds
+from splitrun.measure.lines import Found, Samples, at_most, less, most_beside, slope, unit_peak, unit_seconds
 from splitrun.measure.resident import only_new_objects
 from splitrun.measure.timing import BETWEEN_BYTES, Setting, UnitBench, copies_needed, figures, samples_of
 from splitrun.measure.unit_steps import Point
@@ -108,6 +108,7 @@ class _Task:
         embed = self._found(CutRange(True, 0, 0, False), points)
         if embed is None:
             return None
+        most = most_beside(embed.samples, self.device.kind == "cpu")
         fast: int | None = None
         stage: Samples | None = None
         alone: dict[str, tuple[Found, int, Found]] = {}
@@ -129,8 +130,8 @@ class _Task:
                 return None
             alone[shape] = (several, count, one)
             if stage is None and count > 1:
-                rest = less(one.samples, slope(several.samples, one.samples, count, embed.samples))
-                stage = embed.samples | at_most(rest, embed.samples)
+                rest = at_most(less(one.samples, slope(several.samples, one.samples, count, most)), most)
+                stage = embed.samples | for_every_chunk(rest, points)
         head = self._found(CutRange(False, layers, layers, True), points, fast)
         if head is None:
             return None
@@ -139,7 +140,7 @@ class _Task:
         for shape, (several, count, one) in alone.items():
             own = less(one.samples, stage)
             if count > 1:
-                own |= slope(several.samples, one.samples, count, embed.samples)
+                own |= slope(several.samples, one.samples, count, most)
             shapes[shape], peaks[shape] = unit_seconds(own, points), unit_peak(one, points)
         order = [layer_shape(self.structure, index) for index in range(layers)]
         first, last = (unit_seconds(less(found.samples, stage), points) for found in (embed, head))
@@ -240,12 +241,21 @@ class _Task:
 
 
 def in_a_row(points: Sequence[Point], count: int, kind: str, threads: int | None) -> list[Point]:
-    """What is timed on ``count`` layers in a row, beside all points on one. A prompt takes a processor of few cores so
-    much longer than its stage's own share that one layer tells enough, and a history it takes any processor."""
+    """What is timed on ``count`` layers in a row, beside all points on one. Of prompts on a processor of few cores the
+    shortest chunk, which tells what a stage takes for any, and on none a history: both take so much longer themselves.
+    """
     if count == 1 or kind != "cpu":
         return list(points)
     many = (threads or 1) >= MANY_THREADS
-    return [point for point in points if point.tokens == 1 or (many and not point.context)]
+    shortest = min((point.tokens for point in points if point.tokens > 1), default=1)
+    return [point for point in points if point.tokens in (1, shortest) or (many and not point.context)]
+
+
+def for_every_chunk(rest: Samples, points: Sequence[Point]) -> Samples:
+    """What a stage takes beside its layers, ``rest``, for chunks of a prompt that were not timed in a row too: as for
+    the longest that was."""
+    longest = max(rest, key=lambda point: (not point.context, point.tokens))
+    return {point: rest[longest] for point in points if point.tokens > 1} | rest
 
 
 def unit_shape(structure: ModelStructure, unit: int) -> str:

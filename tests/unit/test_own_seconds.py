@@ -26,6 +26,7 @@ def test_it_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert 0 <= found.hop_s < 0.5
     assert 0 <= found.warm_step_s <= found.step_s
     assert 0 <= found.request_s < 0.5
+    assert 0 <= found.next_request_s < 0.5
     assert (found.process_bytes, found.card_process_bytes, found.card_context_bytes) == (
         400 << 20,
         500 << 20,
@@ -40,7 +41,7 @@ def test_where_it_goes() -> None:
     links = {("cpu", "cuda:0"): Link(1e-3, 1e9)}
     cluster = with_engine(
         Cluster((device(), device("cpu:1"), device("cuda:0"), device("cuda:1", context_bytes=100 << 20)), links),
-        EngineCost(2e-4, 5e-5, 3e-4, 1e-4, 500 << 20, 400 << 20, 300 << 20, 150 << 20, 30 << 20),
+        EngineCost(2e-4, 5e-5, 3e-4, 2e-4, 1e-4, 500 << 20, 400 << 20, 300 << 20, 150 << 20, 30 << 20),
     )
     assert (cluster.step_s, cluster.warm_step_s, cluster.request_s) == (2e-4, 5e-5, 3e-4)
     assert cluster.link("cpu", "cuda:0").latency_s == pytest.approx(1.1e-3)

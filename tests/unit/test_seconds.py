@@ -16,11 +16,11 @@ from transformers import AutoConfig
 
 from splitrun.measure import timing, unit_seconds
 from splitrun.measure.cache import Cache
-from splitrun.measure.lines import at_most, less, slope
+from splitrun.measure.lines import at_most, less, most_beside, slope
 from splitrun.measure.lines import unit_seconds as lines_of
 from splitrun.measure.profile import profile
 from splitrun.measure.timing import Sample, Setting, UnitBench, copies_needed, last_cache_bytes, sample
-from splitrun.measure.unit_seconds import MANY_THREADS, Wanted, in_a_row, layer_shape, measure
+from splitrun.measure.unit_seconds import MANY_THREADS, Wanted, for_every_chunk, in_a_row, layer_shape, measure
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
@@ -103,20 +103,34 @@ def test_a_layer_is_what_two_more_take_more_than_one(several: float, one: float,
 
 def test_a_layer_takes_most_of_what_several_take() -> None:
     point = Point(1, 1, 100)
-    embed = {point: Sample(0.5e-3, 0.1)}
-    found = slope({point: Sample(13e-3, 0.1)}, {point: Sample(10e-3, 0.3)}, 2, embed)  # the one was disturbed
+    most = most_beside({point: Sample(0.5e-3, 0.1)}, on_processor=True)
+    found = slope({point: Sample(13e-3, 0.1)}, {point: Sample(10e-3, 0.3)}, 2, most)  # the one was disturbed
     assert found[point].seconds == pytest.approx(6e-3)
-    assert at_most({point: Sample(4e-3, 0.3)}, embed)[point].seconds == pytest.approx(1e-3)
-    assert at_most({point: Sample(0.7e-3, 0.3)}, embed)[point].seconds == pytest.approx(0.7e-3)
+    assert at_most({point: Sample(4e-3, 0.3)}, most)[point].seconds == pytest.approx(1e-3)
+    assert at_most({point: Sample(0.7e-3, 0.3)}, most)[point].seconds == pytest.approx(0.7e-3)
+
+
+def test_a_chunk_on_a_processor_may_take_longer_to_prepare() -> None:
+    embed = {Point(1, 1, 100): Sample(1e-3, 0.1), Point(1, 32, 0): Sample(1e-3, 0.1)}
+    assert list(most_beside(embed, on_processor=True).values()) == [2e-3, 6e-3]
+    assert list(most_beside(embed, on_processor=False).values()) == [2e-3, 2e-3]
 
 
 @pytest.mark.parametrize(
     ("count", "kind", "threads", "kept"),
-    [(1, "cpu", 2, 3), (4, "cpu", 2, 1), (4, "cpu", MANY_THREADS, 2), (4, "cuda", None, 3)],
+    [(1, "cpu", 2, 4), (4, "cpu", 2, 2), (4, "cpu", MANY_THREADS, 3), (4, "cuda", None, 4)],
 )
 def test_what_is_timed_on_layers_in_a_row(count: int, kind: str, threads: int | None, kept: int) -> None:
-    points = [Point(1, 1, 128), Point(1, 128, 0), Point(1, 512, 1024)]
+    points = [Point(1, 1, 128), Point(1, 32, 0), Point(1, 128, 0), Point(1, 512, 1024)]
     assert in_a_row(points, count, kind, threads) == points[:kept]
+
+
+def test_a_stage_takes_for_any_chunk_what_it_does_for_the_longest_in_a_row() -> None:
+    token, short, long, behind = Point(1, 1, 128), Point(1, 32, 0), Point(1, 512, 0), Point(1, 512, 1024)
+    rest = {token: Sample(1e-4, 0.1), short: Sample(7e-4, 0.1)}
+    assert for_every_chunk(rest, [token, short, long, behind]) == rest | dict.fromkeys((long, behind), rest[short])
+    rest |= {long: Sample(9e-4, 0.1)}
+    assert for_every_chunk(rest, [token, short, long, behind]) == rest | {behind: rest[long]}
 
 
 def test_a_step_reads_and_writes_within_its_blocks() -> None:
