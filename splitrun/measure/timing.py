@@ -43,9 +43,8 @@ MOST_COPIES = 8
 MISSING_SHARE = 0.1
 """Of a copy that may be missing from that."""
 BETWEEN_BYTES = 48 << 20
-"""What is read between two runs of an end without layers on a processor: those of others have emptied the inner caches,
-of Python's own memory too, before an end runs in earnest. Between two prompts of a card as well: what launches them has
-not run since the last request."""
+"""What a processor reads between two runs of an end without layers: those of others have emptied the inner caches,
+of Python's own memory too, before an end runs in earnest."""
 COMPUTED_TOKENS, COMPUTED_COPIES = 256, 2
 """What a processor reads for so many tokens of a prompt keeps it computing for so long that this many copies do."""
 POINT_SECONDS = 0.15
@@ -133,7 +132,7 @@ class UnitBench:
                 self._worker.call(stage.clear_kv)
             undo.pop_all()
         self._held = self._worker.call(partial(held_bytes, setting.kind, setting.device))
-        self._has_layers = cut.start < cut.stop
+        self._reads_between = setting.kind == "cpu" and cut.start == cut.stop
 
     def time(self, points: Sequence[Point], spend_s: float | None = None, peaks: bool = True) -> dict[Point, Sample]:
         """Seconds of a stage of the range for each point, in about ``spend_s`` each; with ``peaks``, bytes too."""
@@ -179,7 +178,7 @@ class UnitBench:
         stages = self._stages[:COMPUTED_COPIES] if computed else self._stages
         for stage in stages[warm:]:
             run(stage)
-        if not reads_between(self._setting.kind, self._has_layers, point):
+        if not self._reads_between:
             return sample(run, stages, spend_s)
         memory = torch.ones(BETWEEN_BYTES // 4)
         return sample(run, stages, spend_s, before=memory.sum)
@@ -194,11 +193,6 @@ class UnitBench:
             self._settle()
 
         return run
-
-
-def reads_between(kind: str, layers: bool, point: Point) -> bool:
-    """Whether caches are emptied before each run of a range with or without layers; see BETWEEN_BYTES."""
-    return not layers if kind == "cpu" else point.tokens > 1
 
 
 def copies_needed(unit_bytes: int, kind: str, device: str = "cpu") -> int:

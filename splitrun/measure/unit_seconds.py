@@ -232,7 +232,7 @@ class _Task:
             "config": _config_text(self.files.config),
             "units": shapes,
             "ends": [cut.embed, cut.head],
-            "between": BETWEEN_BYTES if cut.start == cut.stop or self.device.kind != "cpu" else 0,
+            "between": BETWEEN_BYTES if cut.start == cut.stop else 0,
             "weights": self._dense_format() if cut.embed else self.weights,
             "blocks": self.wanted.block_tokens,
         }

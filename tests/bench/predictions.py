@@ -9,7 +9,9 @@ all on ``cpu``. Formats take turns over the cuts, or with --every each is run at
 own (``nf4=28/20``) is run at those.
 
 A machine's memory is shared: what it reads in a second changes by half from one minute to the next. So the units are
-timed again after every round of a placement, each while nothing else wants the processor, and medians are compared.
+timed again after every round of a placement, each while nothing else wants the processor, and medians are compared. A
+round is two requests, of which the second counts: prediction and figure are of requests in a row, since what silence
+costs is a matter of what others on the machine do meanwhile.
 The folder gets ``NAME.md`` and ``NAME.json`` after every placement; lines for placements that are in the JSON already
 replace those, and the commands of all runs are named.
 """
@@ -41,6 +43,7 @@ from shapes import model_of
 from turns import Turns
 
 from splitrun.bench import contest
+from splitrun.bench.terms import Round
 from splitrun.engine.own_seconds import engine_cost
 from splitrun.measure.cache import Cache
 from splitrun.measure.engine_cost import with_engine
@@ -152,7 +155,8 @@ def compare(subject: Subject, cut: int, weights: str, other: str, benches: Bench
     """Run a placement in turns with the measuring of its units: one line per context."""
     placement = place(subject, cut, weights, other)
     cluster = probe(dict.fromkeys(placement.device_names, "auto"))
-    cluster = with_engine(cluster, engine_cost(this_machine().cache))
+    cost = engine_cost(this_machine().cache)
+    cluster = with_engine(cluster, replace(cost, request_s=cost.next_request_s))
     wanted = Wanted(dict.fromkeys(placement.device_names, (weights,)), rows=(1,))
     foretold: dict[int, list[tuple[float, float]]] = {context: [] for context in subject.contexts}
     found: dict[int, list[tuple[float, float]]] = {context: [] for context in subject.contexts}
@@ -185,8 +189,7 @@ def compare(subject: Subject, cut: int, weights: str, other: str, benches: Bench
             foretell()  # loads the benches
             for _ in range(subject.turns):
                 for context in subject.contexts:
-                    play = partial(runner.round, context - subject.new_tokens, subject.new_tokens)
-                    round_ = subject.calm(play, ours)
+                    round_ = subject.calm(partial(in_a_row, runner, context, subject.new_tokens), ours)
                     step_s = (round_.last_s - round_.first_s) / (round_.tokens - 1)
                     found[context].append((step_s, round_.first_s))
                 for context, figures in subject.calm(foretell, ours).items():
@@ -208,6 +211,12 @@ def compare(subject: Subject, cut: int, weights: str, other: str, benches: Bench
         prompt = context - subject.new_tokens
         lines.append(Line(name, weights, cut, prompt, 1 / step_s, 1 / real_step_s, first_s, real_first_s))
     return lines
+
+
+def in_a_row(runner: Turns, context: int, new_tokens: int) -> Round:
+    """A round right behind another one."""
+    runner.round(context - new_tokens, 2)
+    return runner.round(context - new_tokens, new_tokens)
 
 
 def middle(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from tiny_models import COMMON
 from transformers import LlamaConfig
 
 from splitrun.measure import timing
-from splitrun.measure.timing import BETWEEN_BYTES, Sample, Setting, UnitBench, reads_between, sample
+from splitrun.measure.timing import BETWEEN_BYTES, Sample, Setting, UnitBench, sample
 from splitrun.measure.unit_steps import Point
 from splitrun.model.cut import CutRange
 from splitrun.model.structure import inspect
@@ -51,10 +51,3 @@ def test_memory_is_read_between_two_runs_of_an_end(cut: CutRange, reads: bool, m
     bench.time([POINT], peaks=False)
     bench.close()
     assert read == [BETWEEN_BYTES if reads else 0]
-
-
-@pytest.mark.parametrize("layers", [True, False])
-def test_memory_is_read_between_two_prompts_of_a_card(layers: bool) -> None:
-    """What launches them has not run since the last request; of a token it has."""
-    assert reads_between("cuda", layers, Point(1, 32, 0))
-    assert not reads_between("cuda", layers, Point(1, 1, 128))
