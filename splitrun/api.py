@@ -83,10 +83,9 @@ def plan(
             known = gather_cluster(model, memory, weights, revision, load, rows, refresh, report)
         else:
             known = gather_facts(model, memory, weights, revision, load, rows, refresh, report, refuse)
-        found = solve(known.profile, known.cluster.keeping(kv), asked(known.profile), weights, quality, stream=True)
+        return solve(known.profile, known.cluster.keeping(kv), asked(known.profile), weights, quality, stream=True)
     except DoesNotFit as error:
         raise _with_unused(error, memory) from error
-    return found if facts is not None else _with_calibration(found, known.cluster)
 
 
 def _workload(context: int | None, sessions: int, objective: Objective, profile: ModelProfile) -> Workload:
@@ -117,18 +116,6 @@ def _with_unused(error: DoesNotFit, memory: Mapping[str, str | int] | None) -> D
     if memory is None or any(name.startswith("cpu") for name in memory):
         return error
     return DoesNotFit(f"{error}; main memory is not used: name cpu in --memory too", error.shortfall_bytes)
-
-
-def _with_calibration(placement: Placement, cluster: Cluster) -> Placement:
-    """The placement with a note on what earlier runs told about this machine's predictions."""
-    from splitrun.measure.calibration import notes
-    from splitrun.measure.probe import this_machine
-
-    used = [(stage.device, stage.weights) for stage in placement.stages]
-    found = notes(cluster, this_machine().cache, used)
-    if not found or placement.estimate is None:
-        return placement
-    return replace(placement, estimate=replace(placement.estimate, notes=(*placement.estimate.notes, *found)))
 
 
 def gather_facts(

@@ -5,21 +5,28 @@ The run is a contest without contestants; the factors are kept by ``splitrun.mea
 
 from __future__ import annotations
 
+import os
 import tempfile
+import time
 from pathlib import Path
 
 from splitrun.bench import contest
 from splitrun.errors import StageError
-from splitrun.measure.calibration import Factor, fold
+from splitrun.measure.calibration import fold
+from splitrun.measure.others import Disturbance
 from splitrun.measure.probe import probe, this_machine
+from splitrun.planner.facts import Factor
 from splitrun.planner.placement import Placement
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 32
 REPEAT = 3
+MOST_DISTURBED = 0.1
+"""The share of the processors that others may take while a run is to tell something."""
 
 
 def calibrate(placement: Placement, load: str) -> list[str]:
-    """Run the placement, keep what its units' seconds must be multiplied with, and say both in lines.
+    """Run the placement, keep what its units' seconds must be multiplied with, and say both in lines. Keeps nothing
+    where others took the processors meanwhile.
 
     Raises StageError when the run fails.
     """
@@ -31,17 +38,24 @@ def calibrate(placement: Placement, load: str) -> list[str]:
         terms = contest.make_terms(placement, file, min(PROMPT_TOKENS, context - new), new, REPEAT, load)
         with contest.other_process() as process:
             predicted = contest.predict_in(process, placement, terms)
+        disturbance, start = Disturbance(), time.monotonic()
         (result,) = contest.hold(terms, ())
+        processors = (time.monotonic() - start) * (os.cpu_count() or 1)
+        disturbed = disturbance.seconds() / max(processors, 1e-9)
     if result.error:
         raise StageError(result.error)
+    lines = contest.against(predicted, result)
+    if disturbed > MOST_DISTURBED:
+        busy = f"others took {disturbed:.0%} of the processors meanwhile"
+        return [*lines, f"nothing is kept: {busy}; calibrate again when they are done"]
     # Only what the stages take is theirs to mend; hops and the engine's own share are measured apart.
     own_s = predicted.step_s - sum(stage.decode_s for stage in predicted.stages)
     decode = (1 / result.decode_tokens_per_s - own_s) / max(predicted.step_s - own_s, 1e-9)
     ratio = Factor(max(decode, 0.0), result.ttft_s / max(predicted.time_to_first_token_s, 1e-9))
     kept = this_machine().cache
     devices = probe(dict.fromkeys(placement.device_names, "auto"))
-    lines = contest.against(predicted, result)
+    model = placement.model.fingerprint or ""
     for name, weights in sorted({(stage.device, stage.weights) for stage in placement.stages}):
-        found = fold(kept, devices.device(name), weights, ratio)
+        found = fold(kept, model, devices.device(name), weights, ratio)
         lines.append(f"kept         {weights} on {name}: {found.decode:.2f} decoding, {found.prefill:.2f} for prompts")
     return lines

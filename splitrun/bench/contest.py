@@ -112,11 +112,21 @@ def _play(terms: Terms) -> Result:
     return Result(**json.loads(lines[-1]))
 
 
-def to_json(results: list[Result]) -> dict[str, Any]:
-    """splitrun's figures at the top, the others under "vs", with ratios above 1 where splitrun is better."""
+def to_json(results: list[Result], predicted: Estimate | None = None) -> dict[str, Any]:
+    """splitrun's figures at the top, what was predicted of them, or None, and the others under "vs", with ratios above
+    1 where splitrun is better."""
     own, *others = results
     versus = {other.contestant: other.to_json() | {"ratios": ratios(own, other)} for other in others}
-    return own.to_json() | {"vs": versus}
+    foretold = None
+    if predicted is not None:
+        low, high = predicted.decode_interval
+        foretold = {
+            "ttft_s": predicted.time_to_first_token_s,
+            "decode_tokens_per_s": predicted.decode_tokens_per_s,
+            "decode_at_least": low,
+            "decode_at_most": high,
+        }
+    return own.to_json() | {"predicted": foretold, "vs": versus}
 
 
 def to_table(results: list[Result]) -> str:

@@ -137,7 +137,7 @@ def _show(results: list[Result], foretold: Estimate | None, json_output: bool) -
     if foretold is not None:
         typer.echo("\n" + "\n".join(contest.against(foretold, results[0])), err=json_output)
     if json_output:
-        typer.echo(json.dumps(contest.to_json(results)))
+        typer.echo(json.dumps(contest.to_json(results, foretold)))
     if results[0].error:
         raise StageError(results[0].error)
 

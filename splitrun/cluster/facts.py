@@ -31,11 +31,12 @@ def joined(here: Facts, others: Mapping[str, Facts], links: Mapping[tuple[str, s
     """
     devices = [*here.cluster.devices]
     process_bytes = max((device.context_bytes for device in devices if device.kind == "cpu"), default=0)
-    seconds = dict(here.profile.seconds)
+    seconds, factors = dict(here.profile.seconds), dict(here.profile.factors)
     known = dict(here.cluster.links)
     for node, facts in others.items():
         devices += [_named(device, node, process_bytes) for device in facts.cluster.devices]
         seconds |= {(f"{node}/{name}", form): found for (name, form), found in facts.profile.seconds.items()}
+        factors |= {(f"{node}/{name}", form): found for (name, form), found in facts.profile.factors.items()}
         known |= {(f"{node}/{one}", f"{node}/{two}"): link for (one, two), link in facts.cluster.links.items()}
     for source in devices:
         for target in devices:
@@ -44,7 +45,7 @@ def joined(here: Facts, others: Mapping[str, Facts], links: Mapping[tuple[str, s
                 link = links.get(between) or links.get((between[1], between[0])) or _slowest(links)
                 known[source.name, target.name] = link
     cluster = replace(here.cluster, devices=tuple(devices), links=known)
-    return replace(here, profile=replace(here.profile, seconds=seconds), cluster=cluster)
+    return replace(here, profile=replace(here.profile, seconds=seconds, factors=factors), cluster=cluster)
 
 
 def keep(facts: Facts, folder: Path | None = None) -> None:

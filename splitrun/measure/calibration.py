@@ -1,4 +1,4 @@
-"""What a real run told about the predictions: factors per device and format that are kept and put on later ones.
+"""What a real run told about the predictions: factors per model, device and format, kept and put on later ones.
 
 A run compares whole steps with what was foretold from units; the ratio is folded into the factors of every device and
 format that took part. Knows nothing of how runs are made.
@@ -7,69 +7,51 @@ format that took part. Knows nothing of how runs are made.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from splitrun.measure.cache import Cache
-from splitrun.planner.facts import Cluster, Device, ModelProfile
+from splitrun.planner.facts import Cluster, Device, Factor, ModelProfile
 from splitrun.planner.seconds import DeviceSeconds, UnitSeconds
 
 LEAST, MOST = 0.25, 4.0
 """A factor beyond these is a disturbed run and not a residual."""
-WORTH_NAMING = 0.005
 
 
-@dataclass(frozen=True)
-class Factor:
-    """What measured seconds of units are multiplied with: decoded tokens, and prompts."""
-
-    decode: float = 1.0
-    prefill: float = 1.0
-
-
-def factor(kept: Cache, device: Device, weights: str) -> Factor:
-    """The factor that is kept, 1 where there is none or everything is to be measured again."""
-    found = {} if kept.refresh else kept.get(_key(device, weights)) or {}
+def factor(kept: Cache, model: str, device: Device, weights: str) -> Factor:
+    """The factor that is kept for the model of that fingerprint, 1 where there is none or everything is to be measured
+    again."""
+    found = {} if kept.refresh else kept.get(_key(model, device, weights)) or {}
     return Factor(found.get("decode", 1.0), found.get("prefill", 1.0))
 
 
-def fold(kept: Cache, device: Device, weights: str, ratio: Factor) -> Factor:
+def fold(kept: Cache, model: str, device: Device, weights: str, ratio: Factor) -> Factor:
     """Multiply what is kept with measured over predicted of a run; returns what is kept from now on."""
-    before = factor(kept, device, weights)
+    before = factor(kept, model, device, weights)
     new = Factor(_within(before.decode * ratio.decode), _within(before.prefill * ratio.prefill))
-    kept.put(_key(device, weights), {"decode": new.decode, "prefill": new.prefill})
+    kept.put(_key(model, device, weights), {"decode": new.decode, "prefill": new.prefill})
     return new
 
 
-def forget(kept: Cache, devices: Iterable[Device], formats: Iterable[str]) -> None:
+def forget(kept: Cache, model: str, devices: Iterable[Device], formats: Iterable[str]) -> None:
     """Keep no factor for these from now on."""
     formats = tuple(formats)
     for device in devices:
         for weights in formats:
-            if kept.get(_key(device, weights)) is not None:
-                kept.put(_key(device, weights), {"decode": 1.0, "prefill": 1.0})
+            if kept.get(_key(model, device, weights)) is not None:
+                kept.put(_key(model, device, weights), {"decode": 1.0, "prefill": 1.0})
 
 
 def calibrated(profile: ModelProfile, cluster: Cluster, kept: Cache) -> ModelProfile:
-    """The profile with its seconds multiplied by what is kept."""
-    seconds = dict(profile.seconds)
+    """The profile with its seconds multiplied by what is kept, which its ``factors`` tell."""
+    seconds, factors = dict(profile.seconds), {}
     for device in cluster.devices:
         for name, weights in profile.seconds:
             if name == device.name:
-                seconds[name, weights] = _scaled(profile.seconds[name, weights], factor(kept, device, weights))
-    return replace(profile, seconds=seconds)
-
-
-def notes(cluster: Cluster, kept: Cache, used: Iterable[tuple[str, str]]) -> list[str]:
-    """A sentence for each (device, format) in use whose seconds are multiplied."""
-    sentences = []
-    for name, weights in sorted(set(used)):
-        found = factor(kept, cluster.device(name), weights)
-        if max(abs(found.decode - 1), abs(found.prefill - 1)) > WORTH_NAMING:
-            sentences.append(
-                f"calibrated by a run: {weights} on {name} takes {found.decode:.2f} times its units' seconds decoding, "
-                f"{found.prefill:.2f} times for prompts (--no-cache forgets that)"
-            )
-    return sentences
+                by = factor(kept, profile.fingerprint, device, weights)
+                if by != Factor():
+                    seconds[name, weights] = _scaled(profile.seconds[name, weights], by)
+                    factors[name, weights] = by
+    return replace(profile, seconds=seconds, factors=factors)
 
 
 def _scaled(found: DeviceSeconds, by: Factor) -> DeviceSeconds:
@@ -85,8 +67,8 @@ def _unit(unit: UnitSeconds, by: Factor) -> UnitSeconds:
     return replace(unit, decode=lines, prefill=prefill, chunk_history_s=unit.chunk_history_s * by.prefill)
 
 
-def _key(device: Device, weights: str) -> str:
-    return f"calibration {device.kind} {device.description} {weights}"
+def _key(model: str, device: Device, weights: str) -> str:
+    return f"calibration {device.kind} {device.description} {weights} of {model}"
 
 
 def _within(value: float) -> float:

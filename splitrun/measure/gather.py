@@ -59,7 +59,7 @@ def gather(
         cluster = with_engine(cluster, engine(machine.cache, card))
         check(facts, cluster)
     if refresh:
-        forget(machine.cache, cluster.devices, FORMATS)
+        forget(machine.cache, facts.fingerprint, cluster.devices, FORMATS)
     timed = measure(files, structure, facts, cluster, wanted, machine.cache, report)
     timed = calibrated(timed, cluster, machine.cache)
     return Facts(timed, cluster, __version__)

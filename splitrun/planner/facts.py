@@ -187,6 +187,14 @@ class UnitProfile:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """What measured seconds of units were multiplied with, because a run took so much more: decoded tokens, prompts."""
+
+    decode: float = 1.0
+    prefill: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelProfile:
     """A model as the planner sees it.
 
@@ -194,7 +202,8 @@ class ModelProfile:
     pays them once. ``fingerprint`` identifies config and tensor headers. ``stored_format`` is the format of the
     checkpoint: "nf4" and "int8" for checkpoints already quantized, which load as they are and as nothing else.
     ``seconds``: (device, format) -> what was measured there; where there is nothing, bandwidths decide. ``peaks``:
-    (device, format) -> measured temporary bytes of each unit; where there is nothing, shapes decide.
+    (device, format) -> measured temporary bytes of each unit; where there is nothing, shapes decide. ``factors``:
+    (device, format) -> what its ``seconds`` were multiplied with.
     """
 
     source: str
@@ -210,6 +219,7 @@ class ModelProfile:
     tied_bytes: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[tuple[str, str], DeviceSeconds] = field(default_factory=dict)
     peaks: Mapping[tuple[str, str], tuple[UnitPeak, ...]] = field(default_factory=dict)
+    factors: Mapping[tuple[str, str], Factor] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:

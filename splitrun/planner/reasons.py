@@ -186,6 +186,18 @@ def untimed(profile: ModelProfile, cluster: Cluster, placement: Placement) -> li
     return sentences
 
 
+def calibrations(profile: ModelProfile, placement: Placement) -> list[str]:
+    """A sentence for each device and format in use whose seconds were multiplied by what a run told."""
+    used = sorted({(stage.device, stage.weights) for stage in placement.stages} & set(profile.factors))
+    found = [(*each, profile.factors[each]) for each in used]
+    return [
+        f"calibrated by a run: {weights} on {name} takes {factor.decode:.2f} times its units' seconds decoding, "
+        f"{factor.prefill:.2f} times for prompts (--no-cache forgets that)"
+        for name, weights, factor in found
+        if max(abs(factor.decode - 1), abs(factor.prefill - 1)) > WORTH_NAMING
+    ]
+
+
 def _memories(tables: Tables, used: Set[int]) -> list[tuple[int, ...]]:
     """The devices of each memory; of devices that are alike one, if it may be in use."""
     shared = [members for members, _ in tables.pools]

@@ -24,6 +24,7 @@ from splitrun.planner.problem import Split, Tables, used_devices
 from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss
 from splitrun.planner.reasons import (
     Findings,
+    calibrations,
     left_out,
     limit,
     measure_text,
@@ -220,6 +221,7 @@ def _predicted(
     """The plan with its predictions and, where sessions can take turns on several devices, its streams."""
     if plan.workload.sessions > 1 and len(plan.device_names) > 1:
         plan = replace(plan, streams=best_streams(profile, cluster, plan))
+    notes = [*notes, *calibrations(profile, plan)]
     return replace(plan, estimate=estimate(profile, cluster, plan, binding, notes))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
+
+from splitrun.measure.others import Disturbance
 
 Result = TypeVar("Result")
 MOST = 0.04
@@ -33,10 +34,10 @@ class Calm:
         best: tuple[float, Result] | None = None
         for _ in range(ATTEMPTS):
             self._wait(processes)
-            before, start = _others_s(processes), time.monotonic()
+            others, start = Disturbance(processes), time.monotonic()
             result = run()
             spent = time.monotonic() - start
-            share = (_others_s(processes) - before) / max(spent * (os.cpu_count() or 1), 1e-9)
+            share = others.seconds() / max(spent * (os.cpu_count() or 1), 1e-9)
             if best is None or share < best[0]:
                 best = share, result
             if share <= MOST or self._left <= 0:
@@ -47,24 +48,8 @@ class Calm:
 
     def _wait(self, processes: Sequence[int]) -> None:
         while self._left > 0:
-            before = _others_s(processes)
+            others = Disturbance(processes)
             time.sleep(LOOK_S)
-            if (_others_s(processes) - before) / (LOOK_S * (os.cpu_count() or 1)) <= MOST:
+            if others.seconds() / (LOOK_S * (os.cpu_count() or 1)) <= MOST:
                 return
             self._left -= LOOK_S
-
-
-def _others_s(processes: Sequence[int]) -> float:
-    """Seconds of processor time that everybody else took since the machine started; 0 where nobody counts."""
-    try:
-        counts = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        own = sum(_ticks(process) for process in (os.getpid(), *processes))
-    except (OSError, ValueError, IndexError):
-        return 0.0
-    busy = sum(counts) - counts[3] - counts[4]
-    return (busy - own) / os.sysconf("SC_CLK_TCK")
-
-
-def _ticks(process: int) -> int:
-    words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return int(words[11]) + int(words[12])

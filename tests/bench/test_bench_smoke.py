@@ -30,6 +30,9 @@ def test_bench_beside_the_others_on_random_weights_over_two_workers(capsys: pyte
     assert len(lines) == 1
     figures = json.loads(lines[0])
     check(figures, *figures["vs"].values())
+    predicted = figures["predicted"]
+    assert predicted["ttft_s"] > 0
+    assert predicted["decode_at_least"] <= predicted["decode_tokens_per_s"] <= predicted["decode_at_most"]
     assert all(result["peak_bytes"]["cpu"] > 0 for result in (figures, *figures["vs"].values()))
     assert set(figures["devices"]) <= {"cpu", "cpu:1"}
     assert set(figures["vs"]) == {"transformers", "accelerate"}

@@ -54,6 +54,7 @@ def test_json_and_table_name_everyone() -> None:
     assert set(shown["vs"]) == {"accelerate", "transformers"}
     assert shown["vs"]["accelerate"]["ratios"]["decode"] == 1.0
     assert json.loads(json.dumps(shown)) == shown
+    assert shown["predicted"] is None
     table = contest.to_table(results).splitlines()
     assert table[1].split()[0] == "splitrun"
     assert "1.00 GiB" in table[1]

@@ -10,46 +10,54 @@ import pytest
 from planner_models import device, model
 
 from splitrun.measure.cache import Cache
-from splitrun.measure.calibration import MOST, Factor, calibrated, factor, fold, forget, notes
+from splitrun.measure.calibration import MOST, calibrated, factor, fold, forget
 from splitrun.measure.probe import this_machine
-from splitrun.planner.facts import Cluster
+from splitrun.planner.facts import Cluster, Factor, Workload
+from splitrun.planner.facts_file import Facts, read_facts, write_facts
 from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds
+from splitrun.planner.solve import solve
 
 CPU = device()
 CLUSTER = Cluster((CPU,))
 UNIT = UnitSeconds((DecodeLine(1, 1e-3, 1e-6),), ((32, 3e-3),), 1e-8)
+MODEL = "sha256:1234"
 PROFILE = replace(model(layers=1), seconds={("cpu", "nf4"): DeviceSeconds(UNIT, (UNIT,) * 3)})
 
 
 def test_ratios_multiply_and_are_kept(tmp_path: Path) -> None:
     kept = Cache(tmp_path)
-    assert factor(kept, CPU, "nf4") == Factor(1.0, 1.0)
-    fold(kept, CPU, "nf4", Factor(1.2, 0.5))
-    fold(kept, CPU, "nf4", Factor(1.5, 2.0))
-    again = factor(Cache(tmp_path), CPU, "nf4")
+    assert factor(kept, MODEL, CPU, "nf4") == Factor(1.0, 1.0)
+    fold(kept, MODEL, CPU, "nf4", Factor(1.2, 0.5))
+    fold(kept, MODEL, CPU, "nf4", Factor(1.5, 2.0))
+    again = factor(Cache(tmp_path), MODEL, CPU, "nf4")
     assert (again.decode, again.prefill) == (pytest.approx(1.8), pytest.approx(1.0))
-    assert factor(kept, CPU, "int8") == Factor()
-    assert fold(kept, CPU, "nf4", Factor(1e9, 1.0)).decode == MOST
+    assert factor(kept, MODEL, CPU, "int8") == factor(kept, "sha256:another model", CPU, "nf4") == Factor()
+    assert fold(kept, MODEL, CPU, "nf4", Factor(1e9, 1.0)).decode == MOST
 
 
 def test_seconds_are_multiplied_and_the_plan_says_so(tmp_path: Path) -> None:
     kept = Cache(tmp_path)
     assert calibrated(PROFILE, CLUSTER, kept) == PROFILE
-    assert notes(CLUSTER, kept, [("cpu", "nf4")]) == []
-    fold(kept, CPU, "nf4", Factor(2.0, 3.0))
+    fold(kept, MODEL, CPU, "nf4", Factor(2.0, 3.0))
     unit = calibrated(PROFILE, CLUSTER, kept).seconds["cpu", "nf4"].units[1]
     assert unit.decode_s(1, 1000) == pytest.approx(4e-3)
     assert unit.prefill_s(32) == pytest.approx(9e-3)
-    (note,) = notes(CLUSTER, kept, [("cpu", "nf4"), ("cpu", "nf4")])
-    assert "2.00 times its units' seconds decoding, 3.00 times for prompts" in note
+    facts = Facts(calibrated(PROFILE, CLUSTER, kept), CLUSTER)
+    write_facts(facts, tmp_path / "facts.json")
+    assert read_facts(tmp_path / "facts.json") == facts
+    told = "nf4 on cpu takes 2.00 times its units' seconds decoding, 3.00 times for prompts"
+    for profile, expected in ((PROFILE, 0), (read_facts(tmp_path / "facts.json").profile, 1)):
+        estimate = solve(profile, CLUSTER, Workload(context=256), "nf4").estimate
+        assert estimate is not None
+        assert sum(told in note for note in estimate.notes) == expected
 
 
 def test_measuring_again_forgets(tmp_path: Path) -> None:
-    fold(Cache(tmp_path), CPU, "nf4", Factor(2.0, 3.0))
+    fold(Cache(tmp_path), MODEL, CPU, "nf4", Factor(2.0, 3.0))
     anew = Cache(tmp_path, refresh=True)
-    assert factor(anew, CPU, "nf4") == Factor()
-    forget(anew, [CPU], ["nf4", "int8"])
-    assert factor(Cache(tmp_path), CPU, "nf4") == Factor()
+    assert factor(anew, MODEL, CPU, "nf4") == Factor()
+    forget(anew, MODEL, [CPU], ["nf4", "int8"])
+    assert factor(Cache(tmp_path), MODEL, CPU, "nf4") == Factor()
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,82 @@
+"""A run that calibrates: kept where it was undisturbed, and where others took the processors not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planner_models import device, model
+
+from splitrun.bench import calibrate as module
+from splitrun.bench import contest
+from splitrun.bench.calibrate import calibrate
+from splitrun.bench.terms import Result, Terms
+from splitrun.measure import others
+from splitrun.measure.others import Disturbance, machine_busy_s, own_s
+from splitrun.planner.estimate import Estimate
+from splitrun.planner.facts import Cluster, Factor, Workload
+from splitrun.planner.placement import Placement
+from splitrun.planner.solve import solve
+
+SECONDS = "import time\nuntil = time.process_time() + 0.3\nwhile time.process_time() < until: pass"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_what_a_disturbed_run_told_is_not_kept(share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cluster = Cluster((device(),))
+    plan = solve(replace(model(), fingerprint="sha256:abc"), cluster, Workload(context=256), "nf4")
+    assert plan.estimate is not None
+    predicted, kept = plan.estimate, []
+    # A run that takes twice as long as predicted.
+    result = Result("splitrun", 192, 32, decode_tokens_per_s=predicted.decode_tokens_per_s / 2, ttft_s=1.0)
+
+    def predict(process: Executor, placement: Placement, terms: Terms) -> Estimate:
+        return predicted
+
+    def fold(cache: object, model: str, place: Any, weights: str, ratio: Factor) -> Factor:
+        kept.append((model, place.name, weights, round(ratio.decode, 6)))
+        return ratio
+
+    terms = Terms("splitrun", "x", "x", 192, 32, 1, "weights", {}, 100)
+    monkeypatch.setattr(contest, "make_terms", lambda *arguments: terms)
+    monkeypatch.setattr(contest, "predict_in", predict)
+    monkeypatch.setattr(contest, "hold", lambda *arguments: [result])
+    monkeypatch.setattr(module, "fold", fold)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(module.time, "monotonic", iter((0.0, 1.0)).__next__)
+    monkeypatch.setattr(Disturbance, "seconds", lambda self: share)
+    lines = calibrate(plan, "weights")
+    if share:
+        assert kept == []
+        assert lines[-1].startswith("nothing is kept: others took 50% of the processors meanwhile")
+    else:
+        assert kept == [("sha256:abc", "cpu", "nf4", 2.0)]
+        assert "2.00 decoding" in lines[-1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counted in /proc alone")
+def test_what_ours_and_others_take_is_told_apart() -> None:
+    before, own, ours = machine_busy_s(), own_s(), Disturbance()
+    subprocess.run([sys.executable, "-c", SECONDS], check=True)
+    assert machine_busy_s() - before > 0.25
+    assert own_s() - own > 0.25
+    with subprocess.Popen([sys.executable, "-c", SECONDS + "\ninput()"], stdin=subprocess.PIPE) as running:
+        theirs = Disturbance()
+        named = Disturbance([running.pid])
+        assert running.stdin is not None
+        while others.own_s([running.pid]) - own_s() < 0.3:
+            pass
+        assert theirs.seconds() > named.seconds() + 0.1
+        running.stdin.write(b"\n")
+    assert ours.seconds() >= 0
+
+
+def test_where_nobody_counts_nobody_disturbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(others.Path, "read_text", lambda *arguments: "")
+    assert machine_busy_s() == 0
+    assert Disturbance().seconds() == 0
