@@ -1,9 +1,9 @@
 """Products of many activation rows (prompts) with nf4 and int8 weights: which kernel runs here, and its call.
 
 For more than 16 rows. A kernel's arithmetic is of one of four kinds: ``bf16`` multiplies the format's values rounded to
-bf16 with bf16 activations; ``int16``, where the processor has no products in bf16, rounds both to integers, with a
-smaller error; ``fp32`` rounds neither and multiplies in attention there; ``int8`` rounds activations to int8 like the
-products of few rows, about twice as fast as bf16, and is used only where asked for.
+bf16 with bf16 activations; ``int16`` rounds both to integers of 16 bits, with a smaller error, and is faster except on
+tiles; ``fp32`` rounds neither, for attention without products in bf16; ``int8`` rounds activations to int8 like the
+products of few rows, about twice as fast, and is used only where asked for.
 
 Environment: ``SPLITRUN_CPU_PROMPTS`` is ``bf16`` (the default: bf16 or int16), ``int8``, ``torch`` (none of them), or
 the name of a kernel; ``SPLITRUN_CPU_KERNELS`` holds here too. Knows pointers and sizes, no models.

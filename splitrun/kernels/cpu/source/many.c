@@ -47,15 +47,15 @@ EXPORT const struct many *splitrun_many(int32_t index) {
         if (bf16_tiles && int8_tiles) found[count++] = &many_amx_int8;
 #endif
         (void)bf16_tiles, (void)int8_tiles;
+#ifdef HAVE_AVX512INT16
+        if (__builtin_cpu_supports("avx512vnni")) found[count++] = &many_avx512int16;
+#endif
 #ifdef HAVE_AVX512BF16
         if (__builtin_cpu_supports("avx512bf16")) found[count++] = &many_avx512bf16;
 #endif
 #ifdef HAVE_AVX512INT8
         if (__builtin_cpu_supports("avx512vnni")) found[count++] = &many_avx512int8;
         if (__builtin_cpu_supports("avx512vnni")) found[count++] = &many_avx512int8_wide;
-#endif
-#ifdef HAVE_AVX512INT16
-        if (__builtin_cpu_supports("avx512vnni")) found[count++] = &many_avx512int16;
 #endif
     }
     if (__builtin_cpu_supports("avx2")) {
