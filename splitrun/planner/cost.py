@@ -171,7 +171,7 @@ def busy_s(profile: ModelProfile, cluster: Cluster, placement: Placement, rows: 
 def pass_s(profile: ModelProfile, cluster: Cluster, placement: Placement, prefill: bool, rows: int = 1) -> float:
     """Seconds from the engine through all stages and back, the engine's own included."""
     stages = (stage_s(profile, cluster, placement, stage, prefill, rows) for stage in placement.stages)
-    own = engine_s(cluster, placement.workload, prefill, warm=not _reads_memory(cluster, placement))
+    own = engine_s(cluster, placement.workload, prefill, warm=not reads_memory(cluster, placement))
     return sum(stages) + sum(path_s(profile, cluster, placement, prefill, rows)) + own
 
 
@@ -182,7 +182,7 @@ def engine_s(cluster: Cluster, workload: Workload, prefill: bool, warm: bool = F
     return _chunks(workload) * step_s + cluster.request_s if prefill else step_s
 
 
-def _reads_memory(cluster: Cluster, placement: Placement) -> bool:
+def reads_memory(cluster: Cluster, placement: Placement) -> bool:
     """Whether layers or the head lie on a processor: embeddings are but looked up."""
     on_processor = (stage for stage in placement.stages if cluster.device(stage.device).kind == "cpu")
     return any(stage.head or stage.layers[0] < stage.layers[1] for stage in on_processor)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from splitrun.errors import DoesNotFit, InvalidPlacement
 from splitrun.planner.alike import MAX_SUBSETS, classes_of, subsets
-from splitrun.planner.cost import best_streams, engine_s, estimate
+from splitrun.planner.cost import best_streams, engine_s, estimate, reads_memory
 from splitrun.planner.facts import FORMATS, Cluster, Device, ModelProfile, Workload
 from splitrun.planner.formats import allowed_formats, device_formats
 from splitrun.planner.many import fastest_of_many, least_with_layers_on
@@ -153,7 +153,7 @@ def _solve(
     def explained() -> Placement:
         unable = [device.name for device in cluster.devices if device not in devices]
         notes = [f"{name} was left out: it does not compute {' or '.join(tried)}" for name in unable]
-        own_s = engine_s(cluster, workload, prefill=workload.objective == "first-token")
+        own_s = engine_s(cluster, workload, workload.objective == "first-token", not reads_memory(cluster, plan))
         found = Findings(tables, outcome, devices, workload, own_s)
         notes += left_out(found)
         if outcome is quickest:

@@ -299,3 +299,13 @@ def test_figures_that_were_not_measured_say_what_they_rest_on() -> None:
 def notes_of(placement: Placement) -> tuple[str, ...]:
     assert placement.estimate is not None
     return placement.estimate.notes
+
+
+def test_the_runner_up_is_compared_with_the_speed_that_is_predicted() -> None:
+    """Where all layers are on a card the engine finds its caches warm."""
+    cards = (device(), device("cuda:0", bandwidth=400e9), device("cuda:1", bandwidth=390e9))
+    plan = solve(model(), Cluster(cards, step_s=2e-3, warm_step_s=5e-4), Workload(context=256), "bf16")
+    assert plan.device_names == ("cuda:0",)
+    assert plan.estimate is not None
+    (note,) = (note for note in plan.estimate.notes if note.startswith("the runner-up"))
+    assert f"instead of {plan.estimate.decode_tokens_per_s:,.0f} tok/s" in note
