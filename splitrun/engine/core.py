@@ -180,6 +180,7 @@ class EngineCore:
             self._replacing = self._paused = True
             self._reason = reason
             self._scheduler.recompute_all()
+        self._inbox.put(None)  # tokens that were to be handed out once the next step had begun
         self._pipeline.close()
         try:
             line = rebuild()
@@ -204,8 +205,8 @@ class EngineCore:
 
     def _come_back(self, message: Outcome) -> None:
         """Take what stages send back. The next step after tokens is sent off at once, by the worker that made them or
-        the mailbox that got them: the loop would have to wake up first. It hands them out meanwhile; where a card's
-        work is launched first it is woken behind that, since two threads of one interpreter stand in each other's way.
+        the mailbox that got them: the loop would have to wake up first. It hands them out meanwhile. Two threads of one
+        interpreter stand in each other's way, so where a card has work to be launched the loop is woken behind that.
         """
         if not isinstance(message, Tokens):
             self._inbox.put(message)
@@ -213,9 +214,10 @@ class EngineCore:
         well = later = False
         try:
             with self._lock:
+                self._owed = self._pipeline.leaves_time  # before there is a step that somebody might begin
                 taken = self._take_up(message)
-                if taken and self._outbox.holds_steps and self._pipeline.leaves_time:
-                    self._owed = later = True
+                alone = self._scheduler.in_flight == 1  # else the next step may wait long behind others
+                self._owed = later = self._owed and taken and alone and self._outbox.holds_steps
             self._outbox.send(self._submit)
             well = True
         finally:

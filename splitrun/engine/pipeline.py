@@ -45,8 +45,7 @@ class Pipeline:
         after: Callable[[int, Step], None] | None = None,
         journals: Mapping[int, Journal] | None = None,
     ) -> None:
-        self._links = tuple(links)
-        self._local = tuple(link for link in self._links if isinstance(link, Link))
+        self._set_links(links)
         self._deliver = deliver
         self._elsewhere = elsewhere
         self._after = after
@@ -60,16 +59,21 @@ class Pipeline:
         self.clocks = tuple(StageClock() for _ in self._links)
         self.record = Record()
 
+    def _set_links(self, links: Sequence[Link | RemoteLink]) -> None:
+        self._links = tuple(links)
+        self._local = tuple(link for link in self._links if isinstance(link, Link))
+        self._eager = tuple(link.stage for link in self._local if isinstance(link.stage, EagerStage))
+
     def submit(self, step: Step) -> None:
         """Send a step on its way; returns at once."""
         self._post(0, step, None)
 
     def prepare(self, step: Step) -> None:
         """Let the stages here make ready for a step that is expected; see `EagerStage.prepare`."""
-        with self._preparing, suppress(Exception):  # of a stage that fails, the step itself tells
-            for link in () if self._closing.is_set() else self._local:
-                if isinstance(link.stage, EagerStage):
-                    link.stage.prepare(step)
+        with self._preparing:
+            for stage in () if self._closing.is_set() else self._eager:
+                with suppress(Exception):  # of a stage that fails, the step itself tells
+                    stage.prepare(step)
 
     def begin(self, requests: Collection[int]) -> None:
         """These requests are about to run: what is kept for the case of a loss is kept of them."""
@@ -111,9 +115,8 @@ class Pipeline:
         """Go on with these links: the same stages, some of which have come from elsewhere. ``journals``: those that the
         new links need; what is kept already stays. Nothing may run meanwhile but steps of an epoch that has ended."""
         assert len(links) == len(self._links), "stages change their place, not their number"
-        self._links = tuple(links)
+        self._set_links(links)
         self._journals = {**journals, **self._journals}
-        self._local = tuple(link for link in self._links if isinstance(link, Link))
 
     def work(self, index: int, task: Callable[[], None], failed: Callable[[Exception], None]) -> None:
         """Run something on the worker of a stage that is here."""
@@ -228,7 +231,6 @@ class Pipeline:
         """One stage's share of a step, on the stage's worker or a thread lent to it; returns what sends the step on."""
         result: Parcel | Tokens | None = None
         passed = bool(step.refill) and index not in step.refill
-        started_s = time.monotonic()
         try:
             if not self._closing.is_set() and not passed:
                 result = self._compute(index, link, step, parcel)
@@ -236,8 +238,7 @@ class Pipeline:
             self._count(index, ended=1)
         if passed and not self._closing.is_set():
             return partial(self._pass, index, step)
-        seconds = time.monotonic() - started_s
-        return None if result is None else partial(self._hand_on, index, step, result, started_s, seconds)
+        return None if result is None else partial(self._hand_on, index, step, result)
 
     def _count(self, index: int, *, begun: int = 0, ended: int = 0) -> int:
         """Count shares of steps; returns how many are under way in this process."""
@@ -250,22 +251,23 @@ class Pipeline:
     def _compute(self, index: int, link: Link, step: Step, parcel: Parcel | None) -> Parcel | Tokens:
         if link.onward is None or not link.stage.any_thread(step):
             self.at_work()
+        started_s = time.monotonic()
         result = link.stage.run(step, self._arriving(index, step, parcel))
         if isinstance(result, Tokens):
+            self._note(index, step, started_s)
             return result
         assert link.onward is not None, f"{link.name} has no head and no stage behind it"
+        onward = link.onward.send(result)
         self.clocks[index].sent_bytes += result.nbytes
-        return link.onward.send(result)
+        self._note(index, step, started_s)
+        return onward
 
-    def _hand_on(self, index: int, step: Step, result: Parcel | Tokens, started_s: float, seconds: float) -> None:
-        """Send what came of a stage's share where it goes. What it took is written down behind that, unless somebody
-        who gets tokens might ask for it."""
+    def _hand_on(self, index: int, step: Step, result: Parcel | Tokens) -> None:
+        """Send what came of a stage's share where it goes."""
         if isinstance(result, Tokens):
-            self._note(index, step, started_s, seconds)
             self._deliver(result)
         else:
             self._post(index + 1, step, result)
-            self._note(index, step, started_s, seconds)
         if self._after is not None:
             self._after(index, step)
 
@@ -276,7 +278,8 @@ class Pipeline:
         else:
             self._deliver(Tokens(step.index, step.epoch, (RowTokens(),) * step.rows))
 
-    def _note(self, index: int, step: Step, started_s: float, seconds: float) -> None:
+    def _note(self, index: int, step: Step, started_s: float) -> None:
+        seconds = time.monotonic() - started_s
         self.clocks[index].add(seconds, len(step.token_ids))
         self.record.add(Span(index, step.index, step.epoch, len(step.token_ids), step.requests, started_s, seconds))
 

@@ -230,7 +230,7 @@ class ModelProfile:
     def kinds(self) -> tuple[int, ...]:
         """Unit -> the first layer whose facts differ from its own in nothing but the name; embed and head: itself."""
         first: list[int] = []
-        facts = [tuple(vars(unit).values())[1:] for unit in self.units]  # all but the name
+        facts = [replace(unit, name="") for unit in self.units]
         found = [0]
         for layer in range(1, self.layers + 1):
             kind = next((number for number in first if facts[number] == facts[layer]), layer)

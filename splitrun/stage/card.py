@@ -72,7 +72,8 @@ class CardStage(RangeStage):
             return super().run(step, incoming)
         rows = range(step.rows)
         if not self.model.cut.head:
-            return self._decoded(step, incoming)
+            self._graphs.run(step, rows, incoming)
+            return self._graphs.left(step.rows) if self.gives_host else self._graphs.hidden(step.rows).clone()
         wanted = [sampling for sampling in step.sampling if sampling is not None]
         self._graphs.run(step, rows, incoming)
         if len(wanted) == step.rows and all(map(is_plain, wanted)):
@@ -87,9 +88,6 @@ class CardStage(RangeStage):
     def compute(self, step: Step, incoming: Tensor | None) -> Computed:
         """As `RangeStage.compute`."""
         computed = Computed()
-        if not self.model.cut.head and self.any_thread(step):
-            computed.activation = self._decoded(step, incoming)
-            return computed
         if incoming is not None:
             incoming = incoming.to(self.model.device, non_blocking=True)
         total = int(step.query_starts[-1])
@@ -110,11 +108,6 @@ class CardStage(RangeStage):
         for start in range(0, len(prompts), ROWS):
             self._prompt(computed, step, prompts[start : start + ROWS], incoming)
         return computed
-
-    def _decoded(self, step: Step, incoming: Tensor | None) -> Tensor:
-        """The activation behind a step that only decodes. Shape: (rows, hidden)."""
-        self._graphs.run(step, range(step.rows), incoming)
-        return self._graphs.left(step.rows) if self.gives_host else self._graphs.hidden(step.rows).clone()
 
     def _decode(self, computed: Computed, step: Step, rows: list[int], incoming: Tensor | None, offset: int) -> None:
         """One new token of each of up to 16 rows. Modifies ``computed``."""

@@ -46,7 +46,9 @@ class Captures:
     def capture(self, key: Hashable, launch: Callable[[], None]) -> None:
         """Record what ``launch`` does; a first, real run compiles and loads the kernels."""
         launch()
-        current = self.stream = torch.cuda.current_stream(self._device)
+        current = torch.cuda.current_stream(self._device)
+        assert self.stream in (None, current), "a stage's graphs are captured on one stream"
+        self.stream = current
         current.synchronize()
         torch.cuda.empty_cache()  # graphs have memory of their own; the first run's must not stand beside it
         graph = torch.cuda.CUDAGraph()
@@ -105,10 +107,14 @@ class DecodeGraphs:
             self._slots.launched(self._captures.stream)
 
     def prepare(self, step: Step) -> None:
-        """Make ready for a step of one new token a row that is expected, on any thread."""
-        with self._filling:
+        """Make ready for a step of one new token a row that is expected, on any thread; never waits."""
+        if not self._filling.acquire(blocking=False):
+            return
+        try:
             if _widest(step) <= self._slots.blocks:
                 self._slots.prepare(step)
+        finally:
+            self._filling.release()
 
     def _capture(self, size: int) -> None:
         with self._filling:

@@ -76,7 +76,8 @@ class DecodeSlots:
         self._done = [torch.cuda.Event() if self._pinned else None for _ in range(SLOTS)]
         self._arriving = self._ring(hidden) if arrives else None
         self._left = self._ring(leaving)
-        self._prepared: Step | None = None
+        self._prepared: list[Step | None] = [None] * SLOTS
+        self._written = -1  # the step in the slot before the next one
         self._token_rows = torch.arange(ROWS, dtype=torch.int32, device=device)
         self._positions = torch.zeros(ROWS, dtype=torch.int32, device=device)
         self.set_blocks(FIRST_BLOCKS)
@@ -86,7 +87,8 @@ class DecodeSlots:
 
     def set_blocks(self, blocks: int) -> None:
         """Make tables that wide; graphs that read the former ones are of no use any more."""
-        self.blocks, self._prepared = blocks, None
+        self.blocks = blocks
+        self._forget_prepared()
         numbers = ROWS * (2 + len(self._groups) * blocks)
         self._numbers = torch.zeros(numbers, dtype=torch.int32, device=self._hidden.device)
         self._slots = torch.zeros((SLOTS, numbers + 1), dtype=torch.int32, pin_memory=self._pinned)
@@ -94,17 +96,26 @@ class DecodeSlots:
         self.ids, self.lengths = self._numbers[:ROWS], self._numbers[ROWS : 2 * ROWS]
 
     def prepare(self, step: Step) -> None:
-        """Fill the next slot with all that is known of a step that is expected, one token a row: `write` then adds its
-        ids or its activation."""
-        self._fill(step, range(step.rows), 0)
-        self._prepared = step
+        """Fill a slot with all that is known of a step that is expected, one token a row: `write` then adds its ids or
+        its activation. It is the next slot's or, when the step before it has not come, that behind it; nothing is done
+        where that one is still read."""
+        ahead = step.index - self._written
+        turn = (self._next + ahead - 1) % SLOTS
+        event = self._done[turn]
+        if ahead not in (1, 2) or (event is not None and not event.query()):
+            return
+        self._prepared[turn] = None
+        self._fill(turn, step, range(step.rows), 0)
+        self._prepared[turn] = step
 
     def write(self, step: Step, rows: Sequence[int], incoming: Tensor | None, offset: int = 0) -> None:
         """Fill the next slot with rows of a step, each with its new token at ``offset``; rows beyond them are marked as
         absent. ``incoming``: their activation, here or on the device."""
-        if self._prepared is not step:
-            self._fill(step, rows, offset)
-        self._prepared = None
+        ready, self._prepared[self._next] = self._prepared[self._next], None
+        if ready is not step:
+            self._wait_for(self._next)
+            self._fill(self._next, step, rows, offset)
+        self._written = step.index
         view, count = self._views[self._next], len(rows)
         if self._arriving is None:
             ids = step.token_ids
@@ -114,14 +125,15 @@ class DecodeSlots:
         if incoming is None:
             return
         slot = None if self._arriving is None else self._arriving[self._next]
-        if here and slot is not None and incoming.dtype == slot.dtype and incoming.is_contiguous():
+        alike = slot is not None and (incoming.dtype, incoming.shape[1:]) == (slot.dtype, slot.shape[1:])
+        if here and slot is not None and alike and incoming.is_contiguous():
             ctypes.memmove(slot.data_ptr(), incoming.data_ptr(), incoming.nbytes)  # a third of what torch's copy takes
         else:
             (slot if here and slot is not None else self._hidden)[:count].copy_(incoming, non_blocking=True)
 
-    def _fill(self, step: Step, rows: Sequence[int], offset: int) -> None:
-        """Lengths and block tables of rows of a step."""
-        view, count, lengths = self._free(), len(rows), step.context_lengths
+    def _fill(self, turn: int, step: Step, rows: Sequence[int], offset: int) -> None:
+        """Lengths and block tables of rows of a step, into a slot that nobody reads."""
+        view, count, lengths = self._views[turn], len(rows), step.context_lengths
         whole = count == len(step.token_ids)  # every row with its one token
         picked = None if whole else numpy.asarray(rows, dtype=numpy.int32)
         view.show(count)
@@ -132,7 +144,9 @@ class DecodeSlots:
 
     def write_absent(self) -> None:
         """Fill the next slot with no row at all: a first run must not write into anybody's blocks."""
-        view, self._prepared = self._free(), None
+        self._wait_for(self._next)
+        self._prepared[self._next] = None
+        view = self._views[self._next]
         view.show(0)
         view.arrived[0] = 0
 
@@ -153,7 +167,8 @@ class DecodeSlots:
 
     def recount(self) -> None:
         """Ask the device whose turn it is: a launch may have failed half way."""
-        self._next, self._prepared = int(self._turn.item()), None
+        self._next = int(self._turn.item())
+        self._forget_prepared()
 
     def left(self, rows: int) -> Tensor:
         """What the latest run delivers, once it is done. Shape: (rows, …); written anew after SLOTS runs."""
@@ -169,12 +184,14 @@ class DecodeSlots:
         if self.done is not None:
             self.done.synchronize()
 
-    def _free(self) -> _SlotView:
-        """The next slot, once the run that read it last is done."""
-        event = self._done[self._next]
+    def _wait_for(self, turn: int) -> None:
+        """Until the run that read a slot last is done."""
+        event = self._done[turn]
         if event is not None:
             event.synchronize()
-        return self._views[self._next]
+
+    def _forget_prepared(self) -> None:
+        self._prepared = [None] * SLOTS
 
     def history(self, group: str, rows: int) -> History:
         """Where the first rows' tokens stand, for the layers of a KV group."""

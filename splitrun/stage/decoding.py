@@ -6,6 +6,7 @@ a small layer. Knows steps and kernels; what a model is made of, its caller has 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -49,7 +50,7 @@ class Decoding:
         self._block_tokens = block_tokens
         self._base: Any = model.skeleton.base
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._ready: tuple[Step, _Inputs] | None = None
+        self._ready: deque[tuple[Step, _Inputs]] = deque(maxlen=2)  # one may be on its way while the next is expected
 
     def takes(self, step: Step, may_choose: bool) -> bool:
         """Whether the step is one: a token a row, no row scored, and with a head nothing wanted but the most likely
@@ -71,12 +72,12 @@ class Decoding:
         )
 
     def prepare(self, step: Step) -> None:
-        """Make ready for a step that is expected, if it will be taken: it comes to ``hidden`` next, or another one in
-        its place. Any thread."""
+        """Make ready for a step that is expected, if it will be taken: it comes to ``hidden`` next or behind the one
+        before it, or another one in its place. Any thread."""
         angles = self._angles
-        known = angles is not None and len(step.context_lengths) > 0 and max(step.context_lengths) < len(angles[0])
+        known = angles is not None and step.rows > 0 and step.context_lengths.max() < len(angles[0])
         if self._chain is not None and known and self.takes(step, may_choose=True):
-            self._ready = (step, self._inputs(step))
+            self._ready.append((step, self._inputs(step)))
 
     def hidden(self, step: Step, incoming: Tensor | None) -> Tensor:
         """The activation behind the last layer. Shape: (tokens, hidden), as ``incoming``, None with an embedding.
@@ -89,9 +90,9 @@ class Decoding:
                 raise StageError(f"an activation of {hidden.shape[0]} tokens does not match its step")
         if self._chain is None:
             return hidden
-        ready, self._ready = self._ready, None
-        found = ready[1] if ready is not None and ready[0] is step else self._inputs(step)
-        return self._chain.run(hidden.contiguous(), found.cosines, found.sines, found.histories)
+        ready = next((inputs for expected, inputs in tuple(self._ready) if expected is step), None)
+        inputs = ready or self._inputs(step)
+        return self._chain.run(hidden.contiguous(), inputs.cosines, inputs.sines, inputs.histories)
 
     def chosen(self, step: Step, incoming: Tensor | None) -> list[int]:
         """With a head: the most likely token of each row, -1 where its logits are not finite."""

@@ -28,7 +28,7 @@ Failed = Callable[[Exception], None]
 FEW_ROWS = 16
 """Rows that a stage that reads pinned memory copies there without the help of a hop: those of a decoding step."""
 _CURRENT = threading.local()
-"""``worker``: the worker whose thread this is."""
+"""``worker``: the worker whose thread this is; ``stream``: the CUDA stream that it works on, once that is known."""
 
 
 class Worker:
@@ -45,7 +45,6 @@ class Worker:
         self._unfinished = 1  # until the thread has set itself up
         self._counting, self._turn = threading.Lock(), threading.Lock()
         self._stream: torch.cuda.Stream | None = None
-        self._before: torch.cuda.Stream | None = None  # the current one of this thread when it lends itself
         self._thread = threading.Thread(target=self._loop, name=f"splitrun {device}", daemon=True)
         self._thread.start()
 
@@ -68,13 +67,15 @@ class Worker:
         if self._stream is None:
             self._do(task, failed)
             return True
-        if caller._before is None:  # torch's own way of changing streams looks this up every time
-            caller._before = torch.cuda.current_stream()
+        before: torch.cuda.Stream | None = getattr(_CURRENT, "stream", None)
+        before = before or torch.cuda.current_stream()  # torch's own way of changing streams looks this up every time
+        _CURRENT.stream = self._stream
         torch.cuda.set_stream(self._stream)
         try:
             self._do(task, failed)
         finally:  # this stream may be recorded by its own thread later
-            torch.cuda.set_stream(caller._before)
+            _CURRENT.stream = before
+            torch.cuda.set_stream(before)
         return True
 
     def call(self, function: Callable[[], Result], timeout_s: float | None = None) -> Result:
@@ -125,6 +126,7 @@ class Worker:
             torch.cuda.set_device(torch.device(self.device))
             self._stream = torch.cuda.Stream(torch.device(self.device))
             torch.cuda.set_stream(self._stream)
+            _CURRENT.stream = self._stream
 
     def _do(self, task: Task, failed: Failed) -> None:
         try:

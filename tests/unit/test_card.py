@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy
@@ -29,7 +31,8 @@ from splitrun.schedule.request import SamplingParams
 from splitrun.schedule.step import RowSampling, Step, Tokens
 from splitrun.stage import load
 from splitrun.stage.card import CardStage, card_stage
-from splitrun.stage.generic import RangeStage
+from splitrun.stage.card_inputs import DecodeSlots
+from splitrun.stage.generic import Computed, RangeStage
 from splitrun.stage.load import StageSize, load_stage
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,9 +100,10 @@ class Run:
         rows: dict[int, Sequence[int]],
         incoming: Tensor | None = None,
         scored: bool = False,
-        expected: Sequence[Step | None] = (),
+        expected: Sequence[str] = (),
     ) -> Any:
-        """Run tokens of some sequences as one step. ``expected``: what the stage makes ready for before, None: this."""
+        """Run tokens of some sequences as one step. ``expected``: what the stage makes ready for before: this step,
+        another one in its place, or the next."""
         counts = [len(ids) for ids in rows.values()]
         tables = numpy.array([[row * BLOCKS + block for block in range(BLOCKS)] for row in rows], dtype=numpy.int32)
         greedy = SamplingParams(max_tokens=1, temperature=0.0)
@@ -120,17 +124,20 @@ class Run:
         self.latest = step
         known = step.token_ids.copy()
         step.token_ids[:] = 0
+        longer = replace(step, context_lengths=step.context_lengths + 1)
         for one in expected:
             assert isinstance(self.stage, CardStage)
-            self.stage.prepare(step if one is None else one)
+            self.stage.prepare({"this": step, "other": longer, "next": replace(longer, index=step.index + 1)}[one])
         step.token_ids[:] = known
-        computed = self.stage.compute(step, incoming)
+        whole = self.stage.model.cut.head
+        computed = self.stage.compute(step, incoming) if whole else self.stage.run(step, incoming)
         for row, ids in rows.items():
             self.lengths[row] = self.lengths.get(row, 0) + len(ids)
-        if computed.activation is not None:
+        if isinstance(computed, Tensor):
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
-            return computed.activation.float().cpu()
+            return computed.float().cpu()
+        assert isinstance(computed, Computed)
         self.scores = computed.prompt_logprobs
         return {row: computed.logits[place].float().cpu() for place, row in enumerate(rows)}
 
@@ -229,9 +236,44 @@ def test_a_step_that_was_prepared_has_the_same_bits(first: bool, monkeypatch: py
         rows = {row: [turn + row + 3] for row in range(1 + turn % 2)}
         noise = torch.randn((len(rows), SIZES["hidden_size"]), generator=torch.Generator().manual_seed(turn))
         incoming = None if first else noise.to(DTYPES[TYPE])
-        expected = [ready.latest, None] if turn % 3 else [None, ready.latest]
+        expected = (["this"], ["other"], ["other", "this", "next"], ["this", "other"])[turn % 4]
         found = ready.feed(rows, incoming, expected=expected)
         assert torch.equal(found, plain.feed(rows, incoming))
+
+
+def test_a_slot_is_filled_once_for_a_step_that_was_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is expected while the one before it has come, or is still on its way."""
+    filled: list[int] = []
+    fill = DecodeSlots._fill
+    monkeypatch.setattr(DecodeSlots, "_fill", lambda self, turn, *rest: (filled.append(turn), fill(self, turn, *rest)))
+    hidden = torch.zeros((16, 4))
+    slots = DecodeSlots(("full",), hidden, True, hidden)
+    run = make("llama", "dense", TYPE, monkeypatch, CutRange(False, 0, 1, False))
+    run.feed({0: [1]}, torch.zeros((1, SIZES["hidden_size"]), dtype=DTYPES[TYPE]))
+    steps = [replace(run.latest, index=index, context_lengths=run.latest.context_lengths + index) for index in range(9)]
+    filled.clear()
+    slots.write(steps[0], range(1), torch.zeros((1, 4)))
+    slots.launched(None)
+    slots.prepare(steps[1])
+    for step, behind in pairwise(steps[1:]):
+        slots.prepare(behind)
+        slots.prepare(replace(behind, index=behind.index + 1))  # too far ahead
+        slots.write(step, range(1), torch.ones((1, 4)))
+        assert slots._views[step.index % SLOTS].lengths[0] == step.context_lengths[0]
+        slots.launched(None)
+    assert filled == [index % SLOTS for index in range(9)]
+
+
+def test_making_ready_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's loop would stand still behind a stage that captures, or hangs."""
+    run = make("llama", "dense", TYPE, monkeypatch, CutRange(False, 0, 1, False))
+    run.feed({0: [1]}, torch.zeros((1, SIZES["hidden_size"]), dtype=DTYPES[TYPE]))
+    assert isinstance(run.stage, CardStage)
+    asking = threading.Thread(target=run.stage.prepare, args=(run.latest,), daemon=True)
+    with run.stage._graphs._filling:
+        asking.start()
+        asking.join(10.0)
+        assert not asking.is_alive()
 
 
 def test_what_is_left_for_the_processor_is_what_lies_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -242,6 +243,45 @@ def test_the_loop_wakes_when_the_card_has_its_work(monkeypatch: pytest.MonkeyPat
     core.close()
     assert found[-1].finish_reason == "length"
     assert happened == ["run", "run", "wake", "run"] * 5
+
+
+def test_tokens_do_not_wait_for_a_step_that_waits_behind_another() -> None:
+    """One stream's token is handed out while the processor is busy with another's step for long."""
+    go_on, begun = threading.Event(), threading.Event()
+    slow = [False]
+
+    class Layers(ThreadStage):
+        def any_thread(self, step: Step) -> bool:
+            return False
+
+        def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
+            if slow[0] and 2 in step.requests:
+                begun.set()
+                assert go_on.wait(PATIENCE_S)
+            return torch.zeros(len(step.token_ids), 1)
+
+    class Head(ThreadStage):
+        def run(self, step: Step, incoming: Tensor | None) -> Tensor | Tokens:
+            if slow[0] and step.requests == (1,):
+                begun.wait(0.2)  # at some time the processor has the other stream's step
+            return Tokens(step.index, step.epoch, tuple(RowTokens((1,)) for _ in step.sampling))
+
+    links = [Link(Layers(), Worker("cpu"), "", SameMemory()), Link(Head(), Worker("xpu:0"), "", None)]
+    limits = Limits(context=512, sessions=2, vocabulary=2, chunk_tokens=64, block_tokens=64, depth=2, streams=2)
+    line = Line(partial(Pipeline, links), (StageStatus("", ""),) * 2, {}, lambda: None)
+    core = EngineCore(Scheduler((GroupSpec("full", None, 16),), limits), line)
+    events: dict[int, queue.SimpleQueue[TokenEvent]] = {1: queue.SimpleQueue(), 2: queue.SimpleQueue()}
+    for request_id, came in events.items():
+        core.submit(Request(request_id, (1,), SamplingParams(temperature=0.0, ignore_eos=True)), came.put)
+        came.get(timeout=PATIENCE_S)
+    slow[0] = True
+    assert begun.wait(PATIENCE_S)
+    time.sleep(0.5)
+    with core._lock:
+        waiting = list(core._committed)
+    go_on.set()
+    core.close()
+    assert not waiting
 
 
 def test_nothing_is_prepared_once_the_stages_are_closed() -> None:
