@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,11 +25,13 @@ from splitrun.schedule.step import Step
 from splitrun.stage import fused, load
 from splitrun.stage.decoding import Decoding
 from splitrun.stage.generic import GenericStage, RangeStage
-from splitrun.stage.known import VARIANTS
 from splitrun.stage.load import StageSize, load_stage
 
 LEVELS = compiled_levels()
-pytestmark = pytest.mark.skipif(not LEVELS, reason="nothing is compiled here")
+pytestmark = [
+    pytest.mark.skipif(not LEVELS, reason="nothing is compiled here"),
+    pytest.mark.usefixtures("one_thread"),
+]
 BLOCK_TOKENS, BLOCKS, LAYERS = 4, 16, 2
 SIZES = {
     **{"hidden_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 8},
@@ -54,14 +56,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "cohere": {},
     "olmo2": {},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass
@@ -417,52 +411,3 @@ def test_float32_and_dense_weights_keep_their_own_code(monkeypatch: pytest.Monke
     assert not any(make("llama", {}, "nf4", "fp32")[1])
     monkeypatch.setattr("splitrun.kernels.formats.kernel", lambda: None)
     assert not any(make("llama", {})[1])
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in VARIANTS])
-@pytest.mark.parametrize(
-    ("kind", "format", "most"), [("bf16", "nf4", 0.02), ("bf16", "int8", 0.02), ("int8", "nf4", 0.06)]
-)
-def test_chunks_of_prompts_as_the_layers_own_code(
-    name: str, kind: str, format: str, most: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Chunks behind a history, across blocks and windows, beside each other: near the exact products, and the same for
-    any company and any threads."""
-    monkeypatch.setenv(PROMPT_VARIABLE, kind)
-    if many.many_rows() is None or many.attention_rows() is None:
-        pytest.skip("no kernel for chunks here")
-    called: list[int] = []
-    right = many.ManyRows.chunk
-
-    def counted(self: many.ManyRows, *arguments: Any) -> None:
-        called.append(arguments[3].shape[0])
-        right(self, *arguments)
-
-    monkeypatch.setattr(many.ManyRows, "chunk", counted)
-    run, exact = make(name, MODELS[name], format)[0], make(name, MODELS[name], format, "fp32")[0]
-    ids, other = tokens(58), tokens(17, seed=4)
-    found = [run.feed({0: ids[:19]})[0]]
-    together = run.feed({0: ids[19:36], 1: other})
-    torch.set_num_threads(3)
-    found += [together[0], run.feed({0: ids[36:]})[0]]
-    wanted = torch.cat([exact.feed({0: ids[:19]})[0], exact.feed({0: ids[19:]})[0]]).double()
-    assert called == [19, 19, 17, 17, 17, 17, 22, 22]
-    assert ((torch.cat(found).double() - wanted).norm() / wanted.norm()).item() < most
-    alone = make(name, MODELS[name], format)[0]
-    assert torch.equal(alone.feed({1: other})[1], together[1])
-
-
-@pytest.mark.parametrize(("kind", "most"), [("bf16", 0.02), ("int8", 0.06)])
-def test_a_long_chunk_goes_in_blocks_of_rows(kind: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More rows than one task of a product takes, in a layer of several panels and slabs: the same for any threads."""
-    monkeypatch.setenv(PROMPT_VARIABLE, kind)
-    if many.many_rows() is None or many.attention_rows() is None:
-        pytest.skip("no kernel for chunks here")
-    sizes = {"intermediate_size": 1088, "max_position_embeddings": 1024}
-    ids, found = tokens(530), []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        found.append(make("qwen2", sizes, blocks=140)[0].feed({0: ids})[0])
-        assert torch.equal(found[0], found[-1])
-    exact = make("qwen2", sizes, "nf4", "fp32", blocks=140)[0].feed({0: ids})[0]
-    assert ((found[0].double() - exact.double()).norm() / exact.double().norm()).item() < most

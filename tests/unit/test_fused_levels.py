@@ -13,15 +13,10 @@ from splitrun.kernels.cpu import many
 from splitrun.kernels.cpu.settings import LEVEL_VARIABLE, PROMPT_VARIABLE
 from splitrun.stage.known import VARIANTS
 
-pytestmark = pytest.mark.skipif(not LEVELS, reason="nothing is compiled here")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(not LEVELS, reason="nothing is compiled here"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture

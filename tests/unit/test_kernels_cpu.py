@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +40,8 @@ SHAPES = {
     "nf4": [(1, 64), (16, 64), (17, 128), (33, 192), (100, 448), (257, 64)],
     "int8": [(1, 4), (16, 64), (17, 68), (33, 132), (100, 100), (3, 1000)],
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = [(format, *shape) for format, shapes in SHAPES.items() for shape in shapes]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny operators wait longer for a second thread than they take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=LEVELS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,17 +22,10 @@ from splitrun.kernels.int8 import Int8Weight
 from splitrun.kernels.nf4 import Nf4Weight
 from splitrun.kernels.nf4_definition import NF4_TABLE, dequantize_reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KERNELS = many.every() if compiled_levels() else {}
 NAMES = list(KERNELS) or [pytest.param("none", marks=pytest.mark.skip(reason="no kernel for prompts runs here"))]
 SHAPES = [("nf4", 1, 64), ("nf4", 75, 1088), ("nf4", 129, 192), ("int8", 1, 4), ("int8", 75, 1060), ("int8", 64, 100)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=NAMES)

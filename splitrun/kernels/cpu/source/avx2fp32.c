@@ -29,8 +29,8 @@ ALWAYS_INLINE void store_nf4(__m256i codes, __m256 scale, uint8_t *out) {
     _mm256_storeu_ps((float *)out, _mm256_mul_ps(value, scale));
 }
 
-ALWAYS_INLINE void nf4_to_fp32(const uint8_t *codes, int64_t groups, uint8_t *out) {
-    for (int64_t group = 0; group < groups; group++, codes += GROUP_LINES * LINE)
+ALWAYS_INLINE void nf4_to_fp32(const uint8_t *codes, int64_t count, uint8_t *out) {
+    for (int64_t group = 0; group < count / GROUP; group++, codes += GROUP_LINES * LINE)
         for (int line = 0; line < 8; line++, out += 8 * LINE)
             for (int half = 0; half < LINE; half += 32) {
                 __m256 scale = _mm256_loadu_ps((const float *)(codes + 8 * LINE + half));
@@ -55,19 +55,8 @@ ALWAYS_INLINE void int8_to_fp32(const uint8_t *codes, const float *scales, int64
 }
 
 static void expand(const struct many *many, const struct expansion *expansion) {
-    const struct weight *weight = expansion->weight;
-    const struct slab *slab = &expansion->slab;
-    int64_t count = expansion->count;
-    struct lines lines;
     (void)many;
-    for (int64_t t = 0; t < PANEL_TILES; t++) {
-        uint8_t *out = slab->lines + t * TILE_LINES;
-        int64_t tile = expansion->panel * PANEL_TILES + t, used = tile * TILE < weight->rows ? count : 0;
-        if (used) find_lines(weight, tile, expansion->first, count, &lines);
-        if (used && weight->format == NF4) nf4_to_fp32(lines.codes, parts(count, GROUP), out);
-        if (used && weight->format == INT8) int8_to_fp32(lines.codes, lines.scales, count, out);
-        clear_lines(out, used, slab->steps * STEP);
-    }
+    expand_values(expansion, 1, nf4_to_fp32, int8_to_fp32);
 }
 
 ALWAYS_INLINE void multiply_rows(const int rows, const uint8_t *x, int64_t steps, const uint8_t *lines, float *sums, int add) {

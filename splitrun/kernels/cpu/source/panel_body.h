@@ -116,19 +116,8 @@ ALWAYS_INLINE void int8_to_bf16(const uint8_t *codes, const float *scales, int64
 }
 
 static void expand_bf16(const struct many *many, const struct expansion *expansion) {
-    const struct weight *weight = expansion->weight;
-    const struct slab *slab = &expansion->slab;
-    int64_t count = expansion->count;
-    struct lines lines;
     (void)many;
-    for (int64_t t = 0; t < PANEL_TILES; t++) {
-        uint8_t *out = slab->lines + t * TILE_LINES;
-        int64_t tile = expansion->panel * PANEL_TILES + t, used = tile * TILE < weight->rows ? count : 0;
-        if (used) find_lines(weight, tile, expansion->first, count, &lines);
-        if (used && weight->format == NF4) nf4_to_bf16(lines.codes, count, out);
-        if (used && weight->format == INT8) int8_to_bf16(lines.codes, lines.scales, count, out);
-        clear_lines(out, used / 2, slab->steps * 16);
-    }
+    expand_values(expansion, 2, nf4_to_bf16, int8_to_bf16);
 }
 #endif
 

@@ -40,6 +40,24 @@ ALWAYS_INLINE void clear_lines(uint8_t *out, int64_t first, int64_t last) {
     if (first < last) memset(out + first * LINE, 0, (size_t)((last - first) * LINE));
 }
 
+/* Codes of a panel to values, so many columns a line: `nf4` and `int8` write those of a tile, scales apart for int8. */
+ALWAYS_INLINE void expand_values(const struct expansion *expansion, int64_t columns,
+                                 void (*nf4)(const uint8_t *, int64_t, uint8_t *),
+                                 void (*int8)(const uint8_t *, const float *, int64_t, uint8_t *)) {
+    const struct weight *weight = expansion->weight;
+    const struct slab *slab = &expansion->slab;
+    int64_t count = expansion->count;
+    struct lines lines;
+    for (int64_t t = 0; t < PANEL_TILES; t++) {
+        uint8_t *out = slab->lines + t * TILE_LINES;
+        int64_t tile = expansion->panel * PANEL_TILES + t, used = tile * TILE < weight->rows ? count : 0;
+        if (used) find_lines(weight, tile, expansion->first, count, &lines);
+        if (used && weight->format == NF4) nf4(lines.codes, count, out);
+        if (used && weight->format == INT8) int8(lines.codes, lines.scales, count, out);
+        clear_lines(out, used / columns, slab->steps * 16);
+    }
+}
+
 static void store_panel(float *sums, int64_t rows, int64_t count, const float *scales, const float *bias, int dtype,
                         void *out, int64_t first, int64_t stride) {
     for (int64_t row = 0; row < rows; row++, sums += PANEL) {
