@@ -21,11 +21,13 @@ chunk of a prompt on a processor, which computes their sines and cosines itself.
 
 @dataclass(frozen=True)
 class Found:
-    """What a bench told of a range; ``load_bytes`` are those of loading it, ``fast`` the threads it settled on."""
+    """What a bench told of a range; ``load_bytes`` are those of loading it, ``fast`` the threads it settled on,
+    ``chunk_step`` how its stage fills chunks of a prompt."""
 
     samples: Samples
     load_bytes: int
     fast: int | None = None
+    chunk_step: int = 1
 
 
 def less(found: Samples, stage: Samples) -> Samples:
@@ -67,7 +69,7 @@ def at_most(rest: Samples, most: Mapping[Point, float]) -> Samples:
     return {point: replace(sample, seconds=min(sample.seconds, most[point])) for point, sample in rest.items()}
 
 
-def unit_seconds(samples: dict[Point, Sample], points: Iterable[Point]) -> UnitSeconds:
+def unit_seconds(samples: dict[Point, Sample], points: Iterable[Point], chunk_step: int = 1) -> UnitSeconds:
     """Lines through what was measured: a + b * context per number of rows, and chunks without and with history."""
     near_and_far: dict[int, list[Point]] = {}
     chunks: list[tuple[int, float]] = []
@@ -90,7 +92,7 @@ def unit_seconds(samples: dict[Point, Sample], points: Iterable[Point]) -> UnitS
         without = dict(chunks).get(point.tokens, samples[point].seconds)
         history = max(0.0, samples[point].seconds - without) / (point.tokens * point.context)
     spreads = sorted(samples[point].spread for point in points if point.tokens == 1)
-    return UnitSeconds(tuple(lines), tuple(sorted(chunks)), history, spreads[len(spreads) // 2])
+    return UnitSeconds(tuple(lines), tuple(sorted(chunks)), history, spreads[len(spreads) // 2], chunk_step)
 
 
 def unit_peak(found: Found, points: Iterable[Point]) -> UnitPeak:

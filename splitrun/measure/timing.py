@@ -36,10 +36,10 @@ from splitrun.transport.local import Worker
 
 COLD_BYTES = 96 << 20
 """Weights that copies of a unit hold together at least; more where the last cache is large."""
-PROCESSOR_CACHES, CARD_CACHES = 1.5, 4.0
-"""How many last caches they fill. A card's drops lines at random: of what is read round and round and is w times as
-large, a share h is found again, with h = exp(-w (1 - h)): a third for w = 1.7, one in fifty for w = 4."""
-MOST_COPIES = 8
+PROCESSOR_CACHES, CARD_CACHES = 2.0, 4.0
+"""How many last caches they fill. These drop lines at random: of what is read round and round and is w times as large,
+a share h is found again, with h = exp(-w (1 - h)): a third for w = 1.7, a fifth for 2, one in fifty for 4."""
+MOST_COPIES = 12
 MISSING_SHARE = 0.1
 """Of a copy that may be missing from that."""
 BETWEEN_BYTES = 48 << 20
@@ -92,7 +92,7 @@ class UnitBench:
     """Stages of one range, loaded on a worker of their own as an engine's are, ready to be timed again and again.
 
     ``load_bytes`` is what loading took at its highest beyond what is loaded, ``fast`` the number of threads that were
-    settled on, None where that is not asked for.
+    settled on, None where that is not asked for, ``chunk_step`` the stage's.
     """
 
     def __init__(
@@ -131,6 +131,7 @@ class UnitBench:
             for stage in self._stages:  # or pages of KV that come while steps run would count as theirs
                 self._worker.call(stage.clear_kv)
             undo.pop_all()
+        self.chunk_step = self._stages[0].chunk_step
         self._held = self._worker.call(partial(held_bytes, setting.kind, setting.device))
         self._reads_between = setting.kind == "cpu" and cut.start == cut.stop
 

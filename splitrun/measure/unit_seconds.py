@@ -34,7 +34,7 @@ from splitrun.transport.local import torch_device
 
 ROWS = (1, 4, 16)
 NEAR, FAR = 128, 4096
-CHUNKS = (32, 128, 512)
+CHUNKS = (32, 64, 128, 512)
 CHUNK_HISTORIES = (1024, 3584)
 MANY_THREADS = 8
 """From so many on, waking them for a chunk of a prompt takes a good part of what one layer does."""
@@ -43,7 +43,7 @@ SHARE_OF_MEMORY = 4
 
 Report = Callable[[str], None]
 OpenBench = Callable[[Any, ModelStructure, CutRange, Setting, Sequence[Point]], UnitBench]
-LOAD, FAST = "load bytes", "decoding threads"
+LOAD, FAST, STEP = "load bytes", "decoding threads", "chunk step"
 COMPUTING = ("splitrun.kernels", "splitrun.stage", "splitrun.model")
 
 
@@ -132,21 +132,24 @@ class _Task:
             if stage is None and count > 1:
                 rest = at_most(less(one.samples, slope(several.samples, one.samples, count, most)), most)
                 stage = embed.samples | for_every_chunk(rest, points)
-        head = self._found(CutRange(False, layers, layers, True), points, fast)
+        own = head_points(points)
+        head = self._found(CutRange(False, layers, layers, True), own, fast)
         if head is None:
             return None
         stage = stage or embed.samples
-        shapes, peaks = {}, {}
+        shapes, peaks, step = {}, {}, embed.chunk_step
         for shape, (several, count, one) in alone.items():
-            own = less(one.samples, stage)
+            each = less(one.samples, stage)
             if count > 1:
-                own |= slope(several.samples, one.samples, count, most)
-            shapes[shape], peaks[shape] = unit_seconds(own, points), unit_peak(one, points)
+                each |= slope(several.samples, one.samples, count, most)
+            shapes[shape], peaks[shape] = unit_seconds(each, points, one.chunk_step), unit_peak(one, points)
+            step = one.chunk_step
         order = [layer_shape(self.structure, index) for index in range(layers)]
-        first, last = (unit_seconds(less(found.samples, stage), points) for found in (embed, head))
+        ends = ((embed, points), (head, own))
+        first, last = (unit_seconds(less(found.samples, stage), at, found.chunk_step) for found, at in ends)
         middle = (shapes[shape] for shape in order)
-        seconds = DeviceSeconds(unit_seconds(stage, points), (replace(first, spread=0.0), *middle, last))
-        return seconds, (unit_peak(embed, points), *(peaks[shape] for shape in order), unit_peak(head, points))
+        seconds = DeviceSeconds(unit_seconds(stage, points, step), (replace(first, spread=0.0), *middle, last))
+        return seconds, (unit_peak(embed, points), *(peaks[shape] for shape in order), unit_peak(head, own))
 
     def points(self) -> list[Point]:
         """The steps to time: decoding near and far, prompt chunks with and without history."""
@@ -175,10 +178,12 @@ class _Task:
         return stop - index
 
     def _copies(self, size: int) -> int:
-        """How often weights of that size are held, at most, to find them in memory and not in a cache."""
+        """How often weights of that size are held, at most, to find them in memory and not in a cache: as far as the
+        whole model would not be found there."""
         room = self.device.budget_bytes // (SHARE_OF_MEMORY * max(size, 1))
+        whole = -(-sum(unit.weight_bytes[self.weights] for unit in self.profile.units[1:]) // max(size, 1))
         needed = copies_needed(size, self.device.kind, torch_device(self.device.name))
-        return max(1, min(needed, room))
+        return max(1, min(needed, room, whole))
 
     def _found(self, cut: CutRange, points: Sequence[Point], fast: int | None = None) -> Found | None:
         """What was seen of a range, now or before. ``fast``: the threads that other units settled on."""
@@ -186,7 +191,7 @@ class _Task:
         key = self._key(cut, units)
         kept = {} if self.kept.refresh else self.kept.get(key) or {}
         known = samples_of(kept, points)
-        load_bytes = int(kept.get(LOAD, 0))
+        load_bytes, step = int(kept.get(LOAD, 0)), int(kept.get(STEP, 1))
         fast = int(kept.get(FAST, 0)) or fast
         missing = [point for point in points if point not in known]
         if missing:
@@ -195,8 +200,9 @@ class _Task:
             if found is None:
                 return None
             known, load_bytes, fast = known | found.samples, max(load_bytes, found.load_bytes), found.fast
-            self.kept.put(key, {**kept, **figures(known), LOAD: load_bytes, FAST: fast or 0})
-        return Found(known, load_bytes, fast)
+            step = found.chunk_step
+            self.kept.put(key, {**kept, **figures(known), LOAD: load_bytes, FAST: fast or 0, STEP: step})
+        return Found(known, load_bytes, fast, step)
 
     def _measure(self, cut: CutRange, units: Sequence[int], points: Sequence[Point], fast: int | None) -> Found | None:
         size = sum(self.profile.units[unit].weight_bytes[self.weights] for unit in units)
@@ -213,7 +219,7 @@ class _Task:
             with only_new_objects():  # here, because looking for them takes a tenth of a second
                 bench = self.open_bench(self.files.config, self.structure, cut, setting, points)
                 try:
-                    return Found(bench.time(points), bench.load_bytes, bench.fast)
+                    return Found(bench.time(points), bench.load_bytes, bench.fast, bench.chunk_step)
                 finally:
                     bench.close()
         except (SplitrunError, RuntimeError, MemoryError, ValueError):
@@ -249,6 +255,13 @@ def in_a_row(points: Sequence[Point], count: int, kind: str, threads: int | None
     many = (threads or 1) >= MANY_THREADS
     shortest = min((point.tokens for point in points if point.tokens > 1), default=1)
     return [point for point in points if point.tokens in (1, shortest) or (many and not point.context)]
+
+
+def head_points(points: Sequence[Point]) -> list[Point]:
+    """What is timed of a head, which computes the last token of a chunk, whatever lies before: of chunks the shortest
+    and the longest."""
+    chunks = [point for point in points if point.tokens > 1 and not point.context]
+    return [point for point in points if point.tokens == 1 or point in (chunks[0], chunks[-1])]
 
 
 def for_every_chunk(rest: Samples, points: Sequence[Point]) -> Samples:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
+
+DOUBLING = 0
+"""As ``chunk_step``: chunks of a prompt are filled to a power of two."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class UnitSeconds:
     decode           one line per number of rows that was measured, rows ascending
     prefill          (tokens of a prompt chunk, seconds) without history, tokens ascending
     chunk_history_s  further seconds per token of the chunk and token of its history
+    chunk_step       a chunk takes as long as one of the next multiple of so many tokens
     spread           half the width of the middle half of the runs, as a share of their median
     """
 
@@ -37,6 +42,7 @@ class UnitSeconds:
     prefill: tuple[tuple[int, float], ...]
     chunk_history_s: float = 0.0
     spread: float = 0.0
+    chunk_step: int = 1
 
     def decode_s(self, rows: int, history: float) -> float:
         """Seconds of one token for each of ``rows`` rows with that much context each."""
@@ -45,7 +51,7 @@ class UnitSeconds:
     def prefill_s(self, tokens: float, history: float = 0.0) -> float:
         """Seconds of a prompt chunk of that length behind that much history."""
         points = [(1, self.decode[0].fixed_s), *self.prefill] if self.decode[0].rows == 1 else [*self.prefill]
-        return interpolated(points, tokens) + self.chunk_history_s * tokens * history
+        return interpolated(points, filled(tokens, self.chunk_step)) + self.chunk_history_s * tokens * history
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,13 @@ class DeviceSeconds:
 
     stage: UnitSeconds
     units: tuple[UnitSeconds, ...]
+
+
+def filled(tokens: float, step: int) -> float:
+    """How many tokens are computed for a chunk of ``tokens``: see ``chunk_step``. One token is no chunk."""
+    if tokens <= 1 or step == 1:
+        return tokens
+    return 1 << (ceil(tokens) - 1).bit_length() if step == DOUBLING else ceil(tokens / step) * step
 
 
 def interpolated(points: Sequence[tuple[float, float]], position: float) -> float:

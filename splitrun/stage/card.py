@@ -16,6 +16,7 @@ from splitrun.kernels.gpu.products import ROWS
 from splitrun.kernels.gpu.rows import norm
 from splitrun.kernels.gpu.slots import SLOTS
 from splitrun.model.cut import CutModel
+from splitrun.planner.seconds import DOUBLING
 from splitrun.schedule.step import RowTokens, Step, Tokens
 from splitrun.stage.batch import BatchRules
 from splitrun.stage.blocks import BlockStore
@@ -30,6 +31,7 @@ class CardStage(RangeStage):
 
     reads_host = True
     most_left = SLOTS
+    chunk_step = DOUBLING
 
     def __init__(
         self,
@@ -43,7 +45,7 @@ class CardStage(RangeStage):
         self._card = card
         self._groups = tuple(group.name for group in rules.groups)
         self._latest: tuple[Step, bool] | None = None
-        captures = Captures(model.device)
+        captures = self._captures = Captures(model.device)
         self._graphs = DecodeGraphs(card, self._groups, model.dtype, model.device, captures)
         self._prompts = PromptGraphs(card, self._groups, model.dtype, model.device, captures)
 
@@ -172,6 +174,7 @@ class CardStage(RangeStage):
 
     def close(self) -> None:
         """Give the memory back."""
+        self._captures.forget()
         del self._graphs, self._prompts, self._card
         super().close()
 

@@ -6,8 +6,10 @@ comes, and shares its memory with the others. Knows a range of units and steps; 
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,6 +27,22 @@ SIZES = (1, 2, 4, 8, 16)
 """Numbers of decoding rows that graphs are captured for; a step takes the next larger one."""
 LEAST_TOKENS = 32
 """The smallest number of prompt tokens that graphs are captured for; others are its doubles."""
+RECORDING = threading.Lock()
+"""torch records one graph of a process at a time."""
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """While open, no garbage is looked for: graphs of a stage that is gone lie in circles, and one that is freed while
+    another is recorded spoils it."""
+    with RECORDING:
+        looked = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if looked:
+                gc.enable()
 
 
 class Captures:
@@ -53,8 +71,12 @@ class Captures:
         torch.cuda.empty_cache()  # graphs have memory of their own; the first run's must not stand beside it
         graph = torch.cuda.CUDAGraph()
         own = None if current == torch.cuda.default_stream(self._device) else current
-        with torch.cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode="thread_local"):
-            launch()
+        try:
+            with recording(), torch.cuda.graph(graph, self._pool, own, capture_error_mode="thread_local"):
+                launch()
+        except BaseException:
+            self._pool = torch.cuda.graph_pool_handle()  # torch takes the old one for one that is still recorded to
+            raise
         self._graphs[key] = graph
 
     def run(self, key: Hashable, launch: Callable[[], None]) -> None:

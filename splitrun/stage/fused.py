@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HALVES = (torch.bfloat16, torch.float16)
+CHUNK_STEP = 16
+"""Rows of activations that the kernels lay out and multiply together, there or not."""
 MOST_GROUPS = 4
 """KV groups whose latest histories are kept."""
 

@@ -20,7 +20,7 @@ from splitrun.planner.placement import STREAM_FROM_TOKENS
 from splitrun.stage.batch import FREE, BatchRules, Traits
 from splitrun.stage.blocks import BlockStore, Int8BlockStore, StateStore
 from splitrun.stage.cache import BlockCache
-from splitrun.stage.fused import fuse
+from splitrun.stage.fused import CHUNK_STEP, fuse
 from splitrun.stage.generic import GenericStage, RangeStage
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ def load_stage(
         rules = replace(rules, groups_again=True)
     cache = BlockCache(model.skeleton.model.config, structure.caches, stores, states)
     stage = GenericStage(model, cache, stores, states, rules, weight_bytes, fused.decoding)
+    if fused.whole:
+        stage.chunk_step = CHUNK_STEP
     if prompt_card is not None:
         stage.at_close = prompt_card.close
     return stage

@@ -92,6 +92,11 @@ class Benches:
         self._spend_s = spend_s
         self._open: dict[tuple[CutRange, Setting], KeptBench] = {}
 
+    @property
+    def loaded(self) -> bool:
+        """Whether any was opened."""
+        return bool(self._open)
+
     def open(
         self, config: Any, structure: ModelStructure, cut: CutRange, setting: Setting, points: Sequence[Point]
     ) -> UnitBench:
@@ -186,7 +191,8 @@ def compare(subject: Subject, cut: int, weights: str, other: str, benches: Bench
             ours = (runner.process,)
             for context in sorted(subject.contexts, reverse=True):  # a longer one would have graphs captured anew
                 runner.round(context - subject.new_tokens, 2)
-            foretell()  # loads the benches
+            if not benches.loaded:
+                foretell()
             for _ in range(subject.turns):
                 for context in subject.contexts:
                     round_ = subject.calm(partial(in_a_row, runner, context, subject.new_tokens), ours)

@@ -28,7 +28,7 @@ from splitrun.model.structure import inspect
 from splitrun.planner.cost import decode_s, prefill_s, stage_s
 from splitrun.planner.facts import Cluster, KVGroup, Workload
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
-from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds, interpolated
+from splitrun.planner.seconds import DOUBLING, DecodeLine, DeviceSeconds, UnitSeconds, interpolated
 from splitrun.schedule.step import Step
 
 
@@ -56,6 +56,25 @@ def test_a_unit_follows_its_lines() -> None:
     assert UNIT.prefill_s(32) == pytest.approx(3e-3)
     assert UNIT.prefill_s(272) == pytest.approx(16.5e-3)
     assert UNIT.prefill_s(512, 1000) == pytest.approx(30e-3 + 5.12e-3)
+
+
+@pytest.mark.parametrize(
+    ("step", "tokens", "computed"),
+    [
+        (1, 104, 104),
+        (16, 104, 112),
+        (16, 112, 112),
+        (16, 1, 1),
+        (16, 2, 16),
+        (DOUBLING, 104, 128),
+        (DOUBLING, 128, 128),
+        (DOUBLING, 1, 1),
+        (DOUBLING, 129, 256),
+    ],
+)
+def test_a_chunk_takes_what_it_is_filled_to(step: int, tokens: int, computed: int) -> None:
+    unit = replace(UNIT, prefill=((1, 1e-3), (4096, 4.096)), chunk_history_s=0.0, chunk_step=step)
+    assert unit.prefill_s(tokens) == pytest.approx(computed * 1e-3)
 
 
 def test_what_was_measured_goes_before_bandwidths() -> None:
@@ -152,14 +171,14 @@ def test_copies_fill_more_than_the_cache(tmp_path: Path) -> None:
     assert last_cache_bytes(tmp_path) == 32 << 20
     assert copies_needed(1 << 30, "cuda") == 1
     assert copies_needed(40 << 20, "cuda") == 3
-    assert copies_needed(1, "cpu") == 8
+    assert copies_needed(1, "cpu") == 12
 
 
 def test_a_card_with_a_large_cache_gets_more_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "card_cache_bytes", lambda kind, device: 60 << 20 if device == "cuda:1" else 0)
     assert copies_needed(40 << 20, "cuda", "cuda:0") == 3
     assert copies_needed(40 << 20, "cuda", "cuda:1") == 6
-    assert copies_needed(25 << 20, "cuda", "cuda:1") == 8
+    assert copies_needed(25 << 20, "cuda", "cuda:1") == 10
 
 
 def test_a_sample_is_a_median_and_its_spread() -> None:
@@ -198,6 +217,8 @@ def test_every_kind_of_unit_can_be_timed(name: str, weights: str, monkeypatch: p
 
 class Keeping:
     """A stage whose KV comes when it is first written, and that keeps a buffer as large as its longest step so far."""
+
+    chunk_step = 1
 
     def __init__(self, held: list[int]) -> None:
         self.model = SimpleNamespace(cut=CutRange(True, 0, 0, False))
@@ -244,7 +265,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, settled: list[tuple[bool, int | None]
     calls: list[tuple[CutRange, str, int]] = []
 
     class Watch:
-        load_bytes = 7
+        load_bytes, chunk_step = 7, 16
 
         def __init__(self, config: Any, structure: Any, cut: CutRange, setting: Setting, points: Any) -> None:
             calls.append((cut, setting.weights, len(points)))
@@ -282,8 +303,9 @@ def test_each_shape_is_timed_once_and_kept(tmp_path: Path, asked: list[tuple[Cut
     assert [weights for _, weights, _ in asked] == ["bf16", "nf4", "nf4", "nf4"]
     assert [unit.decode_s(1, 9) for unit in found.units] == pytest.approx([0.5e-3, *[2e-3] * 5])
     assert found.stage.decode_s(1, 9) == pytest.approx(1e-3)
-    measured(tmp_path)
+    kept = measured(tmp_path).seconds["cpu", "nf4"]
     assert len(asked) == 4  # from the cache
+    assert {unit.chunk_step for one in (found, kept) for unit in (one.stage, *one.units)} == {16}
     measured(tmp_path, rows=(1, 4))
     assert [points for _, _, points in asked[4:]] == [2] * 4  # the further rows alone
     measured(tmp_path, refresh=True)
