@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -17,7 +18,7 @@ from splitrun.engine.lineup import Line
 from splitrun.engine.outbox import Outbox
 from splitrun.engine.outcome import Failure, Interruption, Outcome, Restarted, Resumed
 from splitrun.engine.pipeline import Pipeline
-from splitrun.engine.receivers import Deliver, Deliveries, hand_out
+from splitrun.engine.receivers import Deliver, Deliveries, hand_over
 from splitrun.engine.record import Span
 from splitrun.errors import DeviceOutOfMemory, InvalidRequest, QueueFull, SplitrunError, StageLost
 from splitrun.schedule.limits import check_request
@@ -50,7 +51,7 @@ class EngineCore:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._deliveries: dict[int, Deliver] = {}
-        self._committed: Deliveries = []
+        self._due: Deliveries = deque()
         self._outbox = Outbox()
         self._reason = "no token has gone through the stages yet"
         self._draining = self._paused = self._closed = self._replacing = False
@@ -102,6 +103,7 @@ class EngineCore:
         """Forget a request; see TokenEngine."""
         with self._lock:
             self._deliveries.pop(request_id, None)
+            self._due = deque(due for due in self._due if due[1].request_id != request_id)
             self._scheduler.cancel(request_id)
             self._pipeline.forget(request_id)
             self._idle.notify_all()
@@ -159,14 +161,14 @@ class EngineCore:
             if self._closed:
                 return
             self._closed = True
-            deliveries = self._take_committed(self._scheduler.fail_all("the engine was closed"))
+            self._due += self._receivers_of(self._scheduler.fail_all("the engine was closed"))
             self._idle.notify_all()
             self.closed.set()
             self._idle.wait_for(lambda: not self._replacing)
         self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        hand_out(deliveries, self.cancel)
+        self._hand_out()
         self._pipeline.close()
 
     def replace(self, reason: str, rebuild: Callable[[], Line]) -> None:
@@ -237,7 +239,7 @@ class EngineCore:
         if self._closed or self._paused or self._scheduler.next_commit != (message.epoch, message.step):
             return False
         self._reason = ""
-        self._committed += self._receivers_of(self._scheduler.commit(message))
+        self._due += self._receivers_of(self._scheduler.commit(message))
         self._line_up_steps()
         if not self._scheduler.has_work:
             self._idle.notify_all()
@@ -256,23 +258,21 @@ class EngineCore:
             pipeline.submit(step)
 
     def _loop(self) -> None:
-        deliveries: Deliveries = []
         try:
             while not self._closed:
-                deliveries += self._handle(self._inbox.get())
+                self._handle(self._inbox.get())
                 if not self._inbox.empty():
                     continue
                 with self._lock:
                     self._line_up_steps()
                 self._outbox.send(self._submit)
-                hand_out(deliveries, self.cancel)  # while the stages compute the next step
+                self._hand_out()  # while the stages compute the next step
                 if self._pipeline.leaves_time:
                     with self._lock:
                         step = self._scheduler.prepare()
                     if step is not None:
                         self._pipeline.prepare(step)
         finally:
-            hand_out(deliveries, self.cancel)
             self._stop(_BUG)
 
     def _stop(self, reason: str) -> None:
@@ -280,22 +280,29 @@ class EngineCore:
         with self._lock:
             self._reason = self._reason if self._closed else reason
             self._draining = True
-            deliveries = self._take_committed(self._scheduler.fail_all(reason))
+            self._due += self._receivers_of(self._scheduler.fail_all(reason))
             self._idle.notify_all()
-        hand_out(deliveries, self.cancel)
+        self._hand_out()
 
-    def _handle(self, message: Message | None) -> Deliveries:
-        """Commit what came back from the stages, and say who is to be told, of what workers committed too; None only
-        wakes the loop."""
+    def _hand_out(self) -> None:
+        """Tell the receivers what is due by now. A request that is cancelled meanwhile gets no more of it."""
+        for _ in range(len(self._due)):
+            with self._lock:
+                if not self._due:
+                    return
+                deliver, event = self._due.popleft()
+            hand_over(deliver, event, self.cancel)
+
+    def _handle(self, message: Message | None) -> None:
+        """Commit what came back from the stages; None only wakes the loop."""
         if isinstance(message, _Broken):
             raise RuntimeError("a worker could not commit its tokens")
         with self._lock:
-            if self._closed:
-                return []
-            deliveries = self._take_committed([] if message is None else self._events_of(message))
+            if self._closed or message is None:
+                return
+            self._due += self._receivers_of(self._events_of(message))
             if not self._scheduler.has_work:
                 self._idle.notify_all()
-        return deliveries
 
     def _events_of(self, message: Outcome) -> list[TokenEvent]:
         """What the message means for the requests. Called under the lock."""
@@ -328,12 +335,7 @@ class EngineCore:
         self._reason = ""
         return self._scheduler.commit(message)
 
-    def _take_committed(self, events: list[TokenEvent]) -> Deliveries:
-        """What workers committed, and behind it these events, with their receivers. Called under the lock."""
-        taken, self._committed = self._committed, []
-        return taken + self._receivers_of(events)
-
-    def _receivers_of(self, events: list[TokenEvent]) -> Deliveries:
+    def _receivers_of(self, events: list[TokenEvent]) -> list[tuple[Deliver, TokenEvent]]:
         """Pair events with their receivers and forget those of ended requests. Called under the lock."""
         pairs = []
         for event in events:

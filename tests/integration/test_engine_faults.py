@@ -178,3 +178,23 @@ def test_what_was_committed_is_handed_out_before_the_engine_closes() -> None:
     assert sum(len(event.token_ids) for event in events) == 12
     assert [event.finish_reason for event in events if event.finish_reason] == ["length"]
     assert events[-1].finish_reason == "length"
+
+
+def test_a_cancelled_request_gets_nothing_of_what_was_committed() -> None:
+    """A receiver that cancels while further tokens of its request wait to be handed out."""
+    with splitrun.Engine(demo_placement()) as engine:
+        core, ids = engine.core, list[int]()
+        cancelled = threading.Event()
+
+        def once(event: TokenEvent) -> None:
+            ids.extend(event.token_ids)
+            until = time.monotonic() + 60
+            while sum(due.request_id == 78 for _, due in list(core._due)) < 3 and time.monotonic() < until:
+                time.sleep(0.001)
+            core.cancel(78)
+            cancelled.set()
+
+        core.submit(Request(78, (5, 6, 7), greedy(max_tokens=40, ignore_eos=True)), once)
+        assert cancelled.wait(90)
+        assert engine.generate([chat(engine, QUESTIONS[0])], greedy())[0].text == ANSWERS[0]
+        assert len(ids) == 1
