@@ -1,35 +1,49 @@
 """Every way to share out layers that may still be the fastest within a limit on loss: labels of (seconds, loss).
 
 Goes through one problem of ``search.py``, device set by device set, keeps the pairs that no other beats in both, and
-drops what cannot win any more even at the price of loss that bounds most tightly. Knows numbers only.
+drops what cannot win any more even at the price of loss that bounds most tightly. Labels lie in arrays, which are
+extended all at once. Knows numbers only.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy
 
 from splitrun.planner.losses import Losses
-from splitrun.planner.problem import INFINITE, Choice, Floats, Formats, Split, Tables
+from splitrun.planner.problem import INFINITE, Choice, Floats, Formats, Integers, Split, Tables
 from splitrun.planner.search import Outcome, Problem, reach_of, runs_of
 
 ROUNDING = 1e-12
+AT_ONCE = 1 << 20
+"""Extensions that are weighed together, at most: some ten bytes of temporaries for each."""
 
 
 @dataclass(frozen=True)
-class Label:
-    """A way to share out the first layers: seconds, loss, and how it came about."""
+class Front:
+    """Ways to share out the first layers that end with a run of one slot. All arrays have the shape (labels,), those
+    of the labels by ``stop``, and for equal stops by seconds.
 
-    seconds: float
-    loss: float
-    slot: int
-    formats: Formats
-    start: int
-    stop: int
-    before: Label | None
+    seconds, loss   of everything up to there
+    choice          number of the choice that the run was taken from
+    start, stop     of the run
+    slot, before    the slot in front of it, and which of its labels; -1 for a run from the first layer
+    """
+
+    seconds: Floats
+    loss: Floats
+    choice: Integers
+    start: Integers
+    stop: Integers
+    slot: Integers
+    before: Integers
+
+    def at(self, index: Integers) -> Front:
+        """Some of them, in that order."""
+        return Front(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -46,43 +60,57 @@ class Labels:
         """Enter what is better into ``outcome``."""
         chain, rest = self.problem.chain, _Rest(self.problem)
         device = chain.device
-        reach: dict[tuple[int, int], list[list[Label]]] = {}
+        reach: dict[tuple[int, int], Front] = {}
         for mask, last in self.problem.sets:
             for slot in range(len(device)):
                 taken = device[slot] in (device[chain.embed], device[chain.head])
                 if device[slot] not in last or (taken and slot not in (chain.embed, chain.head)):
                     continue
-                front: list[list[Label]] = [[] for _ in range(self.tables.layers + 1)]
-                for label in self._extended(reach, mask, slot, rest.behind(mask)[slot], outcome):
-                    front[label.stop].append(label)
-                reach[mask, slot] = [undominated(labels) for labels in front]
-                for label in reach[mask, slot][self.tables.layers]:
-                    self._finish(label, mask, outcome)
+                arriving = self._arriving(reach, mask ^ (1 << device[slot]), slot)
+                reach[mask, slot] = self._extended(arriving, slot, rest.behind(mask)[slot], outcome)
+                self._finish(reach, mask, slot, outcome)
 
-    def _extended(
-        self, reach: dict[tuple[int, int], list[list[Label]]], mask: int, slot: int, rest: Floats, outcome: Outcome
-    ) -> Iterator[Label]:
-        """Every run of the slot behind every label of the others, and from the first layer, that may still win."""
-        chain, before = self.problem.chain, mask ^ (1 << self.problem.chain.device[slot])
-        arriving: list[list[tuple[float, Label | None]]] = [[] for _ in range(self.tables.layers + 1)]
+    def _arriving(self, reach: dict[tuple[int, int], Front], before: int, slot: int) -> Front:
+        """What the devices of the mask ``before`` have come to, with the hop to the slot; ``start`` is where its run
+        begins."""
+        chain = self.problem.chain
         if before == 0:
-            arriving[0] = [(float(chain.start[slot]), None)]
+            return _front([float(chain.start[slot])])
+        found = [_front([])]
         for other in range(len(chain.device)):
-            for place, labels in enumerate(reach.get((before, other), ())):
-                arriving[place] += [(label.seconds + float(chain.hop[other, slot]), label) for label in labels]
-        for choice in self._choices(slot):
-            seconds = self._allowed(choice, slot)
-            lost = self.losses.runs(choice.ends, choice.formats)
-            for start, found in enumerate(arriving):
-                for spent, label in found:
-                    total = spent + seconds[start, start + 1 :]
-                    loss = lost[start, start + 1 :] + (label.loss if label else 0.0)
-                    cost = total + self.multiplier * loss + rest[start + 1 :]
-                    limit = (outcome.value + self.multiplier * self.most) * (1 + ROUNDING)
-                    useful = (total < outcome.value) & (loss <= self.most) & (cost <= limit)
-                    for step in numpy.flatnonzero(useful):
-                        stop = start + 1 + int(step)
-                        yield Label(float(total[step]), float(loss[step]), slot, choice.formats, start, stop, label)
+            front = reach.get((before, other))
+            if front is not None:
+                count = len(front.seconds)
+                seconds = front.seconds + float(chain.hop[other, slot])
+                places = numpy.arange(count), numpy.full(count, other)
+                found.append(replace(front, seconds=seconds, start=front.stop, before=places[0], slot=places[1]))
+        joined = _joined(found)
+        return joined.at(numpy.argsort(joined.start, kind="stable"))
+
+    def _extended(self, arriving: Front, slot: int, rest: Floats, outcome: Outcome) -> Front:
+        """Every run of the slot behind every label of the others, and from the first layer, that may still win."""
+        found = [_front([])]
+        limit = (outcome.value + self.multiplier * self.most) * (1 + ROUNDING)
+        rows = max(1, AT_ONCE // len(rest))
+        for number, choice in enumerate(self._choices(slot) if len(arriving.seconds) else ()):
+            seconds, lost = self._allowed(choice, slot), self.losses.runs(choice.ends, choice.formats)
+            for first in range(0, len(arriving.seconds), rows):
+                part = slice(first, first + rows)
+                start = arriving.start[part]
+                total = arriving.seconds[part, None] + seconds[start]
+                loss = arriving.loss[part, None] + lost[start]
+                cost = total + self.multiplier * loss + rest
+                useful = (total < outcome.value) & (loss <= self.most) & (cost <= limit)
+                useful &= numpy.arange(len(rest)) > start[:, None]
+                label, stop = numpy.nonzero(useful)
+                place = label + first
+                found.append(
+                    Front(
+                        total[label, stop], loss[label, stop], numpy.full(len(label), number), start[label], stop,
+                        arriving.slot[place], arriving.before[place],
+                    )
+                )  # fmt: skip
+        return undominated(_joined(found))
 
     def _choices(self, slot: int) -> tuple[Choice, ...]:
         chain = self.problem.chain
@@ -92,27 +120,36 @@ class Labels:
         fits = choice.bytes <= self.problem.caps[self.problem.chain.device[slot]]
         return numpy.where(fits, choice.seconds, INFINITE)
 
-    def _finish(self, label: Label, mask: int, outcome: Outcome) -> None:
-        """Place the ends that hold no layers, in every format, and enter the best."""
-        chain = self.problem.chain
-        outside = [slot for slot in {chain.embed, chain.head} if not mask >> chain.device[slot] & 1]
+    def _finish(self, reach: dict[tuple[int, int], Front], mask: int, slot: int, outcome: Outcome) -> None:
+        """Place the ends that hold no layers, in every format, behind the labels of all layers, and enter the best."""
+        chain, front = self.problem.chain, reach[mask, slot]
+        whole = numpy.flatnonzero(front.stop == self.tables.layers)
+        if not len(whole):
+            return
+        outside = [end for end in {chain.embed, chain.head} if not mask >> chain.device[end] & 1]
         for choices in itertools.product(*map(self._choices, outside)):
-            seconds, loss = label.seconds + float(chain.end[label.slot]), label.loss
-            for slot, choice in zip(outside, choices, strict=True):
-                seconds += float(self._allowed(choice, slot)[0, 0])
-                loss += float(self.losses.runs(choice.ends, choice.formats)[0, 0])
-            if loss <= self.most and seconds < outcome.value:
-                formats = {chain.device[slot]: choice.formats for slot, choice in zip(outside, choices, strict=True)}
-                outcome.value, outcome.split = seconds, self._split(label, formats)
+            seconds, loss = front.seconds[whole] + float(chain.end[slot]), front.loss[whole]
+            for end, choice in zip(outside, choices, strict=True):
+                seconds = seconds + float(self._allowed(choice, end)[0, 0])
+                loss = loss + float(self.losses.runs(choice.ends, choice.formats)[0, 0])
+            seconds = numpy.where(loss <= self.most, seconds, INFINITE)
+            if seconds.min() < outcome.value:
+                formats = {chain.device[end]: choice.formats for end, choice in zip(outside, choices, strict=True)}
+                best = int(seconds.argmin())
+                split = self._split(reach, mask, slot, int(whole[best]), formats)
+                outcome.value, outcome.split = float(seconds[best]), split
 
-    def _split(self, last: Label, formats: dict[int, Formats]) -> Split:
+    def _split(
+        self, reach: dict[tuple[int, int], Front], mask: int, slot: int, label: int, formats: dict[int, Formats]
+    ) -> Split:
+        """The split of a label, traced back run by run; ``formats`` are those of the ends without layers."""
         chain, runs = self.problem.chain, []
-        label: Label | None = last
-        while label is not None:
-            device = chain.device[label.slot]
-            formats[device] = label.formats
-            runs.append((device, label.start, label.stop))
-            label = label.before
+        while label >= 0:
+            front, device = reach[mask, slot], chain.device[slot]
+            formats[device] = self._choices(slot)[int(front.choice[label])].formats
+            runs.append((device, int(front.start[label]), int(front.stop[label])))
+            mask ^= 1 << device
+            slot, label = int(front.slot[label]), int(front.before[label])
         return Split(chain.device[chain.embed], chain.device[chain.head], tuple(reversed(runs)), formats)
 
 
@@ -166,10 +203,24 @@ class _Rest:
         return sum(float(chain.charge[slot, 0, 0]) for slot in outside)
 
 
-def undominated(labels: Sequence[Label]) -> list[Label]:
-    """Those that no other beats in seconds and loss at once."""
-    kept: list[Label] = []
-    for label in sorted(labels, key=lambda each: (each.seconds, each.loss)):
-        if not kept or label.loss < kept[-1].loss:
-            kept.append(label)
-    return kept
+def undominated(front: Front) -> Front:
+    """Those that no other with the same stop beats in seconds and loss at once."""
+    order = numpy.lexsort((front.loss, front.seconds, front.stop))
+    front = front.at(order)
+    # Ranks of the losses, those of a later stop all below: what went before is then the least of the same stop.
+    ranks = numpy.unique(front.loss, return_inverse=True)[1] - front.stop * (len(order) + 1)
+    least = numpy.minimum.accumulate(ranks)
+    kept = numpy.ones(len(order), dtype=numpy.bool_)
+    kept[1:] = ranks[1:] < least[:-1]
+    return front.at(numpy.flatnonzero(kept))
+
+
+def _front(seconds: Sequence[float]) -> Front:
+    """Labels before the first layer."""
+    count = len(seconds)
+    none, nowhere = numpy.zeros(count, dtype=numpy.int64), numpy.full(count, -1)
+    return Front(numpy.array(seconds, dtype=numpy.float64), numpy.zeros(count), none, none, none, nowhere, nowhere)
+
+
+def _joined(fronts: Sequence[Front]) -> Front:
+    return Front(*(numpy.concatenate([getattr(front, field.name) for front in fronts]) for field in fields(Front)))
