@@ -27,14 +27,15 @@ def joined(here: Facts, others: Mapping[str, Facts], links: Mapping[tuple[str, s
     """One cluster of this machine (``here``) and of nodes by name.
 
     ``links``: (node, node) -> what was measured between two machines, "" being this one; both directions are alike.
-    A process takes as much there as here, where that was measured: the versions are the same.
+    A process takes as much there as here, where that was measured: the versions are the same. Every stage there is a
+    process of its own, so a node's processor pays for those of its cards too.
     """
     devices = [*here.cluster.devices]
     process_bytes = max((device.context_bytes for device in devices if device.kind == "cpu"), default=0)
     seconds, factors = dict(here.profile.seconds), dict(here.profile.factors)
     known = dict(here.cluster.links)
     for node, facts in others.items():
-        devices += [_named(device, node, process_bytes) for device in facts.cluster.devices]
+        devices += [_named(device, node, process_bytes, facts.cluster) for device in facts.cluster.devices]
         seconds |= {(f"{node}/{name}", form): found for (name, form), found in facts.profile.seconds.items()}
         factors |= {(f"{node}/{name}", form): found for (name, form), found in facts.profile.factors.items()}
         known |= {(f"{node}/{one}", f"{node}/{two}"): link for (one, two), link in facts.cluster.links.items()}
@@ -77,8 +78,11 @@ def remaining_facts(files: ModelFiles, structure: ModelStructure, placement: Pla
     return replace(facts, cluster=replace(cluster, devices=tuple(devices), links=links))
 
 
-def _named(device: Device, node: str, process_bytes: int) -> Device:
-    taken = max(device.context_bytes, process_bytes) if device.kind == "cpu" else device.context_bytes
+def _named(device: Device, node: str, process_bytes: int, there: Cluster) -> Device:
+    taken = device.context_bytes
+    if device.kind == "cpu":
+        each = process_bytes + there.card_process_bytes + there.card_layers_bytes
+        taken = max(taken, process_bytes) + len(there.local_cards()) * each
     pool = f"{node}/{device.memory_pool}"
     return replace(device, name=f"{node}/{device.name}", memory_pool=pool, context_bytes=taken)
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -138,7 +138,11 @@ def test_budgets_are_split_by_machine() -> None:
 
 
 def facts(*devices: str) -> Facts:
-    made = [Device(name, "cpu", "", 1, 1, 1, "host", 0, 1.0, 1.0, 0.0, "bf16") for name in devices]
+    kinds: list[Literal["cpu", "cuda"]] = ["cuda" if name.startswith("cuda") else "cpu" for name in devices]
+    made = [
+        Device(name, kind, "", 1, 1, 1, "host", 0, 1.0, 1.0, 0.0, "bf16")
+        for name, kind in zip(devices, kinds, strict=True)
+    ]
     profile = ModelProfile("m", None, "f", "llama", (), (), 1, 1, 1, "bf16")
     return Facts(profile, Cluster(tuple(made)))
 
@@ -188,6 +192,16 @@ def test_a_process_on_a_node_takes_what_one_takes_here() -> None:
     here = replace(here, cluster=replace(here.cluster, devices=(replace(cpu, context_bytes=400 << 20),)))
     found = joined(here, {"a": there}, {}).cluster
     assert [device.context_bytes for device in found.devices] == [400 << 20, 400 << 20]
+
+
+def test_a_nodes_processor_pays_for_the_processes_of_its_cards() -> None:
+    here, there = facts("cpu"), facts("cpu", "cuda:0", "cuda:1")
+    here = replace(here, cluster=replace(here.cluster, devices=(replace(here.cluster.devices[0], context_bytes=400),)))
+    there = replace(there, cluster=replace(there.cluster, card_process_bytes=300, card_layers_bytes=50))
+    found = {device.name: device.context_bytes for device in joined(here, {"a": there}, {}).cluster.devices}
+    assert found["a/cpu"] == 400 + 2 * (400 + 300 + 50)
+    assert found["cpu"] == 400
+    assert found["a/cuda:0"] == there.cluster.device("cuda:0").context_bytes
 
 
 class Sender:
