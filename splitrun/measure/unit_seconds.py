@@ -261,7 +261,7 @@ def head_points(points: Sequence[Point]) -> list[Point]:
     """What is timed of a head, which computes the last token of a chunk, whatever lies before: of chunks the shortest
     and the longest."""
     chunks = [point for point in points if point.tokens > 1 and not point.context]
-    return [point for point in points if point.tokens == 1 or point in (chunks[0], chunks[-1])]
+    return [point for point in points if point.tokens == 1 or point in (*chunks[:1], *chunks[-1:])]
 
 
 def for_every_chunk(rest: Samples, points: Sequence[Point]) -> Samples:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-DOUBLING = 0
-"""As ``chunk_step``: chunks of a prompt are filled to a power of two."""
+DOUBLING, FEWEST_DOUBLED = 0, 32
+"""As ``chunk_step``: chunks of a prompt are filled to a power of two, from so many tokens on."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def filled(tokens: float, step: int) -> float:
     """How many tokens are computed for a chunk of ``tokens``: see ``chunk_step``. One token is no chunk."""
     if tokens <= 1 or step == 1:
         return tokens
-    return 1 << (ceil(tokens) - 1).bit_length() if step == DOUBLING else ceil(tokens / step) * step
+    doubled = max(FEWEST_DOUBLED, 1 << (ceil(tokens) - 1).bit_length())
+    return doubled if step == DOUBLING else ceil(tokens / step) * step
 
 
 def interpolated(points: Sequence[tuple[float, float]], position: float) -> float:

@@ -19,14 +19,13 @@ from splitrun.kernels.gpu.layer import DecodeMemory
 from splitrun.kernels.gpu.products import ROWS, Products
 from splitrun.kernels.gpu.rows import norm
 from splitrun.kernels.gpu.unpack import PromptProducts, gather
+from splitrun.planner.seconds import DOUBLING, filled
 from splitrun.schedule.step import Step
 from splitrun.stage.card_inputs import DecodeSlots, PromptInputs
 from splitrun.stage.card_model import CardModel
 
 SIZES = (1, 2, 4, 8, 16)
 """Numbers of decoding rows that graphs are captured for; a step takes the next larger one."""
-LEAST_TOKENS = 32
-"""The smallest number of prompt tokens that graphs are captured for; others are its doubles."""
 RECORDING = threading.Lock()
 """torch records one graph of a process at a time."""
 
@@ -222,7 +221,7 @@ class PromptGraphs:
             raise StageError(f"an activation of {incoming.shape[0]} tokens does not match its step")
         if incoming is not None and not self._card.layers:
             return incoming.to(self._dtype)
-        size, places = max(LEAST_TOKENS, 1 << (tokens - 1).bit_length()), 1 if len(rows) == 1 else ROWS
+        size, places = int(filled(max(tokens, 2), DOUBLING)), 1 if len(rows) == 1 else ROWS
         if self._inputs.make_room(step, size) or self._hidden.shape[0] < size:
             self._captures.forget()
             room = max(size, self._hidden.shape[0])

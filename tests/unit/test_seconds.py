@@ -69,6 +69,7 @@ def test_a_unit_follows_its_lines() -> None:
         (DOUBLING, 104, 128),
         (DOUBLING, 128, 128),
         (DOUBLING, 1, 1),
+        (DOUBLING, 5, 32),
         (DOUBLING, 129, 256),
     ],
 )
