@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -196,10 +196,12 @@ class UnitBench:
         return run
 
 
-def copies_needed(unit_bytes: int, kind: str, device: str = "cpu") -> int:
-    """Copies of a unit that together do not fit the last cache of torch's ``device``."""
+def copies_needed(unit_bytes: int, kind: str, device: str = "cpu", model_bytes: float = inf) -> int:
+    """Copies of a unit that together do not fit the last cache of torch's ``device``, as far as the whole model would
+    not."""
     caches = PROCESSOR_CACHES * last_cache_bytes() if kind == "cpu" else CARD_CACHES * card_cache_bytes(kind, device)
-    return max(1, min(MOST_COPIES, ceil(max(COLD_BYTES, caches) / max(unit_bytes, 1) - MISSING_SHARE)))
+    wanted = max(COLD_BYTES, min(caches, model_bytes))
+    return max(1, min(MOST_COPIES, ceil(wanted / max(unit_bytes, 1) - MISSING_SHARE)))
 
 
 def card_cache_bytes(kind: str, device: str) -> int:

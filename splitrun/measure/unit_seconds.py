@@ -178,12 +178,11 @@ class _Task:
         return stop - index
 
     def _copies(self, size: int) -> int:
-        """How often weights of that size are held, at most, to find them in memory and not in a cache: as far as the
-        whole model would not be found there."""
+        """How often weights of that size are held, at most, to find them in memory and not in a cache."""
         room = self.device.budget_bytes // (SHARE_OF_MEMORY * max(size, 1))
-        whole = -(-sum(unit.weight_bytes[self.weights] for unit in self.profile.units[1:]) // max(size, 1))
-        needed = copies_needed(size, self.device.kind, torch_device(self.device.name))
-        return max(1, min(needed, room, whole))
+        whole = sum(unit.weight_bytes[self.weights] for unit in self.profile.units[1:])
+        needed = copies_needed(size, self.device.kind, torch_device(self.device.name), whole)
+        return max(1, min(needed, room))
 
     def _found(self, cut: CutRange, points: Sequence[Point], fast: int | None = None) -> Found | None:
         """What was seen of a range, now or before. ``fast``: the threads that other units settled on."""

@@ -175,6 +175,13 @@ def test_copies_fill_more_than_the_cache(tmp_path: Path) -> None:
     assert copies_needed(1, "cpu") == 12
 
 
+def test_copies_are_no_more_than_the_model_where_that_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "last_cache_bytes", lambda: 400 << 20)
+    assert copies_needed(100 << 20, "cpu") == 8
+    assert copies_needed(100 << 20, "cpu", model_bytes=300 << 20) == 3
+    assert copies_needed(10 << 20, "cpu", model_bytes=20 << 20) == 10  # what others read is in the caches too
+
+
 def test_a_card_with_a_large_cache_gets_more_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "card_cache_bytes", lambda kind, device: 60 << 20 if device == "cuda:1" else 0)
     assert copies_needed(40 << 20, "cuda", "cuda:0") == 3
