@@ -18,6 +18,7 @@ from splitrun.measure.probe import probe
 from splitrun.measure.profile import profile
 from splitrun.model.files import ModelFiles
 from splitrun.model.structure import ModelStructure
+from splitrun.planner.datasheet import CARD_PROCESS_BYTES
 from splitrun.planner.facts import Cluster, Device, Link
 from splitrun.planner.facts_file import Facts, read_facts, write_facts
 from splitrun.planner.placement import Placement
@@ -27,15 +28,18 @@ def joined(here: Facts, others: Mapping[str, Facts], links: Mapping[tuple[str, s
     """One cluster of this machine (``here``) and of nodes by name.
 
     ``links``: (node, node) -> what was measured between two machines, "" being this one; both directions are alike.
-    A process takes as much there as here, where that was measured: the versions are the same. Every stage there is a
-    process of its own, so a node's processor pays for those of its cards too.
+    A process takes as much there as here, where that was measured: the versions are the same. Every device there has a
+    process of its own, so a node's processor pays for those of its cards too, with what a driver takes of main memory:
+    as much as here, or as is usual.
     """
     devices = [*here.cluster.devices]
     process_bytes = max((device.context_bytes for device in devices if device.kind == "cpu"), default=0)
+    driver_bytes = here.cluster.card_process_bytes + here.cluster.card_layers_bytes or CARD_PROCESS_BYTES
     seconds, factors = dict(here.profile.seconds), dict(here.profile.factors)
     known = dict(here.cluster.links)
     for node, facts in others.items():
-        devices += [_named(device, node, process_bytes, facts.cluster) for device in facts.cluster.devices]
+        more = len(facts.cluster.local_cards()) * (process_bytes + driver_bytes)
+        devices += [_named(device, node, process_bytes, more) for device in facts.cluster.devices]
         seconds |= {(f"{node}/{name}", form): found for (name, form), found in facts.profile.seconds.items()}
         factors |= {(f"{node}/{name}", form): found for (name, form), found in facts.profile.factors.items()}
         known |= {(f"{node}/{one}", f"{node}/{two}"): link for (one, two), link in facts.cluster.links.items()}
@@ -78,11 +82,10 @@ def remaining_facts(files: ModelFiles, structure: ModelStructure, placement: Pla
     return replace(facts, cluster=replace(cluster, devices=tuple(devices), links=links))
 
 
-def _named(device: Device, node: str, process_bytes: int, there: Cluster) -> Device:
-    taken = device.context_bytes
-    if device.kind == "cpu":
-        each = process_bytes + there.card_process_bytes + there.card_layers_bytes
-        taken = max(taken, process_bytes) + len(there.local_cards()) * each
+def _named(device: Device, node: str, process_bytes: int, cards_bytes: int) -> Device:
+    taken = max(device.context_bytes, process_bytes) if device.kind == "cpu" else device.context_bytes
+    if device.name == "cpu":
+        taken += cards_bytes
     pool = f"{node}/{device.memory_pool}"
     return replace(device, name=f"{node}/{device.name}", memory_pool=pool, context_bytes=taken)
 

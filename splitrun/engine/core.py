@@ -273,6 +273,7 @@ class EngineCore:
                     if step is not None:
                         self._pipeline.prepare(step)
         finally:
+            self._hand_out()
             self._stop(_BUG)
 
     def _stop(self, reason: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from splitrun.measure.timing import Sample
 from splitrun.measure.unit_steps import Point
 from splitrun.planner.peaks import RowsPeak, UnitPeak
-from splitrun.planner.seconds import DecodeLine, UnitSeconds
+from splitrun.planner.seconds import DecodeLine, UnitSeconds, filled
 
 Samples = dict[Point, Sample]
 MOST_BESIDE, MOST_BESIDE_CHUNK = 2.0, 6.0
@@ -78,7 +78,7 @@ def unit_seconds(samples: dict[Point, Sample], points: Iterable[Point], chunk_st
         if point.tokens == 1:
             near_and_far.setdefault(point.rows, []).append(point)
         elif point.context == 0:
-            chunks.append((point.tokens, samples[point].seconds))
+            chunks.append((int(filled(point.tokens, chunk_step)), samples[point].seconds))
         else:
             behind.append(point)
     lines = []
@@ -89,7 +89,7 @@ def unit_seconds(samples: dict[Point, Sample], points: Iterable[Point], chunk_st
         lines.append(DecodeLine(rows, max(0.0, near - slope * ends[0].context), slope))
     history = 0.0
     for point in behind:
-        without = dict(chunks).get(point.tokens, samples[point].seconds)
+        without = dict(chunks).get(int(filled(point.tokens, chunk_step)), samples[point].seconds)
         history = max(0.0, samples[point].seconds - without) / (point.tokens * point.context)
     spreads = sorted(samples[point].spread for point in points if point.tokens == 1)
     return UnitSeconds(tuple(lines), tuple(sorted(chunks)), history, spreads[len(spreads) // 2], chunk_step)

@@ -198,7 +198,7 @@ class UnitBench:
 
 def copies_needed(unit_bytes: int, kind: str, device: str = "cpu", model_bytes: float = inf) -> int:
     """Copies of a unit that together do not fit the last cache of torch's ``device``, as far as the whole model would
-    not."""
+    not; nor, however small that is, the inner caches. ``MOST_COPIES`` of them at most."""
     caches = PROCESSOR_CACHES * last_cache_bytes() if kind == "cpu" else CARD_CACHES * card_cache_bytes(kind, device)
     wanted = max(COLD_BYTES, min(caches, model_bytes))
     return max(1, min(MOST_COPIES, ceil(wanted / max(unit_bytes, 1) - MISSING_SHARE)))

@@ -29,7 +29,7 @@ from splitrun.model.files import ModelFiles
 from splitrun.model.structure import ModelStructure
 from splitrun.planner.facts import VALUE_BYTES, Cluster, Device, ModelProfile
 from splitrun.planner.peaks import UnitPeak
-from splitrun.planner.seconds import DeviceSeconds
+from splitrun.planner.seconds import FEWEST_DOUBLED, DeviceSeconds
 from splitrun.transport.local import torch_device
 
 ROWS = (1, 4, 16)
@@ -233,7 +233,7 @@ class _Task:
         conditions = {
             "device": [self.device.kind, self.device.description, self.threads, self.device.compute_dtype],
             "runtime": [torch.version.cuda, splitrun.__version__, *versions(self.device.kind)],
-            "code": code_digest(*COMPUTING),
+            "code": [code_digest(*COMPUTING), FEWEST_DOUBLED],
             "config": _config_text(self.files.config),
             "units": shapes,
             "ends": [cut.embed, cut.head],

@@ -19,13 +19,13 @@ from splitrun.planner.search import Outcome, Problem, reach_of, runs_of
 
 ROUNDING = 1e-12
 AT_ONCE = 1 << 20
-"""Extensions that are weighed together, at most: some ten bytes of temporaries for each."""
+"""Extensions that are weighed together, at most: some forty bytes of temporaries for each."""
 
 
 @dataclass(frozen=True)
 class Front:
-    """Ways to share out the first layers that end with a run of one slot. All arrays have the shape (labels,), those
-    of the labels by ``stop``, and for equal stops by seconds.
+    """Ways to share out the first layers that end with a run of one slot. All arrays have the shape (labels,);
+    ``undominated`` puts them in the order of their stops, and for equal stops of their seconds.
 
     seconds, loss   of everything up to there
     choice          number of the choice that the run was taken from
@@ -71,8 +71,8 @@ class Labels:
                 self._finish(reach, mask, slot, outcome)
 
     def _arriving(self, reach: dict[tuple[int, int], Front], before: int, slot: int) -> Front:
-        """What the devices of the mask ``before`` have come to, with the hop to the slot; ``start`` is where its run
-        begins."""
+        """What the devices of the mask ``before`` have come to, with the hop to the slot: ``start``, by which they are
+        ordered, is where its run begins, ``slot`` and ``before`` name the label in front of it."""
         chain = self.problem.chain
         if before == 0:
             return _front([float(chain.start[slot])])

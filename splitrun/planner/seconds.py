@@ -34,7 +34,7 @@ class UnitSeconds:
     decode           one line per number of rows that was measured, rows ascending
     prefill          (tokens of a prompt chunk, seconds) without history, tokens ascending
     chunk_history_s  further seconds per token of the chunk and token of its history
-    chunk_step       a chunk takes as long as one of the next multiple of so many tokens
+    chunk_step       a chunk takes as long as one of the next multiple of so many tokens; or DOUBLING
     spread           half the width of the middle half of the runs, as a share of their median
     """
 

@@ -34,6 +34,7 @@ def streamed_s(profile: ModelProfile, cluster: Cluster, card: Device, stage: Sta
     The first copy has nothing to hide behind; then each layer takes the longer of its copy and its computing.
     """
     link, dtype = cluster.link(stage.device, card.name), stage_kv_dtype(stage, card)
+    profile = _unfilled(profile, card, stage.weights)
     chunks = -(-reference_prompt(workload) // workload.chunk_tokens)
     total, first = 0.0, 0.0
     for unit in range(stage.layers[0] + 1, stage.layers[1] + 1):
@@ -41,6 +42,15 @@ def streamed_s(profile: ModelProfile, cluster: Cluster, card: Device, stage: Sta
         first = first or copy_s
         total += max(chunks * copy_s, prefill_s(profile, unit, card, stage.weights, workload, dtype))
     return total + first
+
+
+def _unfilled(profile: ModelProfile, card: Device, weights: str) -> ModelProfile:
+    """The profile with what the card takes for the tokens of a chunk alone: here no graph asks for more of them."""
+    measured = profile.seconds.get((card.name, weights))
+    if measured is None:
+        return profile
+    units = tuple(replace(unit, chunk_step=1) for unit in measured.units)
+    return replace(profile, seconds={**profile.seconds, (card.name, weights): replace(measured, units=units)})
 
 
 def crossover_tokens(profile: ModelProfile, cluster: Cluster, placement: Placement, stage: StageSpec) -> int | None:

@@ -70,7 +70,8 @@ class RangeStage(ABC):
     gives_host = False
     """Whether it is to do so: the stage behind is on the processor. Set by who puts stages in a row."""
     chunk_step = 1
-    """A chunk of a prompt takes as long as one of the next multiple of so many tokens; see ``planner.seconds``."""
+    """A chunk of a prompt takes as long as one of the next multiple of so many tokens; or DOUBLING, see
+    ``planner.seconds``."""
     thread_counts: ThreadCounts | None = None
     """On a processor: what was found to be fastest. None: what the calling thread has."""
 

@@ -91,11 +91,7 @@ class Benches:
     def __init__(self, spend_s: float) -> None:
         self._spend_s = spend_s
         self._open: dict[tuple[CutRange, Setting], KeptBench] = {}
-
-    @property
-    def loaded(self) -> bool:
-        """Whether any was opened."""
-        return bool(self._open)
+        self.told_of: set[tuple[str, ...]] = set()
 
     def open(
         self, config: Any, structure: ModelStructure, cut: CutRange, setting: Setting, points: Sequence[Point]
@@ -191,8 +187,9 @@ def compare(subject: Subject, cut: int, weights: str, other: str, benches: Bench
             ours = (runner.process,)
             for context in sorted(subject.contexts, reverse=True):  # a longer one would have graphs captured anew
                 runner.round(context - subject.new_tokens, 2)
-            if not benches.loaded:
+            if placement.device_names not in benches.told_of:
                 foretell()
+                benches.told_of.add(placement.device_names)
             for _ in range(subject.turns):
                 for context in subject.contexts:
                     round_ = subject.calm(partial(in_a_row, runner, context, subject.new_tokens), ours)

@@ -38,6 +38,7 @@ from splitrun.cluster.versions import differences, own_versions
 from splitrun.engine.record import Record, Span, perfetto
 from splitrun.errors import ClusterError, InvalidPlacement
 from splitrun.model.files import resolve
+from splitrun.planner.datasheet import CARD_PROCESS_BYTES
 from splitrun.planner.facts import Cluster, Device, Link, ModelProfile
 from splitrun.planner.facts_file import Facts
 
@@ -195,13 +196,14 @@ def test_a_process_on_a_node_takes_what_one_takes_here() -> None:
 
 
 def test_a_nodes_processor_pays_for_the_processes_of_its_cards() -> None:
-    here, there = facts("cpu"), facts("cpu", "cuda:0", "cuda:1")
+    here, there = facts("cpu"), facts("cpu", "cpu:1", "cuda:0", "cuda:1")
     here = replace(here, cluster=replace(here.cluster, devices=(replace(here.cluster.devices[0], context_bytes=400),)))
-    there = replace(there, cluster=replace(there.cluster, card_process_bytes=300, card_layers_bytes=50))
-    found = {device.name: device.context_bytes for device in joined(here, {"a": there}, {}).cluster.devices}
-    assert found["a/cpu"] == 400 + 2 * (400 + 300 + 50)
-    assert found["cpu"] == 400
-    assert found["a/cuda:0"] == there.cluster.device("cuda:0").context_bytes
+    known = replace(here, cluster=replace(here.cluster, card_process_bytes=300, card_layers_bytes=50))
+    for one, driver in ((here, CARD_PROCESS_BYTES), (known, 350)):
+        found = {device.name: device.context_bytes for device in joined(one, {"a": there}, {}).cluster.devices}
+        assert found["a/cpu"] == 400 + 2 * (400 + driver)
+        assert found["a/cpu:1"] == found["cpu"] == 400
+        assert found["a/cuda:0"] == there.cluster.device("cuda:0").context_bytes
 
 
 class Sender:

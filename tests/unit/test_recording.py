@@ -6,6 +6,8 @@ import gc
 
 import pytest
 
+pytest.importorskip("triton")
+
 from splitrun.stage.card_graph import recording
 
 

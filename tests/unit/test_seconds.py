@@ -28,7 +28,7 @@ from splitrun.model.structure import inspect
 from splitrun.planner.cost import decode_s, prefill_s, stage_s
 from splitrun.planner.facts import Cluster, KVGroup, Workload
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
-from splitrun.planner.seconds import DOUBLING, DecodeLine, DeviceSeconds, UnitSeconds, interpolated
+from splitrun.planner.seconds import DOUBLING, DecodeLine, DeviceSeconds, UnitSeconds, filled, interpolated
 from splitrun.schedule.step import Step
 
 
@@ -105,6 +105,18 @@ def test_units_are_what_is_left_of_a_stage() -> None:
     assert unit.prefill == ((32, pytest.approx(8e-3)),)
     assert unit.chunk_history_s == pytest.approx(4e-3 / (32 * 64))
     assert unit.spread == 0.1
+
+
+@pytest.mark.parametrize("step", [1, 16, DOUBLING])
+def test_the_longest_chunk_of_a_small_model_stands_for_what_it_is_filled_to(step: int) -> None:
+    """It ends where the model's context does: a line through 129 tokens that took as long as 256 would be steep."""
+    seconds = {129: filled(129, step) * 1e-3, 128: 0.128, 64: 0.064, 32: 0.032}
+    points = [Point(1, 1, 32), *(Point(1, tokens, 0) for tokens in sorted(seconds)), Point(1, 129, 1)]
+    samples = {point: Sample(seconds.get(point.tokens, 1e-3) + 1e-5 * point.context, 0.1) for point in points}
+    unit = lines_of(samples, points, step)
+    for tokens in (32, 100, 129):
+        assert unit.prefill_s(tokens) == pytest.approx(filled(tokens, step) * 1e-3)
+    assert unit.chunk_history_s == pytest.approx(1e-5 / 129)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from splitrun.planner.derivation import derivation
 from splitrun.planner.facts import Cluster, Link, Workload
 from splitrun.planner.memory import placement_memory
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
+from splitrun.planner.seconds import DOUBLING, DecodeLine, DeviceSeconds, UnitSeconds
 from splitrun.planner.solve import solve
 from splitrun.planner.stream import (
     crossover_tokens,
@@ -36,6 +37,14 @@ def test_a_layer_takes_the_longer_of_copy_and_compute() -> None:
     copy_s = 80 * MIB / 25e9
     compute_s = prefill_s(PROFILE, 1, CARD, "bf16", Workload(), "bf16")
     assert streamed_s(PROFILE, CLUSTER, CARD, ON_HOST, Workload()) == pytest.approx(4 * max(copy_s, compute_s) + copy_s)
+
+
+def test_a_layer_that_is_copied_computes_what_there_is_and_no_more() -> None:
+    each = UnitSeconds((DecodeLine(1, 0.0, 0.0),), ((128, 0.128), (512, 0.512)), chunk_step=DOUBLING)
+    timed = replace(PROFILE, seconds={("cuda:0", "bf16"): DeviceSeconds(each, (each,) * 10)})
+    chunk = Workload(prompt_tokens=300)
+    assert prefill_s(timed, 1, CARD, "bf16", chunk, "bf16") == pytest.approx(0.512)
+    assert streamed_s(timed, CLUSTER, CARD, ON_HOST, chunk) == pytest.approx(4 * 0.3 + 80 * MIB / 25e9)
 
 
 def test_long_chunks_pay_and_short_ones_do_not() -> None:
