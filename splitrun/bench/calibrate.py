@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from splitrun.bench import contest
-from splitrun.errors import StageError
+from splitrun.errors import InvalidPlacement, StageError
 from splitrun.measure.calibration import fold
 from splitrun.measure.others import Disturbance
 from splitrun.measure.probe import probe, this_machine
@@ -28,8 +28,14 @@ def calibrate(placement: Placement, load: str) -> list[str]:
     """Run the placement, keep what its units' seconds must be multiplied with, and say both in lines. Keeps nothing
     where others took the processors meanwhile.
 
-    Raises StageError when the run fails.
+    Raises StageError when the run fails, InvalidPlacement when stages are on other machines or in other processes.
     """
+    elsewhere = sorted({stage.device for stage in placement.stages if "/" in stage.device})
+    if elsewhere:
+        raise InvalidPlacement(
+            f"--calibrate runs a plan in this process, and this one has stages on {' and '.join(elsewhere)}: leave it "
+            "out, or plan for devices of this machine alone"
+        )
     context = placement.workload.context
     new = max(2, min(NEW_TOKENS, context // 4))
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,7 @@ from splitrun.bench import calibrate as module
 from splitrun.bench import contest
 from splitrun.bench.calibrate import calibrate
 from splitrun.bench.terms import Result, Terms
+from splitrun.errors import InvalidPlacement
 from splitrun.measure import others
 from splitrun.measure.others import Disturbance, machine_busy_s, own_s
 from splitrun.planner.estimate import Estimate
@@ -57,6 +58,13 @@ def test_what_a_disturbed_run_told_is_not_kept(share: float, monkeypatch: pytest
     else:
         assert kept == [("sha256:abc", "cpu", "nf4", 2.0)]
         assert "2.00 decoding" in lines[-1]
+
+
+def test_a_plan_over_several_machines_is_not_run() -> None:
+    plan = solve(model(), Cluster((device(),)), Workload(context=256), "nf4")
+    far = replace(plan, stages=tuple(replace(stage, device="old-pc/cpu") for stage in plan.stages))
+    with pytest.raises(InvalidPlacement, match=r"this one has stages on old-pc/cpu: leave it out"):
+        calibrate(far, "weights")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counted in /proc alone")
