@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -18,7 +17,7 @@ from splitrun.engine.lineup import Line
 from splitrun.engine.outbox import Outbox
 from splitrun.engine.outcome import Failure, Interruption, Outcome, Restarted, Resumed
 from splitrun.engine.pipeline import Pipeline
-from splitrun.engine.receivers import Deliver, Deliveries, hand_over
+from splitrun.engine.receivers import Deliver, Receivers
 from splitrun.engine.record import Span
 from splitrun.errors import DeviceOutOfMemory, InvalidRequest, QueueFull, SplitrunError, StageLost
 from splitrun.schedule.limits import check_request
@@ -50,8 +49,7 @@ class EngineCore:
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._deliveries: dict[int, Deliver] = {}
-        self._due: Deliveries = deque()
+        self._receivers = Receivers(self._lock, self.cancel)
         self._outbox = Outbox()
         self._reason = "no token has gone through the stages yet"
         self._draining = self._paused = self._closed = self._replacing = False
@@ -91,7 +89,7 @@ class EngineCore:
             if self._closed or self._draining:
                 raise StageLost("the engine is shutting down: send the request to another server, or again later")
             self._scheduler.submit(request)
-            self._deliveries[request.request_id] = deliver
+            self._receivers.add(request.request_id, deliver)
             self._prompt_tokens += len(request.prompt) if request is not _WARM_UP else 0
         self._inbox.put(None)
 
@@ -102,8 +100,7 @@ class EngineCore:
     def cancel(self, request_id: int) -> None:
         """Forget a request; see TokenEngine."""
         with self._lock:
-            self._deliveries.pop(request_id, None)
-            self._due = deque(due for due in self._due if due[1].request_id != request_id)
+            self._receivers.remove(request_id)
             self._scheduler.cancel(request_id)
             self._pipeline.forget(request_id)
             self._idle.notify_all()
@@ -161,14 +158,14 @@ class EngineCore:
             if self._closed:
                 return
             self._closed = True
-            self._due += self._receivers_of(self._scheduler.fail_all("the engine was closed"))
+            self._owe(self._scheduler.fail_all("the engine was closed"))
             self._idle.notify_all()
             self.closed.set()
             self._idle.wait_for(lambda: not self._replacing)
         self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        self._hand_out()
+        self._receivers.hand_out()
         self._pipeline.close()
 
     def replace(self, reason: str, rebuild: Callable[[], Line]) -> None:
@@ -239,7 +236,7 @@ class EngineCore:
         if self._closed or self._paused or self._scheduler.next_commit != (message.epoch, message.step):
             return False
         self._reason = ""
-        self._due += self._receivers_of(self._scheduler.commit(message))
+        self._owe(self._scheduler.commit(message))
         self._line_up_steps()
         if not self._scheduler.has_work:
             self._idle.notify_all()
@@ -266,14 +263,14 @@ class EngineCore:
                 with self._lock:
                     self._line_up_steps()
                 self._outbox.send(self._submit)
-                self._hand_out()  # while the stages compute the next step
+                self._receivers.hand_out()  # while the stages compute the next step
                 if self._pipeline.leaves_time:
                     with self._lock:
                         step = self._scheduler.prepare()
                     if step is not None:
                         self._pipeline.prepare(step)
         finally:
-            self._hand_out()
+            self._receivers.hand_out()  # what came before, whatever ending the requests meets
             self._stop(_BUG)
 
     def _stop(self, reason: str) -> None:
@@ -281,18 +278,9 @@ class EngineCore:
         with self._lock:
             self._reason = self._reason if self._closed else reason
             self._draining = True
-            self._due += self._receivers_of(self._scheduler.fail_all(reason))
+            self._owe(self._scheduler.fail_all(reason))
             self._idle.notify_all()
-        self._hand_out()
-
-    def _hand_out(self) -> None:
-        """Tell the receivers what is due by now. A request that is cancelled meanwhile gets no more of it."""
-        for _ in range(len(self._due)):
-            with self._lock:
-                if not self._due:
-                    return
-                deliver, event = self._due.popleft()
-            hand_over(deliver, event, self.cancel)
+        self._receivers.hand_out()
 
     def _handle(self, message: Message | None) -> None:
         """Commit what came back from the stages; None only wakes the loop."""
@@ -301,7 +289,7 @@ class EngineCore:
         with self._lock:
             if self._closed or message is None:
                 return
-            self._due += self._receivers_of(self._events_of(message))
+            self._owe(self._events_of(message))
             if not self._scheduler.has_work:
                 self._idle.notify_all()
 
@@ -336,15 +324,10 @@ class EngineCore:
         self._reason = ""
         return self._scheduler.commit(message)
 
-    def _receivers_of(self, events: list[TokenEvent]) -> list[tuple[Deliver, TokenEvent]]:
-        """Pair events with their receivers and forget those of ended requests. Called under the lock."""
-        pairs = []
+    def _owe(self, events: list[TokenEvent]) -> None:
+        """Line up events for their receivers, and forget ended requests. Called under the lock."""
         for event in events:
             self._completion_tokens += len(event.token_ids) if event.request_id != _WARM_UP_ID else 0
-            deliver = self._deliveries.get(event.request_id)
             if event.finish_reason is not None:
-                self._deliveries.pop(event.request_id, None)
                 self._pipeline.forget(event.request_id)
-            if deliver is not None:
-                pairs.append((deliver, event))
-        return pairs
+        self._receivers.owe(events)

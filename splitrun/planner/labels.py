@@ -80,10 +80,9 @@ class Labels:
         for other in range(len(chain.device)):
             front = reach.get((before, other))
             if front is not None:
-                count = len(front.seconds)
-                seconds = front.seconds + float(chain.hop[other, slot])
-                places = numpy.arange(count), numpy.full(count, other)
-                found.append(replace(front, seconds=seconds, start=front.stop, before=places[0], slot=places[1]))
+                seconds, labels = front.seconds + float(chain.hop[other, slot]), numpy.arange(len(front.seconds))
+                others = numpy.full_like(labels, other)
+                found.append(replace(front, seconds=seconds, start=front.stop, before=labels, slot=others))
         joined = _joined(found)
         return joined.at(numpy.argsort(joined.start, kind="stable"))
 

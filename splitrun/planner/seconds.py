@@ -70,8 +70,12 @@ def filled(tokens: float, step: int) -> float:
     """How many tokens are computed for a chunk of ``tokens``: see ``chunk_step``. One token is no chunk."""
     if tokens <= 1 or step == 1:
         return tokens
-    doubled = max(FEWEST_DOUBLED, 1 << (ceil(tokens) - 1).bit_length())
-    return doubled if step == DOUBLING else ceil(tokens / step) * step
+    return doubled(ceil(tokens)) if step == DOUBLING else ceil(tokens / step) * step
+
+
+def doubled(tokens: int) -> int:
+    """The power of two that so many tokens are filled to."""
+    return max(FEWEST_DOUBLED, 1 << (tokens - 1).bit_length())
 
 
 def interpolated(points: Sequence[tuple[float, float]], position: float) -> float:

@@ -19,7 +19,7 @@ from splitrun.kernels.gpu.layer import DecodeMemory
 from splitrun.kernels.gpu.products import ROWS, Products
 from splitrun.kernels.gpu.rows import norm
 from splitrun.kernels.gpu.unpack import PromptProducts, gather
-from splitrun.planner.seconds import DOUBLING, filled
+from splitrun.planner.seconds import doubled
 from splitrun.schedule.step import Step
 from splitrun.stage.card_inputs import DecodeSlots, PromptInputs
 from splitrun.stage.card_model import CardModel
@@ -73,10 +73,10 @@ class Captures:
         try:
             with recording(), torch.cuda.graph(graph, self._pool, own, capture_error_mode="thread_local"):
                 launch()
-        except BaseException:
-            self._pool = torch.cuda.graph_pool_handle()  # torch takes the old one for one that is still recorded to
-            raise
-        self._graphs[key] = graph
+            self._graphs[key] = graph
+        finally:
+            if key not in self._graphs:  # torch takes the pool for one that is still recorded to
+                self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, key: Hashable, launch: Callable[[], None]) -> None:
         """Do what was recorded."""
@@ -221,7 +221,7 @@ class PromptGraphs:
             raise StageError(f"an activation of {incoming.shape[0]} tokens does not match its step")
         if incoming is not None and not self._card.layers:
             return incoming.to(self._dtype)
-        size, places = int(filled(max(tokens, 2), DOUBLING)), 1 if len(rows) == 1 else ROWS
+        size, places = doubled(tokens), 1 if len(rows) == 1 else ROWS
         if self._inputs.make_room(step, size) or self._hidden.shape[0] < size:
             self._captures.forget()
             room = max(size, self._hidden.shape[0])

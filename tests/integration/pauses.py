@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -25,14 +24,14 @@ class Pause:
         self._engine = engine
         self._epoch, self._fault_s = sys.maxsize, math.inf
         self._seconds = math.inf
-        take = engine.core._receivers_of
+        owe = engine.core._owe
 
-        def noted(events: list[TokenEvent]) -> Any:
+        def noted(events: list[TokenEvent]) -> None:
             if engine.core._scheduler.epoch > self._epoch and any(event.token_ids for event in events):
                 self._seconds = min(self._seconds, time.monotonic() - self._fault_s)
-            return take(events)
+            owe(events)
 
-        monkeypatch.setattr(engine.core, "_receivers_of", noted)
+        monkeypatch.setattr(engine.core, "_owe", noted)
 
     def begin(self) -> None:
         """The fault happens now."""

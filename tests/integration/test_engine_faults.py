@@ -189,7 +189,7 @@ def test_a_cancelled_request_gets_nothing_of_what_was_committed() -> None:
         def once(event: TokenEvent) -> None:
             ids.extend(event.token_ids)
             until = time.monotonic() + 60
-            while sum(due.request_id == 78 for _, due in list(core._due)) < 3 and time.monotonic() < until:
+            while sum(due.request_id == 78 for _, due in list(core._receivers._due)) < 3 and time.monotonic() < until:
                 time.sleep(0.001)
             core.cancel(78)
             cancelled.set()

@@ -278,7 +278,7 @@ def test_tokens_do_not_wait_for_a_step_that_waits_behind_another() -> None:
     assert begun.wait(PATIENCE_S)
     time.sleep(0.5)
     with core._lock:
-        waiting = list(core._due)
+        waiting = list(core._receivers._due)
     go_on.set()
     core.close()
     assert not waiting
