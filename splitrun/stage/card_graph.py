@@ -6,10 +6,8 @@ comes, and shares its memory with the others. Knows a range of units and steps; 
 
 from __future__ import annotations
 
-import gc
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,25 +21,10 @@ from splitrun.planner.seconds import doubled
 from splitrun.schedule.step import Step
 from splitrun.stage.card_inputs import DecodeSlots, PromptInputs
 from splitrun.stage.card_model import CardModel
+from splitrun.stage.recording import recording
 
 SIZES = (1, 2, 4, 8, 16)
 """Numbers of decoding rows that graphs are captured for; a step takes the next larger one."""
-RECORDING = threading.Lock()
-"""torch records one graph of a process at a time."""
-
-
-@contextmanager
-def recording() -> Iterator[None]:
-    """While open, no garbage is looked for: graphs of a stage that is gone lie in circles, and one that is freed while
-    another is recorded spoils it."""
-    with RECORDING:
-        looked = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if looked:
-                gc.enable()
 
 
 class Captures:

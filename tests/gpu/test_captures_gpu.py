@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before Triton is imported, which other tests want interpreted then
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
 from splitrun.stage.card_graph import Captures
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 CARD = torch.device("cuda:0")
 
 

@@ -6,9 +6,7 @@ import gc
 
 import pytest
 
-pytest.importorskip("triton")
-
-from splitrun.stage.card_graph import recording
+from splitrun.stage.recording import recording
 
 
 def test_the_collector_rests_and_goes_on() -> None:
