@@ -19,6 +19,11 @@ from torch import Tensor
 
 from splitrun.folders import cache_folder
 
+SHARED_BYTES_ATTRIBUTE = 8
+"""The driver's number for the most shared memory that a function may be launched with."""
+USUAL_SHARED_BYTES = 48 << 10
+"""What every card has and every function may use."""
+
 
 class CudaUnavailable(Exception):
     """NVRTC or the driver is not there, or refuses. Never reaches a user: the caller has another way."""
@@ -37,6 +42,8 @@ class CudaKernels:
         torch.zeros(1, device=device)  # makes the device's context the thread's own
         with torch.cuda.device(device):
             _check(self._driver.cuModuleLoadData(ctypes.byref(self._module), self._binary), "loading a kernel")
+        properties = torch.cuda.get_device_properties(device)
+        self._shared_bytes: int = getattr(properties, "shared_memory_per_block_optin", USUAL_SHARED_BYTES)
         self._functions: dict[str, ctypes.c_void_p] = {}
 
     def launch(
@@ -62,6 +69,8 @@ class CudaKernels:
             function = ctypes.c_void_p()
             found = self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
             _check(found, f"finding {name}")
+            found = self._driver.cuFuncSetAttribute(function, SHARED_BYTES_ATTRIBUTE, self._shared_bytes)
+            _check(found, f"giving {name} shared memory")
             self._functions[name] = function
         return self._functions[name]
 

@@ -6,6 +6,7 @@ They take NVIDIA's cards from compute capability 8.0 on. Knows weights as matric
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
@@ -21,17 +22,34 @@ from splitrun.kernels.weight import Weight
 
 LEAST_CAPABILITY = (8, 0)
 PIECE, TILE = 64, 16
-WARPS_EACH = 16
-"""Warps that are wanted per multiprocessor."""
 MOST_WARPS = {DENSE: 24, INT8: 16, NF4: 16}
+"""Warps of a block, as the registers allow."""
 GROUP = {DENSE: 1, INT8: 2, NF4: 4}
 """Pieces of 64 columns that a warp reads at a time."""
+TABLE_BYTES = {DENSE: 0, INT8: 0, NF4: 256 * 32 * 4}
+"""The look-up table in shared memory, which every block fills: so there are few, and each computes many tiles."""
+MOST_COPIED_BYTES = {DENSE: 24 << 10, INT8: 24 << 10, NF4: 0}
+"""Rows of x that take no more than this are copied to shared memory first: with all else that fits the 99 KiB which
+the cards of capability 8.6 have."""
+TILE_COST = 0.1
+"""What the end of a tile takes, in groups of pieces: sums of a team are added and stored."""
+ALIKE = 1.02
+"""Of cuts that take as long within this, the one with the largest teams: they read neighbouring memory together."""
 NOWHERE = 2**31 - 1
 """The first row of a part that is not there."""
 TOLERANCE = 0.01
 """Error that the self-test allows, of the product's norm."""
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a product is cut: warps that share a tile (a team), teams of a block, and blocks."""
+
+    size: int
+    teams: int
+    blocks: int
 
 
 class DirectProducts:
@@ -41,7 +59,8 @@ class DirectProducts:
         """Compile. Raises CudaUnavailable."""
         source = resources.files("splitrun.kernels.gpu").joinpath("source/product.cu").read_text(encoding="utf-8")
         defines: dict[str, str | int] = {"FORMAT": format, "BF16": int(dtype == torch.bfloat16)}
-        self._kernels = CudaKernels(source, defines | {"TABLE": _table(dtype)}, device)
+        defines |= {"THREADS": 32 * MOST_WARPS[format], "TABLE": _table(dtype)}
+        self._kernels = CudaKernels(source, defines, device)
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def __call__(
@@ -52,32 +71,46 @@ class DirectProducts:
         bias: Tensor | None,
         residual: Tensor | None,
         gated: bool,
-        warps: int | None = None,
+        cut: Cut | None = None,
     ) -> None:
         """As `Products.__call__`."""
         rows, columns = x.shape
         outputs = matrix.rows // 2 if gated else matrix.rows
-        tiles = -(-matrix.rows // TILE)
         eights = 1 if rows <= 8 else 2
-        warps = warps or self.warps(matrix)
+        cut = cut or product_cut(matrix.format, outputs, columns, gated, self._processors)
+        warps = cut.size * cut.teams
+        copied = rows * (columns + 8) * 2
+        copied = copied if copied <= MOST_COPIED_BYTES[matrix.format] else 0
         self._kernels.launch(
             f"{'gated' if gated else 'plain'}_{8 * eights}",
-            -(-outputs // (TILE // 2)) if gated else tiles,
+            cut.blocks,
             32 * warps,
-            warps * TILE * 8 * eights * 4,
-            (x, *_pointers(matrix), bias, residual, out, rows, outputs, columns),
+            TABLE_BYTES[matrix.format] + 2 * warps * TILE * 8 * eights * 4 + copied,
+            (x, *_pointers(matrix), bias, residual, out, rows, outputs, columns, cut.size, copied),
         )
 
-    def warps(self, matrix: GpuMatrix) -> int:
-        """Warps that share the columns of a tile: the matrix's shape alone decides, so that a row's bits do not
-        depend on the step."""
-        tiles, groups = -(-matrix.rows // TILE), -(-matrix.columns // (PIECE * GROUP[matrix.format]))
-        return max(1, min(MOST_WARPS[matrix.format], groups, -(-WARPS_EACH * self._processors // tiles)))
+
+def product_cut(format: int, outputs: int, columns: int, gated: bool, processors: int) -> Cut:
+    """The cut of a product: the matrix's shape and the card alone decide, so that a row's bits do not depend on the
+    step."""
+    tiles = -(-outputs // (TILE // 2 if gated else TILE))
+    groups = -(-columns // (PIECE * GROUP[format]))
+    most = MOST_WARPS[format]
+
+    def turns(size: int) -> float:
+        rounds = -(-tiles // (processors * (most // size)))
+        return rounds * (-(-groups // size) + TILE_COST)
+
+    sizes = range(1, min(most, groups) + 1)
+    size = max(size for size in sizes if turns(size) <= ALIKE * min(map(turns, sizes)))
+    teams = min(most // size, -(-tiles // processors))
+    return Cut(size, teams, min(processors, -(-tiles // teams)))
 
 
 def takes(matrix: GpuMatrix) -> bool:
-    """Whether the kernels read a matrix of this shape."""
-    return matrix.columns % PIECE == 0
+    """Whether the kernels read a matrix of this shape, lying where it does."""
+    aligned = all(part.scales.data_ptr() % 16 == 0 for part in matrix.parts)
+    return matrix.columns % PIECE == 0 and matrix.columns >= PIECE * GROUP[matrix.format] and aligned
 
 
 def _pointers(matrix: GpuMatrix) -> list[Tensor | int]:
@@ -110,7 +143,7 @@ def _error(products: DirectProducts, format: int, dtype: torch.dtype, device: to
     """The largest error of test products, as a share of the product's norm."""
     generator = torch.Generator().manual_seed(5)
     worst = 0.0
-    for rows, outputs, columns in ((1, (40, 20, 20), 320), (5, (30, 30), 64), (16, (24, 24), 1088)):
+    for rows, outputs, columns in ((1, (40, 20, 20), 320), (5, (30, 30), 256), (16, (24, 24), 1088)):
         x = torch.randn(rows, columns, generator=generator).to(dtype)
         weights: list[AnyWeight] = []
         for count in outputs:
@@ -129,12 +162,13 @@ def _error(products: DirectProducts, format: int, dtype: torch.dtype, device: to
         whole = torch.cat([_values(weight) for weight in weights])
         exact = x.double() @ whole.double().T
         for gated in (False, True) if len(outputs) == 2 else (False,):
-            out = torch.full((rows, sum(outputs) // (2 if gated else 1)), torch.nan, dtype=dtype, device=device)
-            products(x.to(device), matrix, out, None, None, gated)
             if gated:
                 gate, up = exact.chunk(2, 1)
                 exact = torch.nn.functional.silu(gate) * up
-            worst = max(worst, float((out.cpu().double() - exact).norm() / exact.norm()))
+            for cut in (None, Cut(size=2, teams=2, blocks=1)):  # also one tile after the other
+                out = torch.full(exact.shape, torch.nan, dtype=dtype, device=device)
+                products(x.to(device), matrix, out, None, None, gated, cut)
+                worst = max(worst, float((out.cpu().double() - exact).norm() / exact.norm()))
     return worst
 
 
@@ -148,8 +182,4 @@ def _values(weight: AnyWeight) -> Tensor:
 def _table(dtype: torch.dtype) -> str:
     """nf4's values in a type, as `product.cu` wants them."""
     values = torch.tensor(NF4_TABLE).to(dtype).view(torch.int16).tolist()
-    planes = [[value >> shift & 0xFF for value in values] for shift in (0, 8)]
-    words = [
-        "".join(f"{byte:02x}" for byte in reversed(plane[at : at + 4])) for plane in planes for at in range(0, 16, 4)
-    ]
-    return ", ".join(f"0x{word}" for word in words)
+    return ", ".join(f"0x{value & 0xFFFF:04x}" for value in values)

@@ -1,12 +1,16 @@
 /* Products of up to 16 rows with a weight as it lies in memory, on the matrix units of NVIDIA's cards from 8.0 on.
  *
- * A program computes a tile of 16 rows of the weight. Its warps take turns at pieces of 64 columns, and their sums are
- * added in order. Each thread reads 16 neighbouring columns of two weight rows and multiplies them where it has them: the
- * matrix instruction wants other columns in its place, but any order does while rows of x use the same one. So a weight
- * goes from memory to the matrix unit without shared memory, and a row's bits depend on the weight's shape alone.
+ * A team of warps computes a tile of 16 rows of the weight, then the next tile that is its own. The warps of a team take
+ * turns at pieces of 64 columns, and their sums are added in order. Each thread reads 16 neighbouring columns of two weight
+ * rows and multiplies them where it has them: the matrix instruction wants other columns in its place, but any order does
+ * while rows of x use the same one. So a weight goes from memory to the matrix unit without shared memory, and a row's bits
+ * depend on the weight's shape and the card alone.
  *
- * Compiled with FORMAT (0 dense, 1 int8, 2 nf4) and BF16 (1: bfloat16, 0: half) defined; TABLE holds nf4's values as eight
- * words, the lower bytes of all 16 values and then the upper ones. Knows no models. */
+ * Two codes of nf4, a byte, are looked up together in shared memory, where each lane has a bank and so a table of its own.
+ * (Permuting bytes in registers takes three integer instructions for a code where this takes one, and those bind.)
+ *
+ * Compiled with FORMAT (0 dense, 1 int8, 2 nf4), BF16 (1: bfloat16, 0: half) and THREADS (the most of a block) defined;
+ * TABLE holds nf4's 16 values in that type. Knows no models. */
 
 typedef unsigned int word;
 typedef unsigned short value;
@@ -73,9 +77,10 @@ struct codes {
     word words[WORDS];
 };
 
-__device__ __forceinline__ codes load_codes(const unsigned char *row, int piece, int share) {
+#define PIECE_BYTES (PIECE * WORDS / 4)
+
+__device__ __forceinline__ codes load_codes(const unsigned char *from) {
     codes found;
-    const unsigned char *from = row + (long long)piece * PIECE * WORDS / 8 * 2 + share * WORDS * 4;
 #if FORMAT == 2
     uint2 two = __ldcs((const uint2 *)from);
     found.words[0] = two.x, found.words[1] = two.y;
@@ -89,8 +94,34 @@ __device__ __forceinline__ codes load_codes(const unsigned char *row, int piece,
     return found;
 }
 
+#if FORMAT == 2
+#define TABLE_WORDS (256 * 32)
+
+__constant__ value values_of_codes[16] = {TABLE};
+
+/* Pairs of values by their byte of codes, the high half first, once for each lane. */
+__device__ __forceinline__ void fill_table(word *pairs) {
+    for (int index = threadIdx.x; index < TABLE_WORDS / 4; index += blockDim.x) {
+        int byte = index / 8;
+        word pair = values_of_codes[byte >> 4] | (word)values_of_codes[byte & 15] << 16;
+        ((uint4 *)pairs)[index] = make_uint4(pair, pair, pair, pair);
+    }
+}
+
+/* Byte number 0 to 3 of a word, as a pair of values; ``own`` is where the lane's table begins in shared memory. */
+__device__ __forceinline__ word pair_of(word own, word four, int number) {
+    word pair, byte = number ? __byte_perm(four, 0, 0x4440 | number) : four & 0xff;
+    asm volatile("{.reg .u32 place; mad.lo.u32 place, %1, 128, %2; ld.shared.u32 %0, [place];}"
+                 : "=r"(pair)
+                 : "r"(byte), "r"(own));
+    return pair;
+}
+#else
+#define TABLE_WORDS 0
+#endif
+
 /* Four neighbouring columns (number 0 to 3 of the thread's fours) as two pairs of values. */
-__device__ __forceinline__ void four_values(const codes &from, int number, word &first, word &second) {
+__device__ __forceinline__ void four_values(word table, const codes &from, int number, word &first, word &second) {
 #if FORMAT == 0
     first = from.words[2 * number], second = from.words[2 * number + 1];
 #elif FORMAT == 1
@@ -101,12 +132,8 @@ __device__ __forceinline__ void four_values(const codes &from, int number, word 
     }
     first = narrow_two(wide[0], wide[1]), second = narrow_two(wide[2], wide[3]);
 #else
-    const word table[8] = {TABLE};
-    word sixteen = number & 1 ? from.words[number >> 1] >> 16 : from.words[number >> 1];
-    word low = sixteen & 0x7777, pick = (sixteen >> 1 & 0x4444) | 0x3210;
-    word lows = __byte_perm(__byte_perm(table[0], table[1], low), __byte_perm(table[2], table[3], low), pick);
-    word highs = __byte_perm(__byte_perm(table[4], table[5], low), __byte_perm(table[6], table[7], low), pick);
-    first = __byte_perm(lows, highs, 0x4051), second = __byte_perm(lows, highs, 0x6273);
+    first = pair_of(table, from.words[number / 2], number % 2 * 2);
+    second = pair_of(table, from.words[number / 2], number % 2 * 2 + 1);
 #endif
 }
 
@@ -124,45 +151,53 @@ struct matrix {
     }
 };
 
-/* Where a thread's two weight rows begin, and where their scales do. */
+/* Where a thread's share of the first piece of its two weight rows lies, and where their scales do. */
 struct rows_of_weight {
     const unsigned char *codes[2];
     const float *scales[2];
 };
 
-/* A thread's share of GROUP neighbouring pieces of two weight rows. */
+/* A thread's share of GROUP neighbouring pieces of two weight rows, from piece ``start`` on. */
 struct share_of_group {
     codes values[GROUP][2];
     float scales[GROUP][2];
 
-    __device__ __forceinline__ void load(const rows_of_weight &from, int group, int pieces) {
+    __device__ __forceinline__ void load(const rows_of_weight &from, int start, bool aligned) {
 #pragma unroll
-        for (int i = 0; i < GROUP; i++) {
-            int piece = min(group * GROUP + i, pieces - 1);
+        for (int j = 0; j < 2; j++) {
+            const unsigned char *own = from.codes[j] + (long long)start * PIECE_BYTES;
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                values[i][j] = load_codes(from.codes[j], piece, threadIdx.x % 4);
+            for (int i = 0; i < GROUP; i++) values[i][j] = load_codes(own + i * PIECE_BYTES);
 #if FORMAT == 2
-                scales[i][j] = __ldcs(from.scales[j] + piece);
-#endif
+            const float *of_own = from.scales[j] + start;
+            if (aligned) {
+                float4 four = __ldcs((const float4 *)of_own);
+                scales[0][j] = four.x, scales[1][j] = four.y, scales[2][j] = four.z, scales[3][j] = four.w;
+            } else {
+#pragma unroll
+                for (int i = 0; i < GROUP; i++) scales[i][j] = __ldcs(of_own + i);
             }
+#endif
         }
     }
 };
 
-/* A thread's share of a piece of the rows of x: 16 columns of each eighth row. */
+/* A thread's share of a piece of the rows of x: 16 columns of each eighth row. Where there is no such row, anything: its
+ * sums are not stored. For nf4 that is not even read, since tables keep shared memory and the first cache busy. */
 template <int EIGHTS>
 struct share_of_x {
-    word pairs[EIGHTS][SHARE / 2];
+    const value *rows[EIGHTS];
+    bool there[EIGHTS];
+    word pairs[EIGHTS][SHARE / 2] = {};
 
-    __device__ __forceinline__ void load(const value *x, int rows, int columns, int piece) {
+    __device__ __forceinline__ void load(int piece) {
 #pragma unroll
         for (int eight = 0; eight < EIGHTS; eight++) {
-            int row = eight * 8 + threadIdx.x % 32 / 4;
-            const uint4 *from = (const uint4 *)(x + (long long)row * columns + piece * PIECE + threadIdx.x % 4 * SHARE);
+            if (FORMAT == 2 && !there[eight]) continue;
+            const uint4 *from = (const uint4 *)(rows[eight] + piece * PIECE);
 #pragma unroll
             for (int j = 0; j < SHARE / 8; j++) {
-                uint4 four = row < rows ? from[j] : make_uint4(0, 0, 0, 0);
+                uint4 four = from[j];
                 pairs[eight][4 * j] = four.x, pairs[eight][4 * j + 1] = four.y;
                 pairs[eight][4 * j + 2] = four.z, pairs[eight][4 * j + 3] = four.w;
             }
@@ -170,16 +205,17 @@ struct share_of_x {
     }
 };
 
-/* sums += a piece of the weight times a piece of x; nf4's scales hold for just a piece */
+/* sums += a piece of the weight times a piece of x if it counts; nf4's scales hold for just a piece */
 template <int EIGHTS>
 __device__ __forceinline__ void multiply_piece(float sums[EIGHTS][4], const codes weight[2], const float scales[2],
-                                               const share_of_x<EIGHTS> &x) {
+                                               const share_of_x<EIGHTS> &x, word table, bool counts) {
+    if (FORMAT != 2 && !counts) return;
     float own[EIGHTS][4] = {};
 #pragma unroll
     for (int four = 0; four < SHARE / 4; four++) {
         word a[4];
-        four_values(weight[0], four, a[0], a[2]);
-        four_values(weight[1], four, a[1], a[3]);
+        four_values(table, weight[0], four, a[0], a[2]);
+        four_values(table, weight[1], four, a[1], a[3]);
 #pragma unroll
         for (int eight = 0; eight < EIGHTS; eight++)
             multiply(FORMAT == 2 ? own[eight] : sums[eight], a, x.pairs[eight][2 * four], x.pairs[eight][2 * four + 1]);
@@ -188,89 +224,149 @@ __device__ __forceinline__ void multiply_piece(float sums[EIGHTS][4], const code
 #pragma unroll
     for (int eight = 0; eight < EIGHTS; eight++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) sums[eight][j] += own[eight][j] * scales[j / 2];
+        for (int j = 0; j < 4; j++) sums[eight][j] = counts ? sums[eight][j] + own[eight][j] * scales[j / 2] : sums[eight][j];
 #endif
 }
 
-/* x: (rows, columns); out: (rows, outputs). GATED: the first weight has gates and the second ups, as many, and
- * out = silu(gate) * up.
- * bias (outputs) and residual (rows, outputs) may be null. Blocks: one per tile; threads: 32 for each warp. */
-template <bool GATED, int EIGHTS>
-__device__ __forceinline__ void product(const value *x, const matrix &weight, const value *bias,
-                                        const value *residual, value *out, int rows, int outputs, int columns) {
-    extern __shared__ float parts[]; /* (warps, TILE, 8 * EIGHTS) */
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int group = lane / 4, share = lane % 4;
-    const int each = GATED ? TILE / 2 : TILE, tile = blockIdx.x * each;
-    const int first_row = tile + group, second_row = GATED ? tile + group + outputs : tile + group + 8;
-    const int pieces = columns / PIECE, groups = (pieces + GROUP - 1) / GROUP;
-    rows_of_weight from; /* rows beyond the last are read as row 0 and not stored */
-    int places[2] = {first_row < outputs ? first_row : 0, second_row < (GATED ? 2 : 1) * outputs ? second_row : 0};
+/* Waits for the warps of a team; teams of more than one are at most 16. */
+__device__ __forceinline__ void wait_for_team(int team, int size) {
+    if (size == 1)
+        __syncwarp();
+    else
+        asm volatile("bar.sync %0, %1;" ::"r"(team), "r"(32 * size) : "memory");
+}
+
+/* Where a thread's two rows of a tile lie; rows beyond the last are read as row 0 and not stored. */
+template <bool GATED>
+__device__ __forceinline__ rows_of_weight rows_of_tile(const matrix &weight, int tile, int outputs, int columns) {
+    const int group = threadIdx.x % 32 / 4, share = threadIdx.x % 4;
+    const int first = tile * (GATED ? TILE / 2 : TILE) + group, second = GATED ? first + outputs : first + 8;
+    int places[2] = {first < outputs ? first : 0, second < (GATED ? 2 : 1) * outputs ? second : 0};
+    rows_of_weight from;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         weight.find(places[i], from.codes[i], from.scales[i]);
-        from.codes[i] += (long long)places[i] * columns * WORDS / 4;
-        from.scales[i] += (long long)places[i] * (FORMAT == 2 ? pieces : 1);
+        from.codes[i] += (long long)places[i] * (columns / PIECE) * PIECE_BYTES + share * WORDS * 4;
+        from.scales[i] += (long long)places[i] * (FORMAT == 2 ? columns / PIECE : 1);
     }
-    float sums[EIGHTS][4] = {};
-    share_of_group now, next;
-    share_of_x<EIGHTS> x_now, x_next;
-    if (warp < groups) {
-        now.load(from, warp, pieces);
-        x_now.load(x, rows, columns, warp * GROUP);
-    }
-    for (int number = warp; number < groups; number += warps) {
-        next.load(from, min(number + warps, groups - 1), pieces);
-#pragma unroll
-        for (int i = 0; i < GROUP; i++) {
-            int following = i + 1 < GROUP ? number * GROUP + i + 1 : (number + warps) * GROUP;
-            x_next.load(x, rows, columns, min(following, pieces - 1));
-            if (number * GROUP + i < pieces) multiply_piece<EIGHTS>(sums, now.values[i], now.scales[i], x_now);
-            x_now = x_next;
-        }
-        now = next;
-    }
-    const int width = 8 * EIGHTS;
-#pragma unroll
-    for (int eight = 0; eight < EIGHTS; eight++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            parts[(warp * TILE + group + j / 2 * 8) * width + eight * 8 + share * 2 + j % 2] = sums[eight][j];
-    __syncthreads();
-    for (int index = threadIdx.x; index < each * rows; index += blockDim.x) {
-        int output = index % each, row = index / each;
-        if (tile + output >= outputs) continue;
+    return from;
+}
+
+/* What is stored of a tile: the sums of a team's warps, each (TILE, width) in ``parts``, with all that comes behind. */
+template <bool GATED>
+__device__ __forceinline__ void store_tile(const float *parts, int size, int width, int member, const matrix &weight,
+                                           const value *bias, const value *residual, value *out, int tile, int rows,
+                                           int outputs) {
+    const int each = GATED ? TILE / 2 : TILE;
+    for (int index = member; index < each * rows; index += 32 * size) {
+        int output = tile * each + index % each, row = index / each;
+        if (output >= outputs) continue;
+        const float *from = parts + index % each * width + row;
         float sum = 0, up = 0;
-        for (int i = 0; i < warps; i++) {
-            sum += parts[(i * TILE + output) * width + row];
-            if (GATED) up += parts[(i * TILE + output + 8) * width + row];
+        for (int i = 0; i < size; i++) {
+            sum += from[i * TILE * width];
+            if (GATED) up += from[(i * TILE + 8) * width];
         }
 #if FORMAT == 1
-        int place_of = tile + output;
+        int place_of = output;
         const unsigned char *codes_of;
         const float *scales_of;
         weight.find(place_of, codes_of, scales_of);
         sum *= scales_of[place_of];
         if (GATED) up *= weight.scales1[place_of];
 #endif
-        long long place = (long long)row * outputs + tile + output;
+        long long place = (long long)row * outputs + output;
         if (GATED) {
             float gate = widen(narrow(sum));
             out[place] = narrow(widen(narrow(gate / (1.0f + __expf(-gate)))) * widen(narrow(up)));
             continue;
         }
-        if (bias) sum += widen(bias[tile + output]);
+        if (bias) sum += widen(bias[output]);
         out[place] = residual ? narrow(widen(residual[place]) + widen(narrow(sum))) : narrow(sum);
     }
 }
 
+/* x: (rows, columns); out: (rows, outputs). GATED: the first weight has gates and the second ups, as many, and
+ * out = silu(gate) * up.
+ * bias (outputs) and residual (rows, outputs) may be null. Threads: 32 for each warp of each team of ``size``. */
+template <bool GATED, int EIGHTS>
+__device__ __forceinline__ void product(const value *x, const matrix &weight, const value *bias, const value *residual,
+                                        value *out, int rows, int outputs, int columns, int size, int copied) {
+    /* the table; parts of sums (2, warps, TILE, width), for one turn after the other; x (rows, columns + 8) if copied */
+    extern __shared__ word shared[];
+    const int width = 8 * EIGHTS, part = TILE * width;
+    float *parts = (float *)(shared + TABLE_WORDS);
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int team = warp / size, member = warp % size;
+    const int each = GATED ? TILE / 2 : TILE, tiles = (outputs + each - 1) / each;
+    const int pieces = columns / PIECE, groups = (pieces + GROUP - 1) / GROUP, stride = gridDim.x * (warps / size);
+    const bool aligned = pieces % GROUP == 0;
+    int tile = team * gridDim.x + blockIdx.x, number = member, turn = 0, x_stride = columns;
+    const word table = __cvta_generic_to_shared(shared + lane);
+    share_of_group now, next;
+    share_of_x<EIGHTS> of_x;
+    rows_of_weight from = rows_of_tile<GATED>(weight, min(tile, tiles - 1), outputs, columns);
+    now.load(from, min(number * GROUP, pieces - GROUP), aligned);
+#if FORMAT == 2
+    fill_table(shared);
+#else
+    if (copied) { /* rows apart from each other's banks */
+        value *copy = (value *)(parts + 2 * warps * part);
+        for (int index = threadIdx.x * 8; index < rows * columns; index += blockDim.x * 8)
+            *(uint4 *)(copy + index + index / columns * 8) = *(const uint4 *)(x + index);
+        x = copy, x_stride += 8;
+    }
+#endif
+#pragma unroll
+    for (int eight = 0; eight < EIGHTS; eight++) {
+        const int row = eight * 8 + lane / 4;
+        of_x.there[eight] = row < rows;
+        of_x.rows[eight] = x + min(row, rows - 1) * x_stride + lane % 4 * SHARE;
+    }
+    __syncthreads();
+    float sums[EIGHTS][4] = {};
+    while (tile < tiles) {
+        /* the last group of a row may begin within the one before it: those pieces count there */
+        const int skipped = max(0, number * GROUP - (pieces - GROUP)), start = number * GROUP - skipped;
+        const int this_tile = tile;
+        number += size;
+        const bool last = number >= groups;
+        if (last) number = member, tile += stride;
+        if (tile < tiles) {
+            if (last) from = rows_of_tile<GATED>(weight, tile, outputs, columns);
+            next.load(from, min(number * GROUP, pieces - GROUP), aligned);
+        }
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            of_x.load(start + i);
+            multiply_piece<EIGHTS>(sums, now.values[i], now.scales[i], of_x, table, i >= skipped);
+        }
+        if (last) {
+            float *own = parts + (turn * warps + team * size) * part;
+            turn ^= 1;
+#pragma unroll
+            for (int eight = 0; eight < EIGHTS; eight++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    int row = lane / 4 + j / 2 * 8, column = eight * 8 + lane % 4 * 2 + j % 2;
+                    own[member * part + row * width + column] = sums[eight][j];
+                    sums[eight][j] = 0;
+                }
+            wait_for_team(team, size);
+            store_tile<GATED>(own, size, width, member * 32 + lane, weight, bias, residual, out, this_tile, rows, outputs);
+        }
+        now = next; /* waits for it */
+    }
+}
+
 #define KERNEL(NAME, GATED, EIGHTS)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(FORMAT == 0 ? 768 : 512)                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                                  \
         NAME(const value *x, const unsigned char *codes0, const unsigned char *codes1, const unsigned char *codes2,        \
              const float *scales0, const float *scales1, const float *scales2, int start1, int start2, const value *bias,  \
-             const value *residual, value *out, int rows, int outputs, int columns) {                                      \
+             const value *residual, value *out, int rows, int outputs, int columns, int size,                              \
+             int copied) {                                                                                                 \
         matrix weight = {codes0, codes1, codes2, scales0, scales1, scales2, start1, start2};                               \
-        product<GATED, EIGHTS>(x, weight, bias, residual, out, rows, outputs, columns);                                    \
+        product<GATED, EIGHTS>(x, weight, bias, residual, out, rows, outputs, columns, size, copied);                      \
     }
 
 KERNEL(plain_8, false, 1)
