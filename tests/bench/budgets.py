@@ -3,7 +3,8 @@
     python tests/bench/budgets.py [--count 200] [--start 0] [--card cuda:0] [--seed 0] [--jobs 1]
         [--shape small|deepseek-1.5b] [-o FILE.json]
 
-With --card, plans take turns on all cards that are there, which must be alike.
+With --card, plans take turns on all cards that are there, which must be alike. Plans side by side (--jobs) wait for
+each other's threads unless OMP_NUM_THREADS gives each its share of the cores.
 
 For every budget the planner either makes a plan or refuses. A plan is run with its longest prompt and all its sessions,
 a card's allocator held to the budget; no device's peak may exceed its budget, and what the plan expects must be within

@@ -1,6 +1,7 @@
 """A model with half of its layers on a card held to a budget, the rest on the CPU, NF4 on both sides.
 
-    python tests/bench/half_on_card.py [--budget 1GiB] [--card cuda:0] [--model NAME] [--vs accelerate] [--all-context]
+    python tests/bench/half_on_card.py [--budget 1GiB] [--slabs 56MiB] [--card cuda:0] [--model NAME] [--vs accelerate]
+        [--half-only] [--all-context]
 
 Without --model, weights are random in the shape of DeepSeek-R1-Distill-Qwen-1.5B, which has 28 layers. The bench
 holds torch's allocator on the card to the budget less the measured context: that of the driver alone, before any kernel
@@ -27,7 +28,7 @@ model: {{source: {model}, layers: {layers}}}
 workload: {{context: {context}, sessions: 1}}
 stages:
   - {{device: cpu, units: [embed], weights: nf4}}
-  - {{device: "{card}", layers: [0, {half}], weights: nf4}}
+  - {{device: "{card}", layers: [0, {half}], weights: nf4, stream_buffer: {slabs}}}
   - {{device: cpu, units: [head], layers: [{half}, {layers}], weights: nf4}}
 devices: {{"{card}": {{memory: {budget}}}, cpu: {{memory: {host}}}}}
 """
@@ -36,6 +37,7 @@ devices: {{"{card}": {{memory: {budget}}}, cpu: {{memory: {host}}}}}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default="1GiB")
+    parser.add_argument("--slabs", default="56MiB", help="memory for weights that are copied for prompts; 0MB: none")
     parser.add_argument("--all-context", action="store_true")
     parser.add_argument("--half-only", action="store_true", help="without what the planner makes of the budget")
     parser.add_argument("--host", default="8GiB")
@@ -55,8 +57,8 @@ def main() -> None:
         context = args.prompt_tokens + args.new_tokens
         half = Path(folder, "half.yaml")
         layers = json.loads(Path(model, "config.json").read_text())["num_hidden_layers"]
-        sizes = {"budget": args.budget, "host": args.host, "context": context, "layers": layers, "half": layers // 2}
-        half.write_text(HALF.format(model=model, card=args.card, **sizes))
+        sizes = {"budget": args.budget, "host": args.host, "slabs": args.slabs, "context": context}
+        half.write_text(HALF.format(model=model, card=args.card, layers=layers, half=layers // 2, **sizes))
         common = ["--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens), "--json"]
         common += ["--no-predict"]
         common += ["--repeat", str(args.repeat), "--load", load]

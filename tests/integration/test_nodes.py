@@ -390,12 +390,14 @@ def test_what_fits_nowhere_else_ends_with_503(nodes: TestCluster) -> None:
 def test_a_plan_sees_every_node(nodes: TestCluster) -> None:
     """Neither what is here nor the node that is named has room for the whole model beside a process."""
     told: list[str] = []
-    whole = splitrun.plan("demo", memory={"cpu": "2GiB"}, context=256, weights="fp32")
+    asked: dict[str, Any] = {"context": 256, "sessions": 32, "weights": "fp32"}
+    whole = splitrun.plan("demo", memory={"cpu": "2GiB"}, **asked)
     assert whole.estimate is not None
     (bill,) = whole.estimate.devices
-    # what steps take is measured on each node for itself, and differs by megabytes: the node lacks half of the weights
-    budgets = {"cpu": bill.total_bytes - bill.weight_bytes // 4, "two/cpu": bill.total_bytes - bill.weight_bytes // 2}
-    placement = splitrun.plan("demo", memory=budgets, context=256, weights="fp32", nodes=True, report=told.append)
+    # what steps take is measured on each node for itself, and differs by megabytes: the node lacks half of all layers
+    layers = bill.weight_bytes + bill.kv_bytes
+    budgets = {"cpu": bill.total_bytes - layers // 4, "two/cpu": bill.total_bytes - layers // 2}
+    placement = splitrun.plan("demo", memory=budgets, **asked, nodes=True, report=told.append)
     assert set(placement.device_names) == {"cpu", "two/cpu"}
     assert "measuring two" in told
     assert placement.estimate is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -77,8 +78,8 @@ def test_what_ours_and_others_take_is_told_apart() -> None:
         theirs = Disturbance()
         named = Disturbance([running.pid])
         assert running.stdin is not None
-        while others.own_s([running.pid]) - own_s() < 0.3:
-            pass
+        while others.own_s([running.pid]) - own_s() < 0.2:  # clock ticks are rounded down: not all of the 0.3
+            time.sleep(0.01)
         assert theirs.seconds() > named.seconds() + 0.1
         running.stdin.write(b"\n")
     assert ours.seconds() >= 0

@@ -3,11 +3,11 @@
  * A team of warps computes a tile of 16 rows of the weight, then the next tile that is its own. The warps of a team take
  * turns at pieces of 64 columns, and their sums are added in order. Each thread reads 16 neighbouring columns of two weight
  * rows and multiplies them where it has them: the matrix instruction wants other columns in its place, but any order does
- * while rows of x use the same one. So a weight goes from memory to the matrix unit without shared memory, and a row's bits
- * depend on the weight's shape and the card alone.
+ * while rows of x use the same one. So a weight goes from memory straight to registers, and a row's bits depend on the
+ * weight's shape and the card alone.
  *
- * Two codes of nf4, a byte, are looked up together in shared memory, where each lane has a bank and so a table of its own.
- * (Permuting bytes in registers takes three integer instructions for a code where this takes one, and those bind.)
+ * Two codes of nf4, a byte, are looked up together in shared memory, where each lane has a bank and so a table of its own:
+ * one integer instruction for two codes. Permuting bytes in registers took three for each, and those bound.
  *
  * Compiled with FORMAT (0 dense, 1 int8, 2 nf4), BF16 (1: bfloat16, 0: half) and THREADS (the most of a block) defined;
  * TABLE holds nf4's 16 values in that type. Knows no models. */
