@@ -41,6 +41,8 @@ SIZES = {
     **{"hidden_size": 192, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2},
     **{"head_dim": 32, "vocab_size": 80, "max_position_embeddings": 256, "intermediate_size": 128},
 }
+if DEVICE == "cuda":  # as wide as the compiled products of every format want it, and no round number of their pieces
+    SIZES |= {"hidden_size": 320, "head_dim": 64, "intermediate_size": 576}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
     "qwen2": {"tie_word_embeddings": True},

@@ -26,11 +26,14 @@ USUAL_SHARED_BYTES = 48 << 10
 
 
 class CudaUnavailable(Exception):
-    """NVRTC or the driver is not there, or refuses. Never reaches a user: the caller has another way."""
+    """NVRTC or the driver is not there, or refuses. What is compiled is tried at once: another way is left then."""
 
 
 class CudaKernels:
-    """The functions of one compiled source, for one device."""
+    """The functions of one compiled source, for one device.
+
+    ``shared_bytes``: the most shared memory that a block of theirs may have.
+    """
 
     def __init__(self, source: str, defines: dict[str, str | int], device: torch.device) -> None:
         """Compile and load. Raises CudaUnavailable."""
@@ -43,7 +46,7 @@ class CudaKernels:
         with torch.cuda.device(device):
             _check(self._driver.cuModuleLoadData(ctypes.byref(self._module), self._binary), "loading a kernel")
         properties = torch.cuda.get_device_properties(device)
-        self._shared_bytes: int = getattr(properties, "shared_memory_per_block_optin", USUAL_SHARED_BYTES)
+        self.shared_bytes: int = getattr(properties, "shared_memory_per_block_optin", USUAL_SHARED_BYTES)
         self._functions: dict[str, ctypes.c_void_p] = {}
 
     def launch(
@@ -69,7 +72,7 @@ class CudaKernels:
             function = ctypes.c_void_p()
             found = self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
             _check(found, f"finding {name}")
-            found = self._driver.cuFuncSetAttribute(function, SHARED_BYTES_ATTRIBUTE, self._shared_bytes)
+            found = self._driver.cuFuncSetAttribute(function, SHARED_BYTES_ATTRIBUTE, self.shared_bytes)
             _check(found, f"giving {name} shared memory")
             self._functions[name] = function
         return self._functions[name]

@@ -1,4 +1,4 @@
-"""The products of `source/product.cu`: compiled at first use, tested against torch before they are trusted.
+"""The products of `source/product.cu`: compiled at first use, tested before they are trusted.
 
 They take NVIDIA's cards from compute capability 8.0 on. Knows weights as matrices, no models.
 """
@@ -27,10 +27,10 @@ MOST_WARPS = {DENSE: 24, INT8: 16, NF4: 16}
 GROUP = {DENSE: 1, INT8: 2, NF4: 4}
 """Pieces of 64 columns that a warp reads at a time."""
 TABLE_BYTES = {DENSE: 0, INT8: 0, NF4: 256 * 32 * 4}
-"""The look-up table in shared memory, which every block fills: so there are few, and each computes many tiles."""
-MOST_COPIED_BYTES = {DENSE: 24 << 10, INT8: 24 << 10, NF4: 0}
-"""Rows of x that take no more than this are copied to shared memory first: with all else that fits the 99 KiB which
-the cards of capability 8.6 have."""
+"""The look-up table in shared memory. Every block fills it, so there is no more than one block a multiprocessor."""
+MOST_COPIED_BYTES = {DENSE: 25 << 10, INT8: 25 << 10, NF4: 0}
+"""Rows of x that take no more than this are copied to shared memory first. With all else that fits the 99 KiB which the
+cards of capability 8.6 have."""
 TILE_COST = 0.1
 """What the end of a tile takes, in groups of pieces: sums of a team are added and stored."""
 ALIKE = 1.02
@@ -57,10 +57,13 @@ class DirectProducts:
 
     def __init__(self, format: int, dtype: torch.dtype, device: torch.device) -> None:
         """Compile. Raises CudaUnavailable."""
-        source = resources.files("splitrun.kernels.gpu").joinpath("source/product.cu").read_text(encoding="utf-8")
+        folder = resources.files("splitrun.kernels.gpu").joinpath("source")
+        source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("machine.cuh", "product.cu"))
         defines: dict[str, str | int] = {"FORMAT": format, "BF16": int(dtype == torch.bfloat16)}
         defines |= {"THREADS": 32 * MOST_WARPS[format], "TABLE": _table(dtype)}
         self._kernels = CudaKernels(source, defines, device)
+        if self._kernels.shared_bytes < shared_bytes(format, MOST_WARPS[format], 2) + MOST_COPIED_BYTES[format]:
+            raise CudaUnavailable(f"blocks have {self._kernels.shared_bytes >> 10} KiB of shared memory")
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def __call__(
@@ -73,23 +76,29 @@ class DirectProducts:
         gated: bool,
         cut: Cut | None = None,
     ) -> None:
-        """As `Products.__call__`."""
+        """As `Products.__call__`, cut as it is said or else by `product_cut`."""
         rows, columns = x.shape
         outputs = matrix.rows // 2 if gated else matrix.rows
         eights = 1 if rows <= 8 else 2
         cut = cut or product_cut(matrix.format, outputs, columns, gated, self._processors)
         warps = cut.size * cut.teams
-        copied = rows * (columns + 8) * 2
-        copied = copied if copied <= MOST_COPIED_BYTES[matrix.format] else 0
+        x_bytes = rows * (columns + 8) * 2
+        copied_bytes = x_bytes if x_bytes <= MOST_COPIED_BYTES[matrix.format] else 0
         self._kernels.launch(
             f"{'gated' if gated else 'plain'}_{8 * eights}",
             cut.blocks,
             32 * warps,
-            TABLE_BYTES[matrix.format] + 2 * warps * TILE * 8 * eights * 4 + copied,
-            (x, *_pointers(matrix), bias, residual, out, rows, outputs, columns, cut.size, copied),
+            shared_bytes(matrix.format, warps, eights) + copied_bytes,
+            (x, *_pointers(matrix), bias, residual, out, rows, outputs, columns, cut.size, int(copied_bytes > 0)),
         )
 
 
+def shared_bytes(format: int, warps: int, eights: int) -> int:
+    """Shared memory of a block: the table, and each warp's sums for up to 8 or 16 rows, twice. Without a copy of x."""
+    return TABLE_BYTES[format] + 2 * warps * TILE * 8 * eights * 4
+
+
+@cache
 def product_cut(format: int, outputs: int, columns: int, gated: bool, processors: int) -> Cut:
     """The cut of a product: the matrix's shape and the card alone decide, so that a row's bits do not depend on the
     step."""
@@ -102,14 +111,15 @@ def product_cut(format: int, outputs: int, columns: int, gated: bool, processors
         return rounds * (-(-groups // size) + TILE_COST)
 
     sizes = range(1, min(most, groups) + 1)
-    size = max(size for size in sizes if turns(size) <= ALIKE * min(map(turns, sizes)))
-    teams = min(most // size, -(-tiles // processors))
-    return Cut(size, teams, min(processors, -(-tiles // teams)))
+    least = min(map(turns, sizes))
+    size = max(size for size in sizes if turns(size) <= ALIKE * least)
+    return Cut(size, min(most // size, -(-tiles // processors)), min(processors, tiles))
 
 
 def takes(matrix: GpuMatrix) -> bool:
-    """Whether the kernels read a matrix of this shape, lying where it does."""
-    aligned = all(part.scales.data_ptr() % 16 == 0 for part in matrix.parts)
+    """Whether the kernels read a matrix of this shape, lying where it does: 16 bytes at a time."""
+    read = [part.codes for part in matrix.parts] + [part.scales for part in matrix.parts if matrix.format == NF4]
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in read)
     return matrix.columns % PIECE == 0 and matrix.columns >= PIECE * GROUP[matrix.format] and aligned
 
 
@@ -139,11 +149,28 @@ def direct_products(format: int, dtype: torch.dtype, device: torch.device) -> Di
     return found
 
 
+TESTS = (
+    # rows, rows of the parts, columns, cut
+    (1, (40, 20, 20), 320, None),
+    (5, (30, 30), 256, None),
+    (16, (24, 24), 1088, None),
+    (1, (150, 154), 576, Cut(1, 3, 2)),  # teams of one warp, several tiles for each
+    (8, (88, 88), 1536, Cut(2, 3, 2)),  # columns that are copied only just
+    (4, (40, 40), 4096, Cut(3, 2, 1)),  # too many columns to be copied
+    (11, (88, 88), 512, Cut(2, 3, 1)),  # rows of x that are not there
+)
+
+
 def _error(products: DirectProducts, format: int, dtype: torch.dtype, device: torch.device) -> float:
-    """The largest error of test products, as a share of the product's norm."""
+    """The largest error of the test products, as a share of the product's norm; NaN where something was not written.
+
+    Computed on the processor: what multiplies on the card takes a hundred MiB of main memory for the life of the
+    process.
+    """
     generator = torch.Generator().manual_seed(5)
-    worst = 0.0
-    for rows, outputs, columns in ((1, (40, 20, 20), 320), (5, (30, 30), 256), (16, (24, 24), 1088)):
+    errors = []
+    largest = (16, (200, 200), 768, Cut(2, MOST_WARPS[format] // 2, 1))  # of shared memory
+    for rows, outputs, columns, cut in (*TESTS, largest):
         x = torch.randn(rows, columns, generator=generator).to(dtype)
         weights: list[AnyWeight] = []
         for count in outputs:
@@ -158,18 +185,24 @@ def _error(products: DirectProducts, format: int, dtype: torch.dtype, device: to
             [weight.moved(device) if isinstance(weight, Weight) else weight.to(device) for weight in weights]
         )
         assert matrix is not None
-        # Here, not on the card: what multiplies there takes a hundred MiB of main memory for the life of the process.
-        whole = torch.cat([_values(weight) for weight in weights])
-        exact = x.double() @ whole.double().T
-        for gated in (False, True) if len(outputs) == 2 else (False,):
-            if gated:
-                gate, up = exact.chunk(2, 1)
-                exact = torch.nn.functional.silu(gate) * up
-            for cut in (None, Cut(size=2, teams=2, blocks=1)):  # also one tile after the other
-                out = torch.full(exact.shape, torch.nan, dtype=dtype, device=device)
-                products(x.to(device), matrix, out, None, None, gated, cut)
-                worst = max(worst, float((out.cpu().double() - exact).norm() / exact.norm()))
-    return worst
+        exact = x.double() @ torch.cat([_values(weight) for weight in weights]).double().T
+        bias, residual = (torch.randn(shape, generator=generator).to(dtype) for shape in (exact.shape[1:], exact.shape))
+        found = torch.full(exact.shape, torch.nan, dtype=dtype, device=device)
+        products(x.to(device), matrix, found, None, None, False, cut)
+        errors.append(_share(found, exact))
+        found = residual.to(device, copy=True)
+        products(x.to(device), matrix, found, bias.to(device), found, False, cut)
+        errors.append(_share(found, exact + bias.double() + residual.double()))
+        if len(outputs) == 2:
+            gate, up = exact.chunk(2, 1)
+            found = torch.full(gate.shape, torch.nan, dtype=dtype, device=device)
+            products(x.to(device), matrix, found, None, None, True, cut)
+            errors.append(_share(found, torch.nn.functional.silu(gate) * up))
+    return float(torch.tensor(errors).max())
+
+
+def _share(found: Tensor, exact: Tensor) -> float:
+    return float((found.cpu().double() - exact).norm() / exact.norm())
 
 
 def _values(weight: AnyWeight) -> Tensor:

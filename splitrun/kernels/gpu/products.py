@@ -1,9 +1,9 @@
 """Products of up to 16 rows with a weight as it lies in memory, one launch each: decoding.
 
-A row's bits do not depend on the rows beside it: the order of its sums is decided by the weight's shape alone. NVIDIA's
-newer cards run the kernel of `direct.py`. For others there is the one here, in Triton: long sums are split over several
-programs, and the last of them to finish adds the parts up in order. Behind the product comes the bias, the residual or
-the gate. Knows no models.
+A row's bits do not depend on the rows beside it: the order of its sums is decided by the weight's shape and the card
+alone. NVIDIA's newer cards run the kernel of `direct.py`. For others there is the one here, in Triton: long sums are
+split over several programs, and the last of them to finish adds the parts up in order. Behind the product comes the
+bias, the residual or the gate. Knows no models.
 """
 
 from __future__ import annotations
