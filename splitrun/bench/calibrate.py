@@ -54,14 +54,25 @@ def calibrate(placement: Placement, load: str) -> list[str]:
     if disturbed > MOST_DISTURBED:
         busy = f"others took {disturbed:.0%} of the processors meanwhile"
         return [*lines, f"nothing is kept: {busy}; calibrate again when they are done"]
-    # Only what the stages take is theirs to mend; hops and the engine's own share are measured apart.
     own_s = predicted.step_s - sum(stage.decode_s for stage in predicted.stages)
-    decode = (1 / result.decode_tokens_per_s - own_s) / max(predicted.step_s - own_s, 1e-9)
-    ratio = Factor(max(decode, 0.0), result.ttft_s / max(predicted.time_to_first_token_s, 1e-9))
+    own_prompt_s = predicted.time_to_first_token_s - sum(stage.prefill_s for stage in predicted.stages)
+    ratio = Factor(
+        _of_stages(1 / result.decode_tokens_per_s, predicted.step_s, own_s),
+        _of_stages(result.ttft_s, predicted.time_to_first_token_s, own_prompt_s),
+    )
     kept = this_machine().cache
     devices = probe(dict.fromkeys(placement.device_names, "auto"))
     model = placement.model.fingerprint or ""
+    alike: dict[tuple[str, str, str], Factor] = {}  # devices of one description have one factor, for one run
     for name, weights in sorted({(stage.device, stage.weights) for stage in placement.stages}):
-        found = fold(kept, model, devices.device(name), weights, ratio)
+        device = devices.device(name)
+        key = device.kind, device.description, weights
+        found = alike[key] = alike.get(key) or fold(kept, model, device, weights, ratio)
         lines.append(f"kept         {weights} on {name}: {found.decode:.2f} decoding, {found.prefill:.2f} for prompts")
     return lines
+
+
+def _of_stages(measured_s: float, predicted_s: float, own_s: float) -> float:
+    """Measured over predicted of what the stages take: hops and the engine's own share are measured apart."""
+    own_s = max(own_s, 0.0)
+    return max(measured_s - own_s, 0.0) / max(predicted_s - own_s, 1e-9)

@@ -35,13 +35,14 @@ def joined(here: Facts, others: Mapping[str, Facts], links: Mapping[tuple[str, s
     devices = [*here.cluster.devices]
     process_bytes = max((device.context_bytes for device in devices if device.kind == "cpu"), default=0)
     driver_bytes = here.cluster.card_process_bytes + here.cluster.card_layers_bytes or CARD_PROCESS_BYTES
-    seconds, factors = dict(here.profile.seconds), dict(here.profile.factors)
+    seconds, factors, peaks = dict(here.profile.seconds), dict(here.profile.factors), dict(here.profile.peaks)
     known = dict(here.cluster.links)
     for node, facts in others.items():
         more = len(facts.cluster.local_cards()) * (process_bytes + driver_bytes)
         devices += [_named(device, node, process_bytes, more) for device in facts.cluster.devices]
         seconds |= {(f"{node}/{name}", form): found for (name, form), found in facts.profile.seconds.items()}
         factors |= {(f"{node}/{name}", form): found for (name, form), found in facts.profile.factors.items()}
+        peaks |= {(f"{node}/{name}", form): found for (name, form), found in facts.profile.peaks.items()}
         known |= {(f"{node}/{one}", f"{node}/{two}"): link for (one, two), link in facts.cluster.links.items()}
     for source in devices:
         for target in devices:
@@ -50,7 +51,8 @@ def joined(here: Facts, others: Mapping[str, Facts], links: Mapping[tuple[str, s
                 link = links.get(between) or links.get((between[1], between[0])) or _slowest(links)
                 known[source.name, target.name] = link
     cluster = replace(here.cluster, devices=tuple(devices), links=known)
-    return replace(here, profile=replace(here.profile, seconds=seconds, factors=factors), cluster=cluster)
+    profile = replace(here.profile, seconds=seconds, factors=factors, peaks=peaks)
+    return replace(here, profile=profile, cluster=cluster)
 
 
 def keep(facts: Facts, folder: Path | None = None) -> None:

@@ -7,7 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-SOURCES = (".py", ".c", ".cpp", ".cu", ".h", ".so")
+SOURCES = (".py", ".c", ".cpp", ".cu", ".cuh", ".h", ".so")
 """Code, and what was compiled of it: a stale library is not the code beside it."""
 
 
@@ -16,14 +16,16 @@ def code_digest(*packages: str) -> str:
     """A digest of the code of those packages."""
     total = hashlib.sha256()
     for package in packages:
-        files = [item for item in _files(resources.files(package)) if item.name.endswith(SOURCES)]
-        for item in sorted(files, key=lambda found: found.name):
-            total.update(item.name.encode() + item.read_bytes())
+        for path, item in sorted(_files(resources.files(package)).items()):
+            if path.endswith(SOURCES):
+                total.update(path.encode() + item.read_bytes())
     return total.hexdigest()[:16]
 
 
-def _files(folder: Any) -> list[Any]:
-    found = []
+def _files(folder: Any, above: str = "") -> dict[str, Any]:
+    """Path within the package -> file."""
+    found: dict[str, Any] = {}
     for item in folder.iterdir():
-        found += _files(item) if item.is_dir() else [item]
+        path = f"{above}{item.name}"
+        found |= _files(item, f"{path}/") if item.is_dir() else {path: item}
     return found

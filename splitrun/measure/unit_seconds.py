@@ -21,7 +21,7 @@ from splitrun.measure.code import code_digest
 from splitrun.measure.host import worker_threads
 from splitrun.measure.lines import Found, Samples, at_most, less, most_beside, slope, unit_peak, unit_seconds
 from splitrun.measure.resident import only_new_objects
-from splitrun.measure.timing import BETWEEN_BYTES, Setting, UnitBench, copies_needed, figures, samples_of
+from splitrun.measure.timing import BETWEEN_BYTES, MOST_COPIES, Setting, UnitBench, copies_needed, figures, samples_of
 from splitrun.measure.unit_steps import Point
 from splitrun.measure.versions import versions
 from splitrun.model.cut import CutRange
@@ -177,12 +177,15 @@ class _Task:
             stop += 1
         return stop - index
 
+    def _room(self, size: int) -> int:
+        """How often weights of that size may be held at most."""
+        return min(self.device.budget_bytes // (SHARE_OF_MEMORY * max(size, 1)), MOST_COPIES)
+
     def _copies(self, size: int) -> int:
         """How often weights of that size are held, at most, to find them in memory and not in a cache."""
-        room = self.device.budget_bytes // (SHARE_OF_MEMORY * max(size, 1))
         whole = sum(unit.weight_bytes[self.weights] for unit in self.profile.units[1:])
         needed = copies_needed(size, self.device.kind, torch_device(self.device.name), whole)
-        return max(1, min(needed, room))
+        return max(1, min(needed, self._room(size)))
 
     def _found(self, cut: CutRange, points: Sequence[Point], fast: int | None = None) -> Found | None:
         """What was seen of a range, now or before. ``fast``: the threads that other units settled on."""
@@ -203,8 +206,11 @@ class _Task:
             self.kept.put(key, {**kept, **figures(known), LOAD: load_bytes, FAST: fast or 0, STEP: step})
         return Found(known, load_bytes, fast, step)
 
+    def _size(self, units: Sequence[int]) -> int:
+        return sum(self.profile.units[unit].weight_bytes[self.weights] for unit in units)
+
     def _measure(self, cut: CutRange, units: Sequence[int], points: Sequence[Point], fast: int | None) -> Found | None:
-        size = sum(self.profile.units[unit].weight_bytes[self.weights] for unit in units)
+        size = self._size(units)
         if size * 2 > self.device.budget_bytes:
             return None
         dtype = self._dense_format()
@@ -240,6 +246,7 @@ class _Task:
             "between": BETWEEN_BYTES if cut.start == cut.stop else 0,
             "weights": self._dense_format() if cut.embed else self.weights,
             "blocks": self.wanted.block_tokens,
+            "room": 0 if cut.embed else self._room(self._size(units)),
         }
         text = json.dumps(conditions, sort_keys=True, default=str)
         return f"unit {_range_text(cut)} {conditions['weights']} {hashlib.sha256(text.encode()).hexdigest()[:24]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from splitrun.planner.facts import Cluster
 from splitrun.planner.placement import Placement
 from splitrun.quantities import format_bytes
@@ -76,4 +78,8 @@ def _plan_again(placement: Placement, file: str, max_context: int | None = None)
     formats = {stage.weights for stage in placement.stages}
     if len(formats) == 1 and formats != {"nf4"}:  # --weights auto may take less precise ones
         options += f" --weights {formats.pop()}"
-    return f"splitrun plan {placement.model.source} {options} -o {file}"
+    if placement.model.revision:
+        options += f" --revision {shlex.quote(placement.model.revision)}"
+    if any(stage.kv.dtype == "int8" for stage in placement.stages):
+        options += " --kv int8"
+    return f"splitrun plan {shlex.quote(placement.model.source)} {options} -o {shlex.quote(file)}"

@@ -58,10 +58,11 @@ def prefill_s(
 ) -> float:
     """Seconds for the reference prompt, chunk after chunk; the head computes its last row only."""
     measured = profile.seconds.get((device.name, weights))
+    head = unit == len(profile.units) - 1
     if measured is not None:
-        return _chunks_s(measured.units[unit], workload)
+        return _chunks_s(measured.units[unit], workload, last_only=head)
     facts = profile.units[unit]
-    if unit == len(profile.units) - 1:
+    if head:
         return decode_s(profile, unit, device, weights, workload, kv_dtype)
     prompt = reference_prompt(workload)
     chunks = -(-prompt // workload.chunk_tokens)
@@ -72,10 +73,12 @@ def prefill_s(
     return chunks * (max(moving, tokens * facts.flops_per_token / device.flops_per_s) + device.unit_overhead_s)
 
 
-def _chunks_s(unit: UnitSeconds, workload: Workload) -> float:
-    """Seconds for the reference prompt: whole chunks, each behind those before it, and what is left."""
+def _chunks_s(unit: UnitSeconds, workload: Workload, last_only: bool = False) -> float:
+    """Seconds for the reference prompt: whole chunks, each behind those before it, and what is left; or for that alone,
+    with which a sample is drawn."""
     prompt, size = reference_prompt(workload), workload.chunk_tokens
-    return sum(unit.prefill_s(min(size, prompt - start), start) for start in range(0, prompt, size))
+    starts = range(0, prompt, size)
+    return sum(unit.prefill_s(min(size, prompt - start), start) for start in (starts[-1:] if last_only else starts))
 
 
 def stage_overhead_s(

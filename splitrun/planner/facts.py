@@ -20,10 +20,10 @@ FORMATS = ("fp32", "bf16", "fp16", "int8", "nf4")
 """Weight formats, most precise first."""
 
 VALUE_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of one value in each type that activations and KV may have."""
 KV_TYPES = (*VALUE_BYTES, "int8")
 """Types of stored K and V: int8 has a scale for each head's K and for its V."""
 SCALE_BYTES = 4
-"""Bytes of one value in each type that activations and KV may have."""
 
 Objective = Literal["latency", "throughput", "first-token"]
 

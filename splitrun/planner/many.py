@@ -55,7 +55,7 @@ def least_possible(tables: Tables, bottleneck: bool) -> float:
     if bottleneck:
         return _least_bottleneck(speeds, room, layers)
     total, left = _least_end_s(tables, (True, False)) + _least_end_s(tables, (False, True)), layers
-    for number in sorted(speeds, key=speeds.__getitem__):
+    for number in sorted((number for number in speeds if room[number]), key=speeds.__getitem__):
         taken = min(left, room[number])
         total, left = total + taken * speeds[number], left - taken
     return total

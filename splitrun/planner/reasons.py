@@ -159,13 +159,13 @@ def more_context(
     """
     split, workload = found.outcome.split, found.workload
     context = workload.context // SHORTER // workload.block_tokens * workload.block_tokens
-    if split is None or context < 2 * workload.block_tokens:
+    if split is None or context < 2 * workload.block_tokens or workload.objective == "first-token":
         return []
     history = workload.context // 2 if workload.history_tokens is None else workload.history_tokens
     shorter = replace(workload, context=context, history_tokens=history)
     ends = {split.embed, split.head}
     outcome = fastest(build_tables(profile, cluster, formats, shorter), found.bottleneck, ends)
-    if workload.objective == "first-token" or outcome.value >= found.outcome.value * (1 - WORTH_NAMING):
+    if outcome.value >= found.outcome.value * (1 - WORTH_NAMING):
         return []
     gain = found.instead(outcome.value)
     return [f"--context {context} instead of {workload.context} would leave room for more on the faster device: {gain}"]

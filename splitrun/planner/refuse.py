@@ -88,7 +88,8 @@ def shortfall_text(tables: Tables, split: Split | None, devices: Sequence[Device
 def fits(profile: ModelProfile, cluster: Cluster, workload: Workload, weights: str) -> bool:
     """Whether any plan in that format keeps the budgets."""
     devices = _able(cluster, weights)
-    if not devices or _held(profile, devices[0], workload, weights) > sum(device.budget_bytes for device in devices):
+    held = min((_held(profile, device, workload, weights) for device in devices), default=0)
+    if not devices or held > sum(device.budget_bytes for device in devices):
         return False
     return _least(profile, cluster, devices, workload, weights) == 0
 

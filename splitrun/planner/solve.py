@@ -9,6 +9,7 @@ and why. Raises DoesNotFit (``refuse.py``) when nothing fits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from splitrun.planner.many import fastest_of_many, least_with_layers_on
 from splitrun.planner.memory import computes_layers, kv_dtype_on
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
 from splitrun.planner.problem import Split, Tables, used_devices
-from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss
+from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss, share_of
 from splitrun.planner.reasons import (
     Findings,
     calibrations,
@@ -208,11 +209,11 @@ def _searched(
 def _losses(profile: ModelProfile, plan: Placement, tried: Sequence[str]) -> list[str]:
     """What the weights lose, and what to ask for to keep more; ``tried`` are the formats, most precise first."""
     loss = loss_share(profile, plan)
-    least = max(tried.index(stage.weights) for stage in plan.stages)
-    if not loss or not least:
+    better = [name for name in tried if share_of(name) < loss]
+    if not loss or not better:
         return []
     told = "all weights are nf4" if loss > 0.995 else f"weights lose {loss:.0%} of what nf4 throughout loses"
-    return [f"{told}; --quality, such as {tried[least - 1]}, keeps more of their precision"]
+    return [f"{told}; --quality, such as {better[-1]}, keeps more of their precision"]
 
 
 def _predicted(
@@ -270,7 +271,7 @@ def _too_lossy(profile: ModelProfile, cluster: Cluster, plan: Placement, quality
     share = loss_share(profile, plan)
     return DoesNotFit(
         f"no plan within --quality {quality} fits; the fastest without it loses {share:.0%} of what nf4 does: allow "
-        f"that with --quality {share:.2f}",
+        f"that with --quality {math.ceil(share * 100) / 100:.2f}",
         dict.fromkeys((device.name for device in cluster.devices), 0),
     )
 

@@ -41,6 +41,7 @@ from splitrun.model.files import resolve
 from splitrun.planner.datasheet import CARD_PROCESS_BYTES
 from splitrun.planner.facts import Cluster, Device, Link, ModelProfile
 from splitrun.planner.facts_file import Facts
+from splitrun.planner.peaks import UnitPeak
 
 
 def test_a_token_is_made_once_and_readable_by_its_owner_alone(tmp_path: Path) -> None:
@@ -377,3 +378,10 @@ def test_a_step_is_one_json_line_with_its_requests() -> None:
     del line["time"]
     assert line == {"level": "info", "where": "desk/cpu", "message": "step", "stage": 1, "step": 2, "epoch": 0,
                     "tokens": 3, "requests": [4, 5], "ms": 7.1}  # fmt: skip
+
+
+def test_what_steps_take_on_a_node_is_known() -> None:
+    here, there = facts("cpu"), facts("cpu")
+    peaks = {("cpu", "nf4"): (UnitPeak(7, ((32, 8.0),), (), ()),) * 3}
+    there = replace(there, profile=replace(there.profile, peaks=peaks))
+    assert joined(here, {"two": there}, {}).profile.peaks == {("two/cpu", "nf4"): peaks["cpu", "nf4"]}

@@ -10,6 +10,7 @@ from planner_models import GIB, MIB, device, model, unit
 from splitrun.planner.cost import best_streams, decode_s, estimate, hop_s, pass_s, prefill_s, score
 from splitrun.planner.facts import Cluster, KVGroup, Link, Workload
 from splitrun.planner.placement import ModelRef, Placement, StageSpec
+from splitrun.planner.seconds import DecodeLine, DeviceSeconds, UnitSeconds
 from splitrun.planner.solve import solve
 
 CPU = device(bandwidth=10e9, flops_per_s=1e12, unit_overhead_s=1e-3)
@@ -141,3 +142,16 @@ def test_the_engine_takes_less_where_the_processor_reads_no_weights_and_more_for
     assert own_s(
         StageSpec("cuda:0", True, (0, 2), True, "bf16"), of=replace(cluster, warm_step_s=None)
     ) == pytest.approx(3e-4)
+
+
+def test_a_measured_head_computes_one_row_of_a_long_prompt_too() -> None:
+    nothing, head = (UnitSeconds((DecodeLine(1, 0.0, 0.0),), ((32, seconds),)) for seconds in (0.0, 0.02))
+    profile = model(layers=2)
+    timed = DeviceSeconds(nothing, (nothing,) * (len(profile.units) - 1) + (head,))
+    profile = replace(profile, seconds={("cpu", "bf16"): timed})
+    last = len(profile.units) - 1
+    one, four = (
+        prefill_s(profile, last, device(), "bf16", Workload(context=4096, prompt_tokens=tokens), "bf16")
+        for tokens in (512, 2048)
+    )
+    assert one == four > 0

@@ -102,3 +102,11 @@ def test_the_command_repeats_the_workload() -> None:
         "splitrun plan some/model --context 512 --sessions 3 --objective throughput --weights bf16 -o mine.yaml"
         in reason
     )
+
+
+def test_the_command_names_the_same_model_and_kv() -> None:
+    stages = tuple(replace(stage, device="cpu", kv=replace(stage.kv, dtype="int8")) for stage in PLAN.stages)
+    plan = replace(PLAN, model=replace(PLAN.model, source="my models/7B", revision="v2"), stages=stages)
+    (reason,) = reasons(plan=plan, layers=9)
+    assert "splitrun plan 'my models/7B' --context" in reason
+    assert reason.endswith("--revision v2 --kv int8 -o mine.yaml")

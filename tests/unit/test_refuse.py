@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planner_models import MIB, device, model
+from planner_models import GIB, MIB, device, model
 
 import splitrun
 from splitrun.errors import DoesNotFit, InvalidPlacement
 from splitrun.measure import gather
 from splitrun.planner.facts import Cluster, Workload
 from splitrun.planner.formats import allowed_formats
-from splitrun.planner.refuse import refuse_hopeless
+from splitrun.planner.refuse import fits, refuse_hopeless
 from splitrun.planner.solve import solve
 
 
@@ -85,3 +85,11 @@ def test_nothing_is_timed_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         splitrun.plan("demo", memory={"cpu": "1MiB"})
     with pytest.raises(InvalidPlacement, match="is longer than"):
         splitrun.plan("demo", context=1 << 20)
+
+
+def test_the_order_of_devices_changes_no_answer() -> None:
+    units = tuple(replace(unit, kv_heads=16) for unit in model(layers=32, values=MIB).units)
+    profile, workload = replace(model(layers=32, values=MIB), units=units), Workload(context=6144)
+    devices = device(budget=3 * GIB, kv_dtype="int8"), device("cuda:0", budget=GIB // 2)
+    solve(profile, Cluster(devices), workload, "bf16")
+    assert all(fits(profile, Cluster(each), workload, "bf16") for each in (devices, devices[::-1]))

@@ -309,3 +309,24 @@ def test_the_runner_up_is_compared_with_the_speed_that_is_predicted() -> None:
     assert plan.estimate is not None
     (note,) = (note for note in plan.estimate.notes if note.startswith("the runner-up"))
     assert f"instead of {plan.estimate.decode_tokens_per_s:,.0f} tok/s" in note
+
+
+def test_the_quality_that_is_advised_is_enough() -> None:
+    profile, advised = model(layers=8, values=10 * MIB), 0
+    for budget in range(60, 160, 10):
+        slow = device(budget=budget * MIB, formats=("int8",))
+        card = device("cuda:0", budget=110 * MIB, bandwidth=20e9, context_bytes=0, formats=("nf4",))
+        cluster = Cluster((slow, card))
+        try:
+            solve(profile, cluster, Workload(context=512), quality="0.05")
+        except DoesNotFit as refused:
+            if "allow that with --quality " in str(refused):
+                solve(profile, cluster, Workload(context=512), quality=str(refused).rpartition(" ")[2])
+                advised += 1
+    assert advised
+
+
+def test_a_format_that_keeps_more_is_advised_and_no_other() -> None:
+    found = solve(model(), Cluster((device(formats=("int8",)),)), Workload(context=512), quality="int8")
+    assert found.estimate is not None
+    assert not any("keeps more of their precision" in note for note in found.estimate.notes)

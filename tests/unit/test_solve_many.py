@@ -95,3 +95,15 @@ def test_many_keep_the_quality_or_say_what_they_lose() -> None:
     small = Cluster(tuple(device(f"cuda:{index}", budget=500 * MIB, context_bytes=256 * MIB) for index in range(10)))
     with pytest.raises(DoesNotFit, match=r"no plan within --quality bf16 fits; .* loses 100%"):
         solve(profile, small, Workload(context=512), quality="bf16")
+
+
+def test_cards_without_room_for_layers_leave_the_bound_a_number() -> None:
+    cards = [
+        device(f"cuda:{n}", budget=(1 + n % 3) * GIB, bandwidth=(200 + 50 * (n % 4) + n) * 1e9, context_bytes=256 * MIB)
+        for n in range(11)
+    ]
+    host = device(budget=12 * GIB)
+    cluster = Cluster((host, *cards), card_process_bytes=500 * MIB, card_layers_bytes=100 * MIB)
+    found = solve(model(layers=30, values=100 * MIB), cluster, Workload(context=2048), "bf16")
+    assert found.estimate is not None
+    assert "% from the best" in found.estimate.notes[0]

@@ -131,7 +131,11 @@ def test_other_models_and_other_machines_compute_their_prompts_where_they_lie() 
 
 
 def test_the_plan_says_what_prompts_gain() -> None:
-    found = solve(PROFILE, CLUSTER, Workload(), "bf16", stream=True)
-    assert found.estimate is not None
-    copied = any("are copied to the card for prompts: the first token comes" in note for note in found.estimate.notes)
-    assert copied == any(stage.stream_buffer_bytes for stage in found.stages)
+    slow = replace(CARD, bandwidth_bytes_per_s=15e9)  # layers that fit main memory decode there
+    for host, slabs in ((700 * MIB, True), (900 * MIB, False)):
+        cluster = Cluster((replace(HOST, budget_bytes=host), slow), WIRE)
+        found = solve(PROFILE, cluster, Workload(), "bf16", stream=True)
+        assert found.estimate is not None
+        told = any("are copied to the card for prompts: the first token comes" in note for note in found.estimate.notes)
+        assert told == slabs
+        assert any(stage.stream_buffer_bytes for stage in found.stages) == slabs
