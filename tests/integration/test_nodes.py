@@ -450,7 +450,7 @@ for process in processes:
 import ray
 ray.shutdown()
 for process in processes:
-    process._thread.join(timeout=10)
+    process._thread.join(timeout=60)
     assert not process._thread.is_alive(), "a thread waits for ever"
     assert process.end
     process.tell({"peers": {}})
