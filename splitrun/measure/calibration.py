@@ -20,7 +20,7 @@ LEAST, MOST = 0.25, 4.0
 def factor(kept: Cache, model: str, device: Device, weights: str) -> Factor:
     """The factor that is kept for the model of that fingerprint, 1 where there is none or everything is to be measured
     again."""
-    found = {} if kept.refresh else kept.get(_key(model, device, weights)) or {}
+    found = {} if kept.refresh else kept.get(key_of(model, device, weights)) or {}
     return Factor(found.get("decode", 1.0), found.get("prefill", 1.0))
 
 
@@ -28,7 +28,7 @@ def fold(kept: Cache, model: str, device: Device, weights: str, ratio: Factor) -
     """Multiply what is kept with measured over predicted of a run; returns what is kept from now on."""
     before = factor(kept, model, device, weights)
     new = Factor(_within(before.decode * ratio.decode), _within(before.prefill * ratio.prefill))
-    kept.put(_key(model, device, weights), {"decode": new.decode, "prefill": new.prefill})
+    kept.put(key_of(model, device, weights), {"decode": new.decode, "prefill": new.prefill})
     return new
 
 
@@ -37,8 +37,8 @@ def forget(kept: Cache, model: str, devices: Iterable[Device], formats: Iterable
     formats = tuple(formats)
     for device in devices:
         for weights in formats:
-            if kept.get(_key(model, device, weights)) is not None:
-                kept.put(_key(model, device, weights), {"decode": 1.0, "prefill": 1.0})
+            if kept.get(key_of(model, device, weights)) is not None:
+                kept.put(key_of(model, device, weights), {"decode": 1.0, "prefill": 1.0})
 
 
 def calibrated(profile: ModelProfile, cluster: Cluster, kept: Cache) -> ModelProfile:
@@ -67,7 +67,8 @@ def _unit(unit: UnitSeconds, by: Factor) -> UnitSeconds:
     return replace(unit, decode=lines, prefill=prefill, chunk_history_s=unit.chunk_history_s * by.prefill)
 
 
-def _key(model: str, device: Device, weights: str) -> str:
+def key_of(model: str, device: Device, weights: str) -> str:
+    """Under which the cache has the factor: devices of one description share it."""
     return f"calibration {device.kind} {device.description} {weights} of {model}"
 
 

@@ -88,16 +88,15 @@ def shortfall_text(tables: Tables, split: Split | None, devices: Sequence[Device
 def fits(profile: ModelProfile, cluster: Cluster, workload: Workload, weights: str) -> bool:
     """Whether any plan in that format keeps the budgets."""
     devices = _able(cluster, weights)
-    held = min((_held(profile, device, workload, weights) for device in devices), default=0)
-    if not devices or held > sum(device.budget_bytes for device in devices):
+    if not devices or _held(profile, devices, workload, weights) > sum(device.budget_bytes for device in devices):
         return False
     return _least(profile, cluster, devices, workload, weights) == 0
 
 
-def _held(profile: ModelProfile, device: Device, workload: Workload, weights: str) -> int:
-    """Bytes of weights, KV and states, which some device must hold, wherever the layers go."""
+def _held(profile: ModelProfile, devices: Sequence[Device], workload: Workload, weights: str) -> int:
+    """Bytes of weights, KV and states, which some device must hold at least, wherever the layers go."""
     held = sum(unit.weight_bytes[weights] for unit in profile.units) - profile.tied_bytes.get(weights, 0)
-    return held + _kept(profile, device, workload, weights)
+    return held + min(_kept(profile, device, workload, weights) for device in devices)
 
 
 def _kept(profile: ModelProfile, device: Device, workload: Workload, weights: str) -> int:

@@ -7,7 +7,6 @@ import sys
 import time
 from concurrent.futures import Executor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,20 +27,18 @@ from splitrun.planner.solve import solve
 SECONDS = "import time\nuntil = time.process_time() + 0.3\nwhile time.process_time() < until: pass"
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_what_a_disturbed_run_told_is_not_kept(share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cluster = Cluster((device(),))
-    plan = solve(replace(model(), fingerprint="sha256:abc"), cluster, Workload(context=256), "nf4")
-    assert plan.estimate is not None
-    predicted, kept = plan.estimate, []
-    # A run that takes twice as long as predicted.
-    result = Result("splitrun", 192, 32, decode_tokens_per_s=predicted.decode_tokens_per_s / 2, ttft_s=1.0)
+def calibrated(
+    monkeypatch: pytest.MonkeyPatch, plan: Placement, predicted: Estimate, result: Result, share: float = 0.0
+) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """The lines and what was kept (model, device, format, ratios) of a run with that prediction and that result, of
+    whose processor time others took a share."""
+    kept: list[tuple[Any, ...]] = []
 
     def predict(process: Executor, placement: Placement, terms: Terms) -> Estimate:
         return predicted
 
     def fold(cache: object, model: str, place: Any, weights: str, ratio: Factor) -> Factor:
-        kept.append((model, place.name, weights, round(ratio.decode, 6)))
+        kept.append((model, place.name, weights, round(ratio.decode, 6), round(ratio.prefill, 6)))
         return ratio
 
     terms = Terms("splitrun", "x", "x", 192, 32, 1, "weights", {}, 100)
@@ -52,17 +49,28 @@ def test_what_a_disturbed_run_told_is_not_kept(share: float, monkeypatch: pytest
     monkeypatch.setattr(module.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(module.time, "monotonic", iter((0.0, 1.0)).__next__)
     monkeypatch.setattr(Disturbance, "seconds", lambda self: share)
-    lines = calibrate(plan, "weights")
+    return calibrate(plan, "weights"), kept
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_what_a_disturbed_run_told_is_not_kept(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = solve(replace(model(), fingerprint="sha256:abc"), Cluster((device(),)), Workload(context=256), "nf4")
+    predicted = plan.estimate
+    assert predicted is not None
+    # A run that takes twice as long as predicted.
+    twice_s = 2 * predicted.time_to_first_token_s
+    result = Result("splitrun", 192, 32, decode_tokens_per_s=predicted.decode_tokens_per_s / 2, ttft_s=twice_s)
+    lines, kept = calibrated(monkeypatch, plan, predicted, result, share)
     if share:
         assert kept == []
         assert lines[-1].startswith("nothing is kept: others took 50% of the processors meanwhile")
     else:
-        assert kept == [("sha256:abc", "cpu", "nf4", 2.0)]
+        assert kept == [("sha256:abc", "cpu", "nf4", 2.0, 2.0)]
         assert "2.00 decoding" in lines[-1]
 
 
 def test_devices_that_are_alike_learn_once_from_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And of a first token only what stages took: the rest was measured apart."""
+    """And only what stages took: the rest was measured apart."""
     plan = solve(model(), Cluster((device(),)), Workload(context=256), "nf4")
     assert plan.estimate is not None
     (whole,) = plan.stages
@@ -71,21 +79,10 @@ def test_devices_that_are_alike_learn_once_from_a_run(monkeypatch: pytest.Monkey
     stages = (replace(plan.estimate.stages[0], decode_s=0.03, prefill_s=0.05),)
     predicted = replace(plan.estimate, stages=stages, step_s=0.04, time_to_first_token_s=0.1)
     result = Result("splitrun", 192, 32, decode_tokens_per_s=1 / 0.07, ttft_s=0.15)
-    kept = []
-
-    def fold(cache: object, model: str, place: Any, weights: str, ratio: Factor) -> Factor:
-        kept.append((round(ratio.decode, 6), round(ratio.prefill, 6)))
-        return ratio
-
-    terms = Terms("splitrun", "x", "x", 192, 32, 1, "weights", {}, 100)
-    monkeypatch.setattr(contest, "make_terms", lambda *arguments: terms)
-    monkeypatch.setattr(contest, "predict_in", lambda *arguments: predicted)
-    monkeypatch.setattr(contest, "hold", lambda *arguments: [result])
-    monkeypatch.setattr(module, "fold", fold)
-    monkeypatch.setattr(Disturbance, "seconds", lambda self: 0.0)
-    lines = calibrate(plan, "weights")
-    assert kept == [(2.0, 2.0)]
-    assert [line.split(":")[0] for line in lines[-2:]] == ["kept         nf4 on cpu", "kept         nf4 on cpu"]
+    lines, kept = calibrated(monkeypatch, plan, predicted, result)
+    assert kept == [(plan.model.fingerprint, "cpu", "nf4", 2.0, 2.0)]
+    told = "2.00 decoding, 2.00 for prompts"
+    assert lines[-2:] == [f"kept         nf4 on cpu: {told}", f"kept         nf4 on cpu:1: {told}"]
 
 
 def test_a_plan_over_several_machines_is_not_run() -> None:

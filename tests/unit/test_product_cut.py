@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from splitrun.kernels.gpu.direct import GROUP, MOST_COPIED_BYTES, MOST_WARPS, PIECE, TILE, product_cut, shared_bytes
+from splitrun.kernels.gpu.cut import GROUP, MOST_COPIED_BYTES, MOST_WARPS, PIECE, TILE, product_cut, shared_bytes
 from splitrun.kernels.gpu.matrix import DENSE, INT8, NF4
 
 FORMATS = (DENSE, INT8, NF4)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from splitrun.kernels.gpu import direct
-from splitrun.kernels.gpu.matrix import DENSE, INT8, NF4, AnyWeight, GpuMatrix, matrix_of
-from splitrun.kernels.int8 import Int8Weight
-from splitrun.kernels.nf4 import Nf4Weight
+from splitrun.kernels.gpu.matrix import DENSE, INT8, NF4, GpuMatrix, matrix_of
+from splitrun.kernels.gpu.trial import largest_error, random_weights
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 SOURCE = Path(direct.__file__).with_name("source")
@@ -73,16 +72,7 @@ def on_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def random_matrix(format: int, outputs: Sequence[int], columns: int) -> GpuMatrix:
     generator = torch.Generator().manual_seed(columns)
-    weights: list[AnyWeight] = []
-    for count in outputs:
-        values = torch.randn(count, columns, generator=generator)
-        weight = None if format == DENSE else (Nf4Weight if format == NF4 else Int8Weight)
-        if weight is None:
-            weights.append(values.bfloat16())
-            continue
-        weights.append(weight.empty((count, columns), torch.bfloat16, CPU))
-        weights[-1].store(0, values)
-    found = matrix_of(weights)
+    found = matrix_of(random_weights(format, outputs, columns, torch.bfloat16, generator))
     assert found is not None
     assert direct.takes(found)
     return found
@@ -91,7 +81,7 @@ def random_matrix(format: int, outputs: Sequence[int], columns: int) -> GpuMatri
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", [DENSE, INT8, NF4])
 def test_products_are_right_in_every_cut(format: int, dtype: torch.dtype) -> None:
-    error = direct._error(direct.DirectProducts(format, dtype, CPU), format, dtype, CPU)
+    error = largest_error(direct.DirectProducts(format, dtype, CPU), format, dtype, CPU)
     assert error < (0.006 if dtype == torch.bfloat16 else 0.001)
 
 
@@ -121,7 +111,7 @@ def test_what_is_not_written_is_not_taken_for_right(monkeypatch: pytest.MonkeyPa
         out[:, -1] = before
 
     monkeypatch.setattr(OnThreads, "launch", but_one)
-    assert not direct._error(products, NF4, torch.bfloat16, CPU) < direct.TOLERANCE
+    assert not largest_error(products, NF4, torch.bfloat16, CPU) < direct.TOLERANCE
 
 
 def test_a_card_with_too_little_shared_memory_does_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,8 +43,9 @@ def _take(
             inside = first + lane < blocks
             table = tl.load(source + start + first + lane, mask=inside, other=0)
             tl.store(numbers + start + first + lane, table, mask=inside)
-    if ARRIVES:  # noqa: SIM102  decided by the compiler, and then on the device
-        if tl.load(source + length - 1) != 0:
+    if ARRIVES:
+        arrived = tl.load(source + length - 1)
+        if arrived != 0:
             for first in range(0, columns, WIDE):
                 inside = first + lane < columns
                 values = tl.load(arriving + (slot * ROWS + row) * columns + first + lane, mask=inside, other=0.0)

@@ -59,19 +59,18 @@ static T __ldcs(const T *from) {
     return *from;
 }
 
-static float as_float(word bits) {
+static float __uint_as_float(word bits) {
     float found;
     memcpy(&found, &bits, 4);
     return found;
 }
 
-static word as_bits(float x) {
+static word __float_as_uint(float x) {
     word bits;
     memcpy(&bits, &x, 4);
     return bits;
 }
 
-static float __uint_as_float(word bits) { return as_float(bits); }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 #define __expf expf /* the C library has the name */
@@ -100,7 +99,7 @@ static void wait_at(int barrier, int threads) {
 
 static float widen(value x) {
 #if BF16
-    return as_float((word)x << 16);
+    return __uint_as_float((word)x << 16);
 #else
     _Float16 half;
     memcpy(&half, &x, 2);
@@ -111,7 +110,7 @@ static float widen(value x) {
 static value narrow(float x) {
 #if BF16
     if (x != x) return 0x7fff;
-    word bits = as_bits(x);
+    word bits = __float_as_uint(x);
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 #else
     _Float16 half = x;
