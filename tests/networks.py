@@ -39,13 +39,30 @@ def possible() -> bool:
 
 @dataclass(frozen=True)
 class Line:
-    """The two ends: ``here`` and ``there`` are addresses, ``namespace`` the other network's name, ``card`` the card
-    there."""
+    """The two ends: ``here`` and ``there`` are addresses, ``namespace`` the other network's name, ``near`` the card
+    here and ``far`` the one there. ``number`` (1 to 250) tells lines apart, also those of other processes."""
 
-    namespace: str
-    here: str
-    there: str
-    card: str
+    number: int
+
+    @property
+    def namespace(self) -> str:
+        return f"splitrun-{self.number}"
+
+    @property
+    def here(self) -> str:
+        return f"10.203.{self.number}.1"
+
+    @property
+    def there(self) -> str:
+        return f"10.203.{self.number}.2"
+
+    @property
+    def near(self) -> str:
+        return f"sr{self.number}a"
+
+    @property
+    def far(self) -> str:
+        return f"sr{self.number}b"
 
     def command(self, *words: str) -> list[str]:
         """A command line that runs in the other network."""
@@ -54,7 +71,7 @@ class Line:
     def set(self, state: str) -> None:
         """Pull the plug at the other end ("down"), or put it in again ("up"). What is sent from here then goes
         nowhere, and not another way."""
-        run(*self.command("ip", "link", "set", self.card, state))
+        run(*self.command("ip", "link", "set", self.far, state))
 
 
 def run(*words: str) -> None:
@@ -75,44 +92,30 @@ def enter(namespace: str) -> None:
 
 
 @contextmanager
-def wire(number: int) -> Iterator[Line]:
-    """A line as fast as this machine. ``number`` (1 to 250) tells lines apart."""
-    near, far = ends(number)
-    with _namespace(number) as line:
-        run("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", line.namespace)
-        run("ip", "addr", "add", f"{line.here}/24", "dev", near)
-        run("ip", "link", "set", near, "up")
-        run(*line.command("ip", "addr", "add", f"{line.there}/24", "dev", far))
-        run(*line.command("ip", "link", "set", far, "up"))
+def wire() -> Iterator[Line]:
+    """A line as fast as this machine."""
+    with _namespace() as line:
+        run("ip", "link", "add", line.near, "type", "veth", "peer", "name", line.far, "netns", line.namespace)
+        _raise(line)
         yield line
 
 
 @contextmanager
-def shaped(number: int, rate: str = "1gbit") -> Iterator[Line]:
+def shaped(rate: str = "1gbit") -> Iterator[Line]:
     """A line with that rate in both directions."""
-    near, far = ends(number)
-    with wire(number) as line:
+    with wire() as line:
         shape = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
-        run("tc", "qdisc", "add", "dev", near, *shape)
-        run(*line.command("tc", "qdisc", "add", "dev", far, *shape))
+        run("tc", "qdisc", "add", "dev", line.near, *shape)
+        run(*line.command("tc", "qdisc", "add", "dev", line.far, *shape))
         yield line
 
 
-def ends(number: int) -> tuple[str, str]:
-    """The names of a line's two cards: here, and in the other network."""
-    return f"sr{number}a", f"sr{number}b"
-
-
 @contextmanager
-def rough(number: int, round_trip_s: float, loss: float) -> Iterator[Line]:
+def rough(round_trip_s: float, loss: float) -> Iterator[Line]:
     """A line with a delay, on which each packet is lost with the probability ``loss``, in both directions."""
-    near, far = ends(number)
-    with _namespace(number) as line:
-        cards = [_tap(near, None), _tap(far, line.namespace)]
-        run("ip", "addr", "add", f"{line.here}/24", "dev", near)
-        run("ip", "link", "set", near, "up")
-        run(*line.command("ip", "addr", "add", f"{line.there}/24", "dev", far))
-        run(*line.command("ip", "link", "set", far, "up"))
+    with _namespace() as line:
+        cards = [_tap(line.near, None), _tap(line.far, line.namespace)]
+        _raise(line)
         ended = threading.Event()
         thread = threading.Thread(target=_carry, args=(cards, round_trip_s / 2, loss, ended), daemon=True)
         thread.start()
@@ -126,17 +129,36 @@ def rough(number: int, round_trip_s: float, loss: float) -> Iterator[Line]:
 
 
 @contextmanager
-def _namespace(number: int) -> Iterator[Line]:
-    near, far = ends(number)
-    name = f"splitrun-{os.getpid()}-{number}"
-    run("ip", "netns", "add", name)
-    line = Line(name, f"10.203.{number}.1", f"10.203.{number}.2", far)
+def _namespace() -> Iterator[Line]:
+    line = _free()
     try:
         run(*line.command("ip", "link", "set", "lo", "up"))
         yield line
     finally:
-        subprocess.run(["ip", "link", "delete", near], check=False, capture_output=True)
-        run("ip", "netns", "delete", name)
+        subprocess.run(["ip", "link", "delete", line.near], check=False, capture_output=True)
+        run("ip", "netns", "delete", line.namespace)
+
+
+def _free() -> Line:
+    """A line that nobody has, its namespace made: making one fails where another process has that number."""
+    refused = ""
+    for number in random.sample(range(1, 251), 250):
+        line = Line(number)
+        if Path("/sys/class/net", line.near).exists():
+            continue  # left by a run that was killed
+        made = subprocess.run(["ip", "netns", "add", line.namespace], capture_output=True, text=True, check=False)
+        if made.returncode == 0:
+            return line
+        refused = made.stderr
+    raise OSError(f"no network could be made: {refused.strip()}")
+
+
+def _raise(line: Line) -> None:
+    """Give both cards their addresses and switch them on."""
+    run("ip", "addr", "add", f"{line.here}/24", "dev", line.near)
+    run("ip", "link", "set", line.near, "up")
+    run(*line.command("ip", "addr", "add", f"{line.there}/24", "dev", line.far))
+    run(*line.command("ip", "link", "set", line.far, "up"))
 
 
 def _tap(name: str, namespace: str | None) -> int:

@@ -135,7 +135,7 @@ def loopback(quick: bool) -> dict[str, dict[str, float]]:
 
 def one_gigabit(quick: bool) -> dict[str, float]:
     """Prompt chunks over a line of 1 Gbit/s."""
-    with shaped(11) as line, connected(line.namespace, line.here, line.there) as (mailbox, arrived):
+    with shaped() as line, connected(line.namespace, line.here, line.there) as (mailbox, arrived):
         round_trips(mailbox, arrived, 512, 3)
         count = 5 if quick else 100
         one_s = statistics.median(round_trips(mailbox, arrived, 512, 3 if quick else 30)) / 2

@@ -24,7 +24,7 @@ SAMPLING = splitrun.SamplingParams(max_tokens=8, temperature=1.2, seed=5, ignore
 
 @pytest.fixture(scope="module", params=[0.2, 0.4], ids=["200 ms there and back", "200 ms each way"])
 def line(request: pytest.FixtureRequest) -> Iterator[networks.Line]:
-    with networks.rough(7, round_trip_s=request.param, loss=0.02) as made:
+    with networks.rough(round_trip_s=request.param, loss=0.02) as made:
         yield made
 
 

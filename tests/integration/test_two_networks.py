@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not networks.possible(), reason="making network 
 
 @pytest.fixture(scope="module")
 def line() -> Iterator[networks.Line]:
-    with networks.wire(9) as made:
+    with networks.wire() as made:
         yield made
 
 
