@@ -64,7 +64,7 @@ def plan(
     """
     from splitrun.planner.formats import allowed_formats
     from splitrun.planner.refuse import refuse_hopeless
-    from splitrun.planner.solve import check_request, solve
+    from splitrun.planner.solve import check_kv, check_request, solve
 
     check_settings()
     _check_arguments(context, sessions, weights, quality, nodes and facts is not None)
@@ -73,16 +73,18 @@ def plan(
     asked = partial(_workload, context, sessions, objective)
 
     def refuse(profile: ModelProfile, cluster: Cluster) -> None:
+        check_kv(cluster, kv)
         check_request(profile, cluster, asked(profile))
-        refuse_hopeless(profile, cluster.keeping(kv), asked(profile), allowed_formats(profile, weights))
+        refuse_hopeless(profile, cluster, asked(profile), allowed_formats(profile, weights))
 
     try:
         if facts is not None:
-            known = read_facts_for(facts, model, memory)
+            known = read_facts_for(facts, model, memory, kv)
         elif nodes:
-            known = gather_cluster(model, memory, weights, revision, load, rows, refresh, report)
+            known = gather_cluster(model, memory, weights, revision, load, rows, refresh, report, kv)
         else:
-            known = gather_facts(model, memory, weights, revision, load, rows, refresh, report, refuse)
+            known = gather_facts(model, memory, weights, revision, load, rows, refresh, report, refuse, kv)
+        check_kv(known.cluster, kv)
         return solve(known.profile, known.cluster.keeping(kv), asked(known.profile), weights, quality, stream=True)
     except DoesNotFit as error:
         raise _with_unused(error, memory) from error
@@ -128,6 +130,7 @@ def gather_facts(
     refresh: bool = False,
     report: Callable[[str], None] = lambda text: None,
     check: Callable[[ModelProfile, Cluster], None] = lambda profile, cluster: None,
+    kv: str = "auto",
 ) -> Facts:
     """Profile ``model`` and time its units on this machine; arguments and errors as for ``plan``.
 
@@ -141,7 +144,7 @@ def gather_facts(
         return device_formats(profile, cluster, weights)
 
     return gather(
-        model, revision, load, memory, formats, rows, engine_cost, refresh=refresh, report=report, check=check
+        model, revision, load, memory, formats, rows, engine_cost, refresh=refresh, kv=kv, report=report, check=check
     )
 
 
@@ -154,18 +157,21 @@ def gather_cluster(
     rows: tuple[int, ...],
     refresh: bool,
     report: Callable[[str], None],
+    kv: str = "auto",
 ) -> Facts:
     """The facts of this machine and of every other node; arguments and errors as for ``plan``."""
     from splitrun.cluster.survey import split_memory, survey_nodes
     from splitrun.model.files import resolve
 
     here, there = split_memory(memory)
-    known = gather_facts(model, here, weights, revision, load, rows, refresh, report)
+    known = gather_facts(model, here, weights, revision, load, rows, refresh, report, kv=kv)
     files = resolve(model, revision, weights=load == "weights")
-    return survey_nodes(known, files, there, weights, rows, refresh=refresh, report=report)
+    return survey_nodes(known, files, there, weights, rows, refresh=refresh, kv=kv, report=report)
 
 
-def read_facts_for(file: str | os.PathLike[str], model: str, memory: Mapping[str, str | int] | None) -> Facts:
+def read_facts_for(
+    file: str | os.PathLike[str], model: str, memory: Mapping[str, str | int] | None, kv: str = "auto"
+) -> Facts:
     """The facts in ``file``, with the budgets that ``memory`` names. Raises InvalidPlacement when they do not suit."""
     from splitrun.planner.facts_file import read_facts
     from splitrun.planner.what_if import with_budgets
@@ -175,6 +181,12 @@ def read_facts_for(file: str | os.PathLike[str], model: str, memory: Mapping[str
         raise InvalidPlacement(
             f"{file} describes {found.profile.source}, not {model}; make it again with: "
             f"splitrun profile {model} --facts {file}"
+        )
+    timed = {name for name, _ in found.profile.seconds}
+    if any(device.name in timed for device in found.cluster.devices if found.cluster.keeping(kv) != found.cluster):
+        raise InvalidPlacement(
+            f"{file} was measured with keys and values in 16 bits; make it again with: splitrun profile {model} "
+            f"--kv int8 --facts {file}"
         )
     return found if memory is None else replace(found, cluster=with_budgets(found.cluster, memory, str(file)))
 
@@ -201,7 +213,8 @@ def predict(
         cost = engine_cost(kept, card)
         return replace(cost, request_s=cost.next_request_s)
 
-    known = gather(source, revision, load, budgets, lambda profile, cluster: formats, (1,), in_a_row)
+    kv = "int8" if placement.int8_kv else "auto"
+    known = gather(source, revision, load, budgets, lambda profile, cluster: formats, (1,), in_a_row, kv=kv)
     history = prompt_tokens + new_tokens // 2
     workload = replace(placement.workload, history_tokens=history, prompt_tokens=prompt_tokens)
     return estimate(known.profile, known.cluster, replace(placement, workload=workload))
@@ -222,19 +235,25 @@ def check(
     *,
     load: Literal["weights", "dummy"] = "weights",
     verify: bool = False,
+    room: bool = False,
 ) -> None:
     """Raise InvalidPlacement when the placement no longer suits the model or this machine, naming what mends it.
 
-    ``file`` is the placement's, for the message. With ``load`` "dummy" the model's fingerprint does not matter.
+    ``file`` is the placement's, for the message. With ``load`` "dummy" the model's fingerprint does not matter. With
+    ``room`` weights and KV are counted too, as loading does that follows otherwise: raises DoesNotFit.
     ``verify`` reads all weights and raises CorruptWeights when they are not those that ``hashed`` saw.
     """
     from splitrun.cluster.process import local_device, machine_of
     from splitrun.cluster.survey import node_devices
+    from splitrun.engine.loading import pool_sizes
+    from splitrun.engine.room import require_room
+    from splitrun.measure.host import logical_processors
     from splitrun.measure.probe import cluster_of, survey, this_machine
     from splitrun.measure.profile import max_context
     from splitrun.model.files import named_in, resolve
     from splitrun.model.payload import headers_of
     from splitrun.model.payload import verify as verify_payload
+    from splitrun.model.structure import inspect
     from splitrun.planner.check import stale_reasons
 
     with named_in(file):
@@ -255,9 +274,13 @@ def check(
     layers = int(files.config.get_text_config(decoder=True).num_hidden_layers)
     fingerprint = files.fingerprint if load == "weights" else None
     bare = replace(placement, model=replace(placement.model, fingerprint=headers_of(placement.model.fingerprint)))
-    reasons = stale_reasons(bare, fingerprint, layers, cluster, file, max_context(files.config))
+    processors = logical_processors()
+    reasons = stale_reasons(bare, fingerprint, layers, cluster, file, max_context(files.config), processors)
     if reasons:
         raise InvalidPlacement(f"{file}: {reasons[0]}")
+    if room:
+        structure = inspect(files.config)
+        require_room(placement, structure, pool_sizes(placement, structure))
     if verify:
         command = f"splitrun plan {placement.model.source} --hash -o {file}"
         verify_payload(placement.model.fingerprint, files.path, command)

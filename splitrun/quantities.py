@@ -20,6 +20,7 @@ _FACTORS = {
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", re.ASCII)
 MAX_BYTES = 1 << 50
 """One pebibyte: no budget or tensor is larger, so a larger figure is a typing error."""
+LEAST_BUDGET_BYTES = 1_000_000
 
 
 def parse_bytes(text: str | int) -> int:
@@ -35,6 +36,14 @@ def parse_bytes(text: str | int) -> int:
         value = int(float(match[1]) * _FACTORS[match[2].lower()])
     if not 0 <= value <= MAX_BYTES:
         raise ValueError(f"{text} is out of range; a size lies between 0 and {format_bytes(MAX_BYTES)}")
+    return value
+
+
+def parse_budget(text: str | int) -> int:
+    """As ``parse_bytes``, for a device's memory: raises ValueError also where the unit was forgotten: below 1 MB."""
+    value = parse_bytes(text)
+    if 0 < value < LEAST_BUDGET_BYTES:
+        raise ValueError(f"{text} is {format_bytes(value)}, too little for anything; write it with a unit, like 4GiB")
     return value
 
 

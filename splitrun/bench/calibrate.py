@@ -61,7 +61,7 @@ def calibrate(placement: Placement, load: str) -> list[str]:
         _of_stages(result.ttft_s, predicted.time_to_first_token_s, own_prompt_s),
     )
     kept = this_machine().cache
-    devices = probe(dict.fromkeys(placement.device_names, "auto"))
+    devices = probe(dict.fromkeys(placement.device_names, "auto")).keeping("int8" if placement.int8_kv else "auto")
     model = placement.model.fingerprint or ""
     alike: dict[str, Factor] = {}  # devices that share a factor learn once from a run
     for name, weights in sorted({(stage.device, stage.weights) for stage in placement.stages}):

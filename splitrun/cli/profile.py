@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from splitrun.cli.options import (
+    KVOption,
     LoadOption,
     MemoryOption,
     ModelArgument,
@@ -26,6 +27,7 @@ def profile(
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
     load: LoadOption = "weights",
+    kv: KVOption = "auto",
     no_cache: NoCacheOption = False,
     facts: Annotated[
         Path | None, typer.Option("--facts", help="Save everything to this file; plan with it on any machine.")
@@ -48,6 +50,7 @@ def profile(
         load,
         refresh=no_cache,
         report=lambda text: typer.echo(text, err=True),
+        kv=kv,
     )
     if facts is not None:
         write_facts(found, facts)

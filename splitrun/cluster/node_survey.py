@@ -35,6 +35,7 @@ def serve(parent: Parent, job: dict[str, Any]) -> None:
             formats,
             tuple(job["rows"]),
             refresh=bool(job["refresh"]),
+            kv=str(job["kv"]),
             report=lambda text: parent.say(report=text),
         )
         parent.say(facts=plain(facts))

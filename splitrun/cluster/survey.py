@@ -55,6 +55,7 @@ def survey_nodes(
     rows: tuple[int, ...],
     *,
     refresh: bool = False,
+    kv: str = "auto",
     report: Callable[[str], None] = lambda text: None,
 ) -> Facts:
     """``here`` joined with the facts of every living node, or of those that ``memory`` names.
@@ -84,7 +85,7 @@ def survey_nodes(
     try:
         for node in others:
             job = {"node": node.name, "model": provider.job(), "memory": memory.get(node.name), "formats": formats,
-                   "rows": rows, "refresh": refresh, "orphan_s": ORPHAN_S}  # fmt: skip
+                   "rows": rows, "refresh": refresh, "kv": kv, "orphan_s": ORPHAN_S}  # fmt: skip
             try:
                 processes[node.name] = nodes.start(f"{node.name}/cpu", job, MODULE, provider)
             except SplitrunError as error:

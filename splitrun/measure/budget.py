@@ -2,7 +2,8 @@
 
 ``cuda:0=4GiB,cpu=8GiB`` names the devices to use and their budgets; a name without a size takes the default there. A
 device that is not named is not used; without ``--memory`` every device is used. ``cpu:1``, ``cpu:2``, … are further
-workers on the same processors, each with a budget of its own.
+workers on the same processors, each with a budget of its own: those without a size share what the others leave of the
+default.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from splitrun.errors import InvalidPlacement
-from splitrun.quantities import format_bytes, parse_bytes
+from splitrun.quantities import format_bytes, parse_budget
 
 AUTOMATIC = "auto"
 VIRTUAL_CPU = re.compile(r"cpu:[1-9]\d{0,2}")
@@ -31,6 +32,10 @@ def parse_memory(texts: Sequence[str] | None) -> dict[str, str | int] | None:
     budgets: dict[str, str | int] = {}
     for part in parts:
         name, separator, size = (piece.strip() for piece in part.partition("="))
+        if not separator and part[0].isdecimal():
+            raise InvalidPlacement(
+                f"--memory: {part!r} names no device; a size with a fraction has a point: cpu=1.5GiB"
+            )
         if not name or (separator and not size):
             raise InvalidPlacement(f"--memory: {part!r} is not DEVICE=SIZE; write it like cuda:0=4GiB,cpu=8GiB")
         if name in budgets:
@@ -55,23 +60,46 @@ def named_budgets(
     """
     if not memory:
         raise InvalidPlacement("memory names no device; leave it out to use every device")
-    budgets: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for name, size in memory.items():
-        known = "cpu" if VIRTUAL_CPU.fullmatch(name) else name
-        if known not in totals:
-            raise InvalidPlacement(f"there is no device {name!r} here; there is {', '.join(totals)} (splitrun doctor)")
-        budgets[name] = defaults[known] if size == AUTOMATIC else _size(name, size)
-        if budgets[name] > totals[known]:
+        if _known(name) not in totals:
+            lower = name.lower()
+            near = f"did you mean {lower}?" if _known(lower) in totals else f"there is {', '.join(totals)}"
+            raise InvalidPlacement(f"there is no device {name!r} here; {near} (splitrun doctor)")
+        if size != AUTOMATIC:
+            sizes[name] = _size(name, size)
+    budgets = {name: sizes[name] if name in sizes else _left(name, memory, sizes, defaults) for name in memory}
+    for name, budget in budgets.items():
+        total = totals[_known(name)]
+        if budget > total:
             raise InvalidPlacement(
-                f"{name} has {format_bytes(totals[known])} of memory, not {size}; lower its budget in --memory"
+                f"{name} has {format_bytes(total)} of memory, not {memory[name]}; lower its budget in --memory"
             )
-        if budgets[name] == 0:
+        if budget == 0:
             raise InvalidPlacement(f"a budget of 0 for {name}: leave the device out to keep it unused")
     return budgets
 
 
+def _left(name: str, memory: Mapping[str, str | int], sizes: Mapping[str, int], defaults: Mapping[str, int]) -> int:
+    """What a device without a size gets: an equal share of what those with sizes leave of the same memory's default."""
+    known = _known(name)
+    beside = [other for other in memory if _known(other) == known]
+    left = defaults[known] - sum(sizes.get(other, 0) for other in beside)
+    if left <= 0 < defaults[known]:
+        raise InvalidPlacement(
+            f"--memory leaves nothing for {name}: plans may use {format_bytes(defaults[known])} there, and others have "
+            "that much; lower theirs, or give it a size of its own"
+        )
+    return left // sum(other not in sizes for other in beside)
+
+
+def _known(name: str) -> str:
+    """The device of this machine behind a name."""
+    return "cpu" if VIRTUAL_CPU.fullmatch(name) else name
+
+
 def _size(name: str, size: str | int) -> int:
     try:
-        return parse_bytes(size)
+        return parse_budget(size)
     except ValueError as error:
         raise InvalidPlacement(f"budget of {name}: {error}") from error

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from statistics import geometric_mean
 
-from splitrun.measure.cache import Cache
-from splitrun.planner.facts import Cluster, Device, Factor, ModelProfile
+from splitrun.measure.cache import Cache, Figures
+from splitrun.measure.code import COMPUTING, code_digest
+from splitrun.measure.versions import versions
+from splitrun.planner.facts import FORMATS, Cluster, Device, Factor, ModelProfile
 from splitrun.planner.seconds import DeviceSeconds, UnitSeconds
 
 LEAST, MOST = 0.25, 4.0
@@ -18,10 +21,19 @@ LEAST, MOST = 0.25, 4.0
 
 
 def factor(kept: Cache, model: str, device: Device, weights: str) -> Factor:
-    """The factor that is kept for the model of that fingerprint, 1 where there is none or everything is to be measured
-    again."""
-    found = {} if kept.refresh else kept.get(key_of(model, device, weights)) or {}
-    return Factor(found.get("decode", 1.0), found.get("prefill", 1.0))
+    """The factor that is kept for the model of that fingerprint: 1 where there is none or everything is to be measured
+    again. A format that no run told of is taken to be off as those are that the device ran, in the (geometric) mean: or
+    what a run told would count against its format alone."""
+    if kept.refresh:
+        return Factor()
+    own = kept.get(key_of(model, device, weights))
+    if own is not None:
+        return Factor(_of(own, "decode"), _of(own, "prefill"))
+    found = [each for name in FORMATS if (each := kept.get(key_of(model, device, name))) is not None]
+    if not found:
+        return Factor()
+    decode, prefill = (geometric_mean(_of(each, what) for each in found) for what in ("decode", "prefill"))
+    return Factor(decode, prefill, borrowed=True)
 
 
 def fold(kept: Cache, model: str, device: Device, weights: str, ratio: Factor) -> Factor:
@@ -48,7 +60,7 @@ def calibrated(profile: ModelProfile, cluster: Cluster, kept: Cache) -> ModelPro
         for name, weights in profile.seconds:
             if name == device.name:
                 by = factor(kept, profile.fingerprint, device, weights)
-                if by != Factor():
+                if (by.decode, by.prefill) != (1.0, 1.0):
                     seconds[name, weights] = _scaled(profile.seconds[name, weights], by)
                     factors[name, weights] = by
     return replace(profile, seconds=seconds, factors=factors)
@@ -68,8 +80,15 @@ def _unit(unit: UnitSeconds, by: Factor) -> UnitSeconds:
 
 
 def key_of(model: str, device: Device, weights: str) -> str:
-    """Under which the cache has the factor: devices of one description share it."""
-    return f"calibration {device.kind} {device.description} {weights} of {model}"
+    """Under which the cache has the factor: devices of one description share it, and code that computes otherwise has
+    others."""
+    kv = f" KV {device.kv_dtype}" if device.kv_dtype else ""
+    below = " ".join(versions(device.kind))
+    return f"calibration {device.description} {weights}{kv} of {model} by {code_digest(*COMPUTING)} on {below}"
+
+
+def _of(kept: Figures, what: str) -> float:
+    return _within(kept.get(what, 1.0))
 
 
 def _within(value: float) -> float:

@@ -10,6 +10,9 @@ from typing import Any
 SOURCES = (".py", ".c", ".cpp", ".cu", ".cuh", ".h", ".so")
 """Code, and what was compiled of it: a stale library is not the code beside it."""
 
+COMPUTING = ("splitrun.kernels", "splitrun.stage", "splitrun.model")
+"""What decides how long a unit takes."""
+
 
 @cache
 def code_digest(*packages: str) -> str:

@@ -37,6 +37,7 @@ def gather(
     engine: MeasureEngine | None = None,
     *,
     refresh: bool = False,
+    kv: str = "auto",
     report: Report = lambda text: None,
     check: Callable[[ModelProfile, Cluster], None] = lambda profile, cluster: None,
 ) -> Facts:
@@ -44,11 +45,12 @@ def gather(
 
     ``formats`` says which weight formats to time on each device, ``rows`` how many sequences decode together.
     ``engine`` says what the engine itself takes; a machine that only lends its devices leaves that out. ``refresh``
-    measures again what earlier runs measured. ``check`` sees bytes and budgets before any unit is timed, and raises
-    where they are hopeless. Raises as it, probing and profiling do.
+    measures again what earlier runs measured. With ``kv`` "int8" the units of processors are timed with K and V in
+    int8. ``check`` sees bytes and budgets before any unit is timed, and raises where they are hopeless. Raises as it,
+    probing and profiling do.
     """
     machine = this_machine(refresh)
-    cluster = probe(memory, machine)
+    cluster = probe(memory, machine).keeping(kv)
     files = resolve(model, revision, weights=load == "weights")
     structure = inspect(files.config)
     facts = profile(files, structure)

@@ -26,11 +26,10 @@ from splitrun.measure.host import (
     read_processor,
 )
 from splitrun.measure.versions import driver_version
+from splitrun.planner.datasheet import unit_overhead_s
 from splitrun.planner.facts import Cluster, Device, Link
 
 HOST_POOL = "host"
-UNIT_OVERHEAD_S: Mapping[str, float] = {"cpu": 0.5e-3, "cuda": 0.4e-3, "xpu": 0.8e-3, "mps": 0.8e-3}
-"""Seconds per unit and token beside reading its weights: launching the small operations of one layer."""
 UNMEASURED_SPEED = speed.Speed(bandwidth_bytes_per_s=50e9, flops_per_s=1e12)
 UNMEASURED_LINK = Link(latency_s=20e-6, bandwidth_bytes_per_s=3e9)
 """Of a card that has no memory left to measure in: the figures of a modest one."""
@@ -159,7 +158,7 @@ def _cpu_device(machine: Machine, found: Survey, name: str, budget: int) -> Devi
         budget_bytes=budget,
         memory_pool=name if VIRTUAL_CPU.fullmatch(name) else HOST_POOL,
         context_bytes=0,
-        unit_overhead_s=UNIT_OVERHEAD_S["cpu"],
+        unit_overhead_s=unit_overhead_s("cpu"),
         compute_dtype="bf16",
         bandwidth_bytes_per_s=figures["bandwidth_bytes_per_s"],
         flops_per_s=figures["flops_per_s"],
@@ -177,7 +176,7 @@ def _accelerator_device(machine: Machine, found: Survey, item: Accelerator, budg
         budget_bytes=budget,
         memory_pool=HOST_POOL if item.integrated else item.name,
         context_bytes=found.contexts.get(item.name, 0),
-        unit_overhead_s=UNIT_OVERHEAD_S[item.kind],
+        unit_overhead_s=unit_overhead_s(item.kind, item.compute_capability),
         compute_dtype=item.half_type,
         compute_capability=item.compute_capability,
         bandwidth_bytes_per_s=figures["bandwidth_bytes_per_s"],

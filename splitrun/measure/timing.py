@@ -74,7 +74,7 @@ class Setting:
 
     ``threads`` are the CPU threads of the worker, None on an accelerator; where it ``settles``, it decodes with the
     fastest number, as an engine's worker does that has the processor to itself: with ``fast`` of them where that is
-    known. ``copies`` is how many stages take turns.
+    known. ``copies`` is how many stages take turns. ``kv_dtype`` is the type of stored K and V, None: ``dtype``.
     """
 
     kind: str
@@ -86,6 +86,7 @@ class Setting:
     copies: int = 1
     settles: bool = False
     fast: int | None = None
+    kv_dtype: str | None = None
 
 
 class UnitBench:
@@ -105,7 +106,7 @@ class UnitBench:
         size = StageSize(
             device=setting.device,
             dtype=setting.dtype,
-            kv_dtype=setting.dtype,
+            kv_dtype=setting.kv_dtype or setting.dtype,
             blocks={group.name: self._blocks for group in structure.groups if group.kind != "state"},
             block_tokens=setting.block_tokens,
             slots=max(point.rows for point in points),

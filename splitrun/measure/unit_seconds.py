@@ -17,7 +17,7 @@ import torch
 import splitrun
 from splitrun.errors import SplitrunError
 from splitrun.measure.cache import Cache
-from splitrun.measure.code import code_digest
+from splitrun.measure.code import COMPUTING, code_digest
 from splitrun.measure.host import worker_threads
 from splitrun.measure.lines import Found, Samples, at_most, less, most_beside, slope, unit_peak, unit_seconds
 from splitrun.measure.resident import only_new_objects
@@ -44,7 +44,6 @@ SHARE_OF_MEMORY = 4
 Report = Callable[[str], None]
 OpenBench = Callable[[Any, ModelStructure, CutRange, Setting, Sequence[Point]], UnitBench]
 LOAD, FAST, STEP = "load bytes", "decoding threads", "chunk step"
-COMPUTING = ("splitrun.kernels", "splitrun.stage", "splitrun.model")
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,8 @@ class _Task:
         kind, name, blocks = self.device.kind, torch_device(self.device.name), self.wanted.block_tokens
         copies = 1 if cut.embed else self._copies(size)
         settles = self.alone and not cut.embed
-        setting = Setting(kind, name, dtype, weights, blocks, self.threads, copies, settles, fast)
+        kv = self.device.kv_dtype
+        setting = Setting(kind, name, dtype, weights, blocks, self.threads, copies, settles, fast, kv)
         try:
             with only_new_objects():  # here, because looking for them takes a tenth of a second
                 bench = self.open_bench(self.files.config, self.structure, cut, setting, points)
@@ -246,6 +246,7 @@ class _Task:
             "between": BETWEEN_BYTES if cut.start == cut.stop else 0,
             "weights": self._dense_format() if cut.embed else self.weights,
             "blocks": self.wanted.block_tokens,
+            "kv": self.device.kv_dtype,
             "room": 0 if cut.embed else self._room(self._size(units)),
         }
         text = json.dumps(conditions, sort_keys=True, default=str)

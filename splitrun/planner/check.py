@@ -11,14 +11,13 @@ from splitrun.quantities import format_bytes
 
 def stale_reasons(
     placement: Placement, profile_fingerprint: str | None, layers: int, cluster: Cluster, file: str = "FILE",
-    max_context: int | None = None,
+    max_context: int | None = None, processors: int | None = None,
 ) -> list[str]:  # fmt: skip
     """One sentence, with the command that mends it, for each way in which the placement no longer holds.
 
     Looks at: the model's fingerprint (when both sides have one), number of layers and longest context, devices that
-    are not here, and memory: what the plan takes by its estimate, or its whole budget where there is none, against
-    what is free.
-    Empty: all is well.
+    are not here, threads beyond the ``processors``, and memory: what the plan takes by its estimate, or its whole
+    budget where there is none, against its budget and against what is free. Empty: all is well.
     """
     command = _plan_again(placement, file)
     reasons = []
@@ -40,13 +39,23 @@ def stale_reasons(
         if name not in here:
             reasons.append(f"device {name} is not here (here: {', '.join(here) or 'none'}); plan again: {command}")
     reasons += _budget_reasons(placement, cluster, command)
+    for stage in placement.stages:
+        if processors and "/" not in stage.device and stage.threads != "auto" and stage.threads > processors:
+            reasons.append(
+                f"the stage of {stage.units_text} asks for {stage.threads} threads, but this process may use "
+                f"{processors} processors; write threads: auto, or {processors} at most"
+            )
     return reasons
 
 
 def _budget_reasons(placement: Placement, cluster: Cluster, command: str) -> list[str]:
-    predicted = (
-        {memory.device: memory.total_bytes for memory in placement.estimate.devices} if placement.estimate else {}
-    )
+    predicted = _predicted(placement)
+    reasons = [
+        f"the plan takes {format_bytes(size)} on {name}, but its budget there is "
+        f"{format_bytes(placement.devices[name])}; raise devices.{name}.memory in the file, or plan again: {command}"
+        for name, size in predicted.items()
+        if size > placement.devices.get(name, size)
+    ]
     needed: dict[str, int] = {}
     free: dict[str, int] = {}
     names: dict[str, list[str]] = {}
@@ -60,12 +69,22 @@ def _budget_reasons(placement: Placement, cluster: Cluster, command: str) -> lis
             needed[pool] = max(needed.get(pool, 0), budget)
         free[pool] = max(free.get(pool, 0), device.free_bytes)
         names.setdefault(pool, []).append(device.name)
-    return [
+    return reasons + [
         f"the plan takes {format_bytes(size)} on {' and '.join(names[pool])}, but {format_bytes(free[pool])} is free; "
         f"free some memory or plan again: {command}"
         for pool, size in needed.items()
         if size > free[pool]
     ]
+
+
+def _predicted(placement: Placement) -> dict[str, int]:
+    """Device -> bytes by the estimate, where it is of these very stages: a file may have been edited since."""
+    stored = placement.estimate
+    if stored is None or (stored.context, stored.sessions) != (placement.workload.context, placement.workload.sessions):
+        return {}
+    of = [(row.device, row.units, row.weights) for row in stored.stages]
+    same = of == [(stage.device, stage.units_text, stage.weights) for stage in placement.stages]
+    return {bill.device: bill.total_bytes for bill in stored.devices} if same else {}
 
 
 def _plan_again(placement: Placement, file: str, max_context: int | None = None) -> str:
@@ -80,6 +99,6 @@ def _plan_again(placement: Placement, file: str, max_context: int | None = None)
         options += f" --weights {formats.pop()}"
     if placement.model.revision:
         options += f" --revision {shlex.quote(placement.model.revision)}"
-    if any(stage.kv.dtype == "int8" for stage in placement.stages):
+    if placement.int8_kv:
         options += " --kv int8"
     return f"splitrun plan {shlex.quote(placement.model.source)} {options} -o {shlex.quote(file)}"

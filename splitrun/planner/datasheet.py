@@ -20,7 +20,11 @@ from splitrun.quantities import parse_bytes
 REACHED = 0.7
 """The share of published bandwidth and arithmetic that a model's layers are expected to reach."""
 SPREAD = 0.4
-OVERHEAD_S: Mapping[str, float] = {"cpu": 0.5e-3, "cuda": 0.4e-3, "xpu": 0.8e-3}
+UNIT_OVERHEAD_S: Mapping[str, float] = {"cpu": 0.1e-3, "cuda": 0.4e-3, "xpu": 0.8e-3, "mps": 0.8e-3}
+"""Seconds per unit and token beside reading its weights: launching the small operations of one layer."""
+CAPTURED_OVERHEAD_S, LEAST_CAPTURED = 40e-6, (7, 0)
+"""The same where a layer's kernels are captured in a graph, from that compute capability on: five products, attention,
+norms and rotary embedding, 3 to 8 us each as tests/bench/results/card.md has them, whatever they read."""
 CONTEXT_BYTES: Mapping[str, int] = {"cpu": 490 << 20, "cuda": 300 << 20, "xpu": 150 << 20}
 """Of a processor: the process itself, Python and torch, as measured on one; of a card: what its driver takes."""
 CARD_PROCESS_BYTES = 500 << 20
@@ -65,13 +69,20 @@ class Sheet:
             context_bytes=CONTEXT_BYTES[kind],
             bandwidth_bytes_per_s=facts["gb_per_s"] * 1e9 * REACHED,
             flops_per_s=facts["tflops"] * 1e12 * REACHED,
-            unit_overhead_s=OVERHEAD_S[kind],
+            unit_overhead_s=unit_overhead_s(kind, capability),
             compute_dtype=facts["dtype"],
             formats=FORMATS,
             compute_capability=(capability[0], capability[1]) if capability else None,
             spread=SPREAD,
             source="datasheet",
         )
+
+
+def unit_overhead_s(kind: str, capability: Sequence[int] | None = None) -> float:
+    """What a unit takes per token on such a device, however few bytes it reads."""
+    if kind == "cuda" and capability is not None and tuple(capability) >= LEAST_CAPTURED:
+        return CAPTURED_OVERHEAD_S
+    return UNIT_OVERHEAD_S[kind]
 
 
 def find_device(name: str, what: str, listed: Sequence[str] = ("gpus", "cpus")) -> Sheet:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-from splitrun.errors import InvalidPlacement
 from splitrun.planner.peaks import UnitPeak
 from splitrun.planner.seconds import DeviceSeconds
 
@@ -115,11 +114,9 @@ class Cluster:
         return replace(self, devices=tuple(device for device in self.devices if device.name not in names))
 
     def keeping(self, kv: str) -> Cluster:
-        """With "int8", the same whose processors keep K and V in int8; otherwise itself. Raises InvalidPlacement."""
+        """With "int8", the same whose processors keep K and V in int8; otherwise itself."""
         if kv != "int8":
             return self
-        if not any(device.kind == "cpu" for device in self.devices):
-            raise InvalidPlacement("--kv int8 is for processors: name cpu in --memory too, or leave --kv out")
         kept = (replace(device, kv_dtype="int8") if device.kind == "cpu" else device for device in self.devices)
         return replace(self, devices=tuple(kept))
 
@@ -188,10 +185,12 @@ class UnitProfile:
 
 @dataclass(frozen=True)
 class Factor:
-    """What measured seconds of units were multiplied with, because a run took so much more: decoded tokens, prompts."""
+    """What measured seconds of units were multiplied with, because a run took so much more: decoded tokens, prompts.
+    ``borrowed``: a run of the device's other formats."""
 
     decode: float = 1.0
     prefill: float = 1.0
+    borrowed: bool = False
 
 
 @dataclass(frozen=True)

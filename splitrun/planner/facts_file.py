@@ -18,9 +18,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from splitrun.errors import InvalidPlacement
 from splitrun.planner.destination import write_whole
 from splitrun.planner.facts import FORMATS, Cluster, ModelProfile
+from splitrun.quantities import MAX_BYTES
 
 VERSION = 2
 MAX_FILE_BYTES = 64 << 20
+MAX_RATE = 10**24
+"""No device computes or reads more in a second."""
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -162,6 +165,8 @@ def _mapping(arguments: tuple[Any, ...], data: Any, where: str) -> dict[Any, Any
 
 
 def _scalar(hint: Any, data: Any, where: str) -> Any:
+    if type(data) is int and data > (MAX_BYTES if hint is int else MAX_RATE):
+        raise ValueError(f"{where} is larger than any size or count")
     if hint is float and type(data) is int:
         data = float(data)
     if type(data) is not hint:

@@ -156,6 +156,11 @@ class Placement:
         """The devices that compute, each once, in the order of their first stage."""
         return tuple(dict.fromkeys(stage.device for stage in self.stages))
 
+    @property
+    def int8_kv(self) -> bool:
+        """Whether a stage keeps K and V in int8."""
+        return any(stage.kv.dtype == "int8" for stage in self.stages)
+
     def has_device(self, name: str) -> bool:
         """Whether a stage runs on that device."""
         return name in self.device_names

@@ -31,6 +31,7 @@ from splitrun.planner.placement import (
     tiling_fault,
 )
 from splitrun.planner.yaml_fields import Field, read_root
+from splitrun.quantities import parse_budget
 
 _TOP = ("version", "model", "workload", "block_tokens", "streams", "stages", "devices", "estimate")
 _STAGE = ("device", "units", "layers", "weights", "kv", "threads", "stream_buffer", "stream_from")
@@ -175,7 +176,7 @@ def _budgets(field: Field | None) -> dict[str, int]:
         if fault:
             entry.fail(fault)
         memory = entry.members(("memory",), required=("memory",))["memory"]
-        budgets[name] = memory.size()
+        budgets[name] = memory.size(parse_budget)
         if budgets[name] == 0:
             memory.fail("must be more than 0")
     return budgets

@@ -192,8 +192,9 @@ def calibrations(profile: ModelProfile, placement: Placement) -> list[str]:
     used = sorted({(stage.device, stage.weights) for stage in placement.stages} & set(profile.factors))
     found = [(*each, profile.factors[each]) for each in used]
     return [
-        f"calibrated by a run: {weights} on {name} takes {factor.decode:.2f} times its units' seconds decoding, "
-        f"{factor.prefill:.2f} times for prompts (--no-cache forgets that)"
+        f"calibrated by a run{' of other formats' if factor.borrowed else ''}: {weights} on {name} takes "
+        f"{factor.decode:.2f} times its units' seconds decoding, {factor.prefill:.2f} times for prompts (--no-cache "
+        "forgets that)"
         for name, weights, factor in found
         if max(abs(factor.decode - 1), abs(factor.prefill - 1)) > WORTH_NAMING
     ]

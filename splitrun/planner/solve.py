@@ -308,6 +308,12 @@ def _together(end: StageSpec, run: StageSpec) -> bool:
     return (end.device, end.weights) == (run.device, run.weights)
 
 
+def check_kv(cluster: Cluster, kv: str) -> None:
+    """Raise InvalidPlacement where K and V are to be kept in int8 and no processor is there to do so."""
+    if kv == "int8" and not any(device.kind == "cpu" for device in cluster.devices):
+        raise InvalidPlacement("--kv int8 is for processors: name cpu in --memory too, or leave --kv out")
+
+
 def check_request(profile: ModelProfile, cluster: Cluster, workload: Workload) -> None:
     """Raise InvalidPlacement where the request contradicts the model or names no device."""
     if not cluster.devices:

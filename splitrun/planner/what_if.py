@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from splitrun.errors import InvalidPlacement
 from splitrun.planner.datasheet import CARD_PROCESS_BYTES, Sheet, find_device, find_link
 from splitrun.planner.facts import Cluster, Device, Link
-from splitrun.quantities import format_bytes, parse_bytes
+from splitrun.quantities import format_bytes, parse_budget
 
 HOST_POOL = "host"
 
@@ -71,29 +71,50 @@ def machine_of(name: str) -> Cluster:
     return Cluster((sheet.device("cpu", HOST_POOL),))
 
 
-def with_budgets(cluster: Cluster, memory: Mapping[str, str | int], where: str) -> Cluster:
-    """The devices that ``memory`` names, each with that budget ("auto": its own). Raises InvalidPlacement."""
-    devices = []
-    for name, size in memory.items():
-        device = _named(cluster.devices, name, f"--memory: {where} has no")
-        try:
-            budget = device.budget_bytes if size == "auto" else parse_bytes(size)
-        except ValueError as error:
-            raise InvalidPlacement(f"budget of {name}: {error}") from error
-        if budget == 0:
-            raise InvalidPlacement(f"a budget of 0 for {name}: leave the device out to keep it unused")
-        if budget > device.total_bytes:
-            total = format_bytes(device.total_bytes)
-            raise InvalidPlacement(f"{name} has {total} of memory, not {size}; lower its budget in --memory")
-        devices.append(replace(device, budget_bytes=budget))
-    return replace(cluster, devices=tuple(devices))
+def started(
+    here: Sequence[str], memory: Mapping[str, str | int] | None, drop: Sequence[str]
+) -> tuple[dict[str, str | int], dict[str, str | int]]:
+    """The devices to start from with their budgets, those to do without taken away, and the budgets of others, which
+    changes may add. ``here`` are the names of the devices that are there. Raises InvalidPlacement."""
+    asked: dict[str, str | int] = dict.fromkeys(here, "auto") if memory is None else dict(memory)
+    start = {name: size for name, size in asked.items() if name in here}
+    for name in drop:
+        _refuse_unknown(list(start), name, "--drop: there is no")
+    left = {name: size for name, size in start.items() if name not in drop}
+    return left, {name: size for name, size in asked.items() if name not in here}
+
+
+def with_budgets(cluster: Cluster, memory: Mapping[str, str | int], where: str, others: bool = False) -> Cluster:
+    """The devices that ``memory`` names, each with that budget ("auto": its own), in that order; with ``others`` all
+    devices, those that it does not name as they are. Raises InvalidPlacement."""
+    named = {name: _budgeted(_named(cluster.devices, name, f"--memory: {where} has no"), size)
+             for name, size in memory.items()}  # fmt: skip
+    if others:
+        return replace(cluster, devices=tuple(named.get(device.name, device) for device in cluster.devices))
+    return replace(cluster, devices=tuple(named.values()))
+
+
+def _budgeted(device: Device, size: str | int) -> Device:
+    try:
+        budget = device.budget_bytes if size == "auto" else parse_budget(size)
+    except ValueError as error:
+        raise InvalidPlacement(f"budget of {device.name}: {error}") from error
+    if budget == 0:
+        raise InvalidPlacement(f"a budget of 0 for {device.name}: leave the device out to keep it unused")
+    if budget > device.total_bytes:
+        total = format_bytes(device.total_bytes)
+        raise InvalidPlacement(f"{device.name} has {total} of memory, not {size}; lower its budget in --memory")
+    return replace(device, budget_bytes=budget)
 
 
 def _named(devices: Sequence[Device], name: str, what: str) -> Device:
-    for device in devices:
-        if device.name == name:
-            return device
-    names = [device.name for device in devices]
+    _refuse_unknown([device.name for device in devices], name, what)
+    return next(device for device in devices if device.name == name)
+
+
+def _refuse_unknown(names: Sequence[str], name: str, what: str) -> None:
+    if name in names:
+        return
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there is {' and '.join(names) or 'none'}"
     raise InvalidPlacement(f"{what} {name[:60]!r}: {hint}")

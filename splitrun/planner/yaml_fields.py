@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -76,14 +76,14 @@ class Field:
             self.fail(f"{value} is out of range; allowed: {least} to {most}")
         return value
 
-    def size(self) -> int:
+    def size(self, parse: Callable[[str | int], int] = parse_bytes) -> int:
         """Bytes, from 4GiB, 350MB or a plain count."""
         node = self._scalar("a size")
         plain = node.style is None and _INTEGER.fullmatch(node.value)
         if node.tag == "tag:yaml.org,2002:float":
             self.fail(f"{_shown(node)} is not a size; write it like 4GiB or 350MB")
         try:
-            return parse_bytes(int(node.value) if plain else str(node.value))
+            return parse(int(node.value) if plain else str(node.value))
         except ValueError as fault:
             self.fail(str(fault))
 

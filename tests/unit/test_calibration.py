@@ -22,6 +22,7 @@ CLUSTER = Cluster((CPU,))
 UNIT = UnitSeconds((DecodeLine(1, 1e-3, 1e-6),), ((32, 3e-3),), 1e-8)
 MODEL = "sha256:1234"
 PROFILE = replace(model(layers=1), seconds={("cpu", "nf4"): DeviceSeconds(UNIT, (UNIT,) * 3)})
+OTHERS = replace(PROFILE, seconds={("cpu", "fp16"): PROFILE.seconds["cpu", "nf4"]})
 
 
 def test_ratios_multiply_and_are_kept(tmp_path: Path) -> None:
@@ -31,8 +32,26 @@ def test_ratios_multiply_and_are_kept(tmp_path: Path) -> None:
     fold(kept, MODEL, CPU, "nf4", Factor(1.5, 2.0))
     again = factor(Cache(tmp_path), MODEL, CPU, "nf4")
     assert (again.decode, again.prefill) == (pytest.approx(1.8), pytest.approx(1.0))
-    assert factor(kept, MODEL, CPU, "int8") == factor(kept, "sha256:another model", CPU, "nf4") == Factor()
+    assert factor(kept, "sha256:another model", CPU, "nf4") == Factor()
+    assert factor(kept, MODEL, replace(CPU, kv_dtype="int8"), "nf4") == Factor()
     assert fold(kept, MODEL, CPU, "nf4", Factor(1e9, 1.0)).decode == MOST
+
+
+def test_a_format_without_a_run_is_off_as_the_others_are(tmp_path: Path) -> None:
+    """Or a plan that was calibrated would lose to one that nobody ran."""
+    kept = Cache(tmp_path)
+    fold(kept, MODEL, CPU, "nf4", Factor(2.0, 1.0))
+    fold(kept, MODEL, CPU, "bf16", Factor(0.25, 1.0))  # beyond nf4's 2.0, which it was foretold with
+    borrowed = factor(kept, MODEL, CPU, "int8")
+    assert (borrowed.decode, borrowed.borrowed) == (pytest.approx(1.0), True)
+    assert factor(kept, MODEL, CPU, "bf16") == Factor(0.5, 1.0)
+    fold(kept, MODEL, CPU, "int8", Factor(1.5, 1.0))
+    assert factor(kept, MODEL, CPU, "int8").decode == pytest.approx(1.5)
+    estimate = solve(calibrated(OTHERS, CLUSTER, kept), CLUSTER, Workload(context=256), "fp16").estimate
+    assert estimate is not None
+    assert any(
+        note.startswith("calibrated by a run of other formats: fp16 on cpu takes 1.14") for note in estimate.notes
+    )
 
 
 def test_seconds_are_multiplied_and_the_plan_says_so(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_profile_is_saved_and_planned_with(tmp_path: Path, capsys: pytest.Capt
 
 def test_what_if_adds_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.yaml"
-    words = ["what-if", "demo", *MACHINE, "--add", "GTX 1060 3GB", "--context", "512"]
+    words = ["what-if", "demo", *MACHINE, "--add", "RTX 3060 12GB", "--context", "512"]
     assert main([*words, "-o", str(file), "--svg", str(tmp_path / "plan.svg"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["workload"]["context"] == 512
     assert Placement.load(file).device_names == ("cuda:0",)
@@ -56,6 +56,70 @@ def test_what_if_adds_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "1 session of 1,024 tokens" in capsys.readouterr().out
     assert main(["what-if", str(file), *MACHINE, "--sessions", "3", "--objective", "throughput"]) == 0
     assert "3 sessions of 512 tokens · planned for throughput" in capsys.readouterr().out
+
+
+TWO_STAGES = """
+version: 1
+model: {source: demo}
+workload: {context: 256}
+stages:
+  - {device: cpu, units: [embed], layers: [0, 4], weights: int8, kv: {dtype: int8}}
+  - {device: "cpu:1", units: [head], layers: [4, 8], weights: int8, kv: {dtype: int8}}
+devices: {cpu: {memory: 700MiB}, "cpu:1": {memory: 800MiB}}
+"""
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_what_if_foretells_sessions_as_a_plan_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of a step share its weights: four sessions are not four times one."""
+    words = ["demo", "--memory", "cpu=1GiB", "--context", "256", "--weights", "int8", "--sessions", "4"]
+    plan, answer = (planned(capsys, command, *words)["estimate"] for command in ("plan", "what-if"))
+    assert answer["throughput_tokens_per_s"] == plan["throughput_tokens_per_s"]
+
+
+def test_what_if_starts_from_what_the_placement_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "plan.yaml")
+    Path(file).write_text(TWO_STAGES, "utf-8")
+    (only,) = planned(capsys, "what-if", file, "--drop", "cpu:1")["devices"].items()
+    assert only == ("cpu", {"memory": "700MiB"})
+    plan = planned(capsys, "what-if", file, "--context", "128")
+    assert {stage["weights"] for stage in plan["stages"]} == {"int8"}
+    assert {stage["kv"]["dtype"] for stage in plan["stages"]} == {"int8"}
+    assert planned(capsys, "what-if", file, *MACHINE)["devices"] != plan["devices"]  # of another machine, all it has
+    assert planned(capsys, "what-if", file, "--memory", "cpu=900MiB")["devices"] == {"cpu": {"memory": "900MiB"}}
+    assert {stage["weights"] for stage in planned(capsys, "what-if", file, "--weights", "nf4")["stages"]} == {"nf4"}
+
+
+def test_what_if_keeps_as_much_precision_as_a_mixed_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "plan.yaml")
+    words = [*MACHINE, "--context", "256", "--quality", "0.4"]
+    before = {stage["weights"] for stage in planned(capsys, "what-if", "demo", *words, "-o", file)["stages"]}
+    assert len(before) > 1
+    assert {stage["weights"] for stage in planned(capsys, "what-if", file, *MACHINE)["stages"]} == before
+
+
+def test_budgets_of_devices_that_are_added(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["what-if", "demo", *MACHINE, "--add", "RTX 3060 12GB", "--context", "256"]
+    plan = planned(capsys, *words, "--memory", "cpu=1GiB,cuda:0=1500MiB")
+    assert plan["devices"]["cuda:0"] == {"memory": "1500MiB"}
+    assert planned(capsys, *words, "--memory", "cuda:0=1500MiB")["devices"] == {"cuda:0": {"memory": "1500MiB"}}
+    assert main([*words, "--memory", "cuda:1=1GiB"]) == 2
+    assert "--memory: desktop DDR4 CPU has no 'cuda:1': did you mean cuda:0?" in capsys.readouterr().err
+
+
+def test_facts_with_keys_and_values_in_16_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "facts.json")
+    words = ["profile", "demo", "--memory", "cpu=1GiB", "--weights", "int8", "--facts", file]
+    assert main(words) == 0
+    assert main(["plan", "demo", "--facts", file, "--context", "256", "--kv", "int8"]) == 2
+    again = f"make it again with: splitrun profile demo --kv int8 --facts {file}"
+    assert f"was measured with keys and values in 16 bits; {again}" in capsys.readouterr().err
+    assert main([*words, "--kv", "int8"]) == 0
+    assert main(["plan", "demo", "--facts", file, "--context", "256", "--kv", "int8"]) == 0
 
 
 def test_int8_keys_and_values_take_less(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,6 +182,7 @@ def test_refusals_are_one_line(words: list[str], why: str, capsys: Any) -> None:
         (["--add", "GTX 1066"], "--add 'GTX 1066' is not known"),
         (["--drop", "cuda:7"], "--drop: there is no 'cuda:7'"),
         (["--drop", "cpu"], "no device is left"),
+        (["--memory", "cpu=1GiB,cuda:7=1GiB"], "--memory: this machine, changed, has no 'cuda:7'"),
     ],
 )
 def test_names_are_looked_up_before_anything_is_timed(

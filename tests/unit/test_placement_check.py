@@ -110,3 +110,19 @@ def test_the_command_names_the_same_model_and_kv() -> None:
     (reason,) = reasons(plan=plan, layers=9)
     assert "splitrun plan 'my models/7B' --context" in reason
     assert reason.endswith("--revision v2 --kv int8 -o mine.yaml")
+
+
+def test_a_budget_below_what_the_plan_takes() -> None:
+    """A file that was edited; once its stages are others, the estimate is of another plan and says nothing."""
+    low = replace(PLAN, devices={**PLAN.devices, "cuda:0": 100 * MIB})
+    (reason,) = reasons(plan=low)
+    assert "on cuda:0, but its budget there is 100 MiB; raise devices.cuda:0.memory in the file, or plan" in reason
+    moved = replace(low, stages=tuple(replace(stage, weights="nf4") for stage in low.stages))
+    assert reasons(plan=moved) == []
+
+
+def test_more_threads_than_processors() -> None:
+    asking = replace(PLAN, stages=(replace(PLAN.stages[0], threads=8), *PLAN.stages[1:]))
+    assert stale_reasons(asking, None, 8, MACHINE, processors=8) == []
+    (reason,) = stale_reasons(asking, None, 8, MACHINE, processors=4)
+    assert "asks for 8 threads, but this process may use 4 processors; write threads: auto, or 4" in reason

@@ -122,6 +122,7 @@ FAULTS = [
     ("threads: auto", "threads: many", 9, "stages[2].threads: 'many' is not a whole number"),
     ("memory: 4GiB", "memory: 4 gigs", 11, "devices.cuda:0.memory: '4 gigs' is not a size"),
     ("memory: 4GiB", "memory: 0", 11, "devices.cuda:0.memory: must be more than 0"),
+    ("memory: 4GiB", "memory: 4", 11, "devices.cuda:0.memory: 4 is 4 B, too little for anything; write it with a unit"),
     ("memory: 4GiB", "memory: -4", 11, "devices.cuda:0.memory: -4 is out of range"),
     ("memory: 4GiB", "memory: 1.5", 11, "devices.cuda:0.memory: '1.5' is not a size"),
     ("memory: 4GiB", "memory: 1e999", 11, "devices.cuda:0.memory"),

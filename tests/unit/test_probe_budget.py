@@ -23,7 +23,7 @@ def test_parse_memory(texts: list[str] | None, budgets: dict[str, str] | None) -
     assert parse_memory(texts) == budgets
 
 
-@pytest.mark.parametrize("text", ["=4GiB", "cpu=", "cpu=1GiB,cpu=2GiB"])
+@pytest.mark.parametrize("text", ["=4GiB", "cpu=", "cpu=1GiB,cpu=2GiB", "cpu=1,5GiB"])
 def test_unreadable_memory_is_refused(text: str) -> None:
     with pytest.raises(InvalidPlacement, match="--memory"):
         parse_memory([text])
@@ -34,7 +34,11 @@ def test_unreadable_memory_is_refused(text: str) -> None:
     [
         ({"cuda:0": "4GiB", "cpu": 8 * GIB}, {"cuda:0": 4 * GIB, "cpu": 8 * GIB}),
         ({"cpu": "auto"}, {"cpu": 9 * GIB}),  # what is not named is not used
-        ({"cpu": "2GiB", "cpu:1": "1GiB", "cpu:2": "auto"}, {"cpu": 2 * GIB, "cpu:1": GIB, "cpu:2": 9 * GIB}),
+        ({"cpu": "2GiB", "cpu:1": "1GiB", "cpu:2": "auto"}, {"cpu": 2 * GIB, "cpu:1": GIB, "cpu:2": 6 * GIB}),
+        (
+            {"cpu": "auto", "cpu:1": "auto", "cuda:0": "auto"},
+            {"cpu": 9 * GIB // 2, "cpu:1": 9 * GIB // 2, "cuda:0": 7 * GIB},
+        ),
         ({"cpu:1": "1GiB"}, {"cpu:1": GIB}),
     ],
 )
@@ -53,6 +57,10 @@ def test_named_budgets(memory: dict[str, str | int], budgets: dict[str, int]) ->
         ({"cpu": "lots"}, "budget of cpu: 'lots' is not a size"),
         ({"cpu": -1}, "budget of cpu: -1 is out of range"),
         ({"cpu": "0"}, "a budget of 0 for cpu"),
+        ({"cpu": "4"}, "budget of cpu: 4 is 4 B, too little for anything; write it with a unit, like 4GiB"),
+        ({"CPU": "4GiB"}, "there is no device 'CPU' here; did you mean cpu?"),
+        ({"CPU:1": "4GiB"}, "did you mean cpu:1?"),
+        ({"cpu": "9GiB", "cpu:1": "auto"}, "--memory leaves nothing for cpu:1: plans may use 9.00 GiB there"),
         ({}, "memory names no device"),
     ],
 )
