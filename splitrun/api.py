@@ -72,9 +72,11 @@ def plan(
 
     asked = partial(_workload, context, sessions, objective)
 
-    def refuse(profile: ModelProfile, cluster: Cluster) -> None:
+    def check(profile: ModelProfile, cluster: Cluster) -> None:
         check_kv(cluster, kv)
         check_request(profile, cluster, asked(profile))
+
+    def refuse(profile: ModelProfile, cluster: Cluster) -> None:
         refuse_hopeless(profile, cluster, asked(profile), allowed_formats(profile, weights))
 
     try:
@@ -83,7 +85,7 @@ def plan(
         elif nodes:
             known = gather_cluster(model, memory, weights, revision, load, rows, refresh, report, kv)
         else:
-            known = gather_facts(model, memory, weights, revision, load, rows, refresh, report, refuse, kv)
+            known = gather_facts(model, memory, weights, revision, load, rows, refresh, report, kv, check, refuse)
         check_kv(known.cluster, kv)
         return solve(known.profile, known.cluster.keeping(kv), asked(known.profile), weights, quality, stream=True)
     except DoesNotFit as error:
@@ -129,12 +131,13 @@ def gather_facts(
     rows: tuple[int, ...] = (1, 4, 16),
     refresh: bool = False,
     report: Callable[[str], None] = lambda text: None,
-    check: Callable[[ModelProfile, Cluster], None] = lambda profile, cluster: None,
     kv: str = "auto",
+    check: Callable[[ModelProfile, Cluster], None] = lambda profile, cluster: None,
+    refuse: Callable[[ModelProfile, Cluster], None] = lambda profile, cluster: None,
 ) -> Facts:
     """Profile ``model`` and time its units on this machine; arguments and errors as for ``plan``.
 
-    ``check`` sees bytes and budgets before any unit is timed, and raises where they are hopeless.
+    ``check`` and ``refuse`` see bytes and budgets before anything, and before any unit, is timed, and may raise.
     """
     from splitrun.engine.own_seconds import engine_cost
     from splitrun.measure.gather import gather
@@ -144,8 +147,9 @@ def gather_facts(
         return device_formats(profile, cluster, weights)
 
     return gather(
-        model, revision, load, memory, formats, rows, engine_cost, refresh=refresh, kv=kv, report=report, check=check
-    )
+        model, revision, load, memory, formats, rows, engine_cost,
+        refresh=refresh, kv=kv, report=report, check=check, refuse=refuse,
+    )  # fmt: skip
 
 
 def gather_cluster(

@@ -23,6 +23,7 @@ from splitrun.planner.facts_file import Facts
 Formats = Callable[[ModelProfile, Cluster], Mapping[str, Sequence[str]]]
 
 
+Check = Callable[[ModelProfile, Cluster], None]
 MeasureEngine = Callable[[Cache, str | None], EngineCost]
 """(what is kept, a card in use) -> what the engine takes."""
 
@@ -39,15 +40,17 @@ def gather(
     refresh: bool = False,
     kv: str = "auto",
     report: Report = lambda text: None,
-    check: Callable[[ModelProfile, Cluster], None] = lambda profile, cluster: None,
+    check: Check = lambda profile, cluster: None,
+    refuse: Check = lambda profile, cluster: None,
 ) -> Facts:
     """Everything that a plan of ``model`` on this machine is made from.
 
     ``formats`` says which weight formats to time on each device, ``rows`` how many sequences decode together.
     ``engine`` says what the engine itself takes; a machine that only lends its devices leaves that out. ``refresh``
     measures again what earlier runs measured. With ``kv`` "int8" the units of processors are timed with K and V in
-    int8. ``check`` sees bytes and budgets before any unit is timed, and raises where they are hopeless. Raises as it,
-    probing and profiling do.
+    int8. ``check`` raises where what is asked contradicts the model, before anything is measured; ``refuse`` where the
+    budgets are hopeless, what the engine takes of them counted, before any unit is timed. Raises as they, probing and
+    profiling do.
     """
     machine = this_machine(refresh)
     cluster = probe(memory, machine).keeping(kv)
@@ -59,7 +62,7 @@ def gather(
     check(facts, cluster)
     if engine is not None:
         cluster = with_engine(cluster, engine(machine.cache, card))
-        check(facts, cluster)
+    refuse(facts, cluster)
     if refresh:
         forget(machine.cache, facts.fingerprint, cluster.devices, FORMATS)
     timed = measure(files, structure, facts, cluster, wanted, machine.cache, report)

@@ -42,8 +42,8 @@ def refuse_hopeless(profile: ModelProfile, cluster: Cluster, workload: Workload,
     usable = [name for name in formats if _able(cluster, name)]
     if not usable:
         return
-    weights = sum(min(unit.weight_bytes[name] for name in usable) for unit in profile.units)
-    weights -= max(profile.tied_bytes.get(name, 0) for name in usable)
+    weights = sum(min(unit.weight_bytes[name] for name in usable) for unit in profile.units[1:-1])
+    weights += _ends_bytes(profile, usable)
     cache = min(_kept(profile, device, workload, name) for name in usable for device in _able(cluster, name))
     there = _room(cluster)
     missing = weights + cache - there
@@ -59,7 +59,7 @@ def refuse_hopeless(profile: ModelProfile, cluster: Cluster, workload: Workload,
     ways += ["give it more with --memory", "take a smaller model"]
     budgets = " and ".join(f"{format_bytes(device.budget_bytes)} on {device.name}" for device in cluster.devices)
     taken = sum(pool_budgets(cluster).values()) - there
-    process = f", {format_bytes(taken)} of it for process and context" if taken else ""
+    process = f", of which process and context take {format_bytes(taken)}" if taken else ""
     message = (
         f"{profile.source} does not fit: in {leanest} its weights alone take {format_bytes(weights)} and its KV "
         f"{format_bytes(cache)}, and the budgets are {budgets}{process}: at least {format_bytes(missing)} too little; "
@@ -70,12 +70,21 @@ def refuse_hopeless(profile: ModelProfile, cluster: Cluster, workload: Workload,
     raise DoesNotFit(message, shortfall)
 
 
+def _ends_bytes(profile: ModelProfile, formats: Sequence[str]) -> int:
+    """The fewest bytes of embed and head together: what they share is there once where both have one format."""
+    embed, head = profile.units[0].weight_bytes, profile.units[-1].weight_bytes
+    together = (embed[name] + head[name] - profile.tied_bytes.get(name, 0) for name in formats)
+    return min(*together, min(embed[name] for name in formats) + min(head[name] for name in formats))
+
+
 def _room(cluster: Cluster) -> int:
-    """Bytes of all budgets beside what is taken before any model, of every memory the least that one device takes."""
+    """Bytes of all budgets beside what is taken before any model, of every memory the least that one device takes. A
+    memory with less than that is left out; where all have less, the one that lacks least counts, below 0."""
     taken: dict[str, int] = {}
     for device in cluster.devices:
         taken[device.memory_pool] = min(taken.get(device.memory_pool, device.context_bytes), device.context_bytes)
-    return sum(max(0, budget - taken[pool]) for pool, budget in pool_budgets(cluster).items())
+    rooms = [budget - taken[pool] for pool, budget in pool_budgets(cluster).items()]
+    return sum(room for room in rooms if room > 0) or max(rooms)
 
 
 def shortfall_text(tables: Tables, split: Split | None, devices: Sequence[Device]) -> str:

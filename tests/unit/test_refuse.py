@@ -16,6 +16,7 @@ from splitrun.planner.facts import Cluster, Workload
 from splitrun.planner.formats import allowed_formats
 from splitrun.planner.refuse import fits, refuse_hopeless
 from splitrun.planner.solve import solve
+from splitrun.quantities import format_bytes
 
 
 def refused(cluster: Cluster, workload: Workload, weights: str = "auto") -> DoesNotFit | None:
@@ -32,7 +33,9 @@ def test_what_is_refused_has_no_plan(kv: str) -> None:
     draw, outcomes = random.Random(0), []
     for _ in range(150):
         names = draw.choice((("cpu",), ("cpu", "cuda:0"), ("cpu", "cpu:1")))
-        devices = tuple(device(name, budget=draw.randrange(1, 200) * MIB) for name in names)
+        taken = draw.choice((0, 60 * MIB))
+        sizes = {name: draw.randrange(1, 200) * MIB for name in names}
+        devices = tuple(device(name, budget=size, context_bytes=taken) for name, size in sizes.items())
         cluster = Cluster(devices).keeping(kv)
         workload = Workload(context=draw.choice((64, 4096, 32768)), sessions=draw.choice((1, 8)))
         weights = draw.choice(("auto", "bf16", "nf4"))
@@ -60,7 +63,22 @@ def test_what_the_process_takes_is_no_room() -> None:
     assert refused(Cluster((device(budget=needed + 40 * MIB, context_bytes=40 * MIB),)), workload) is None
     error = refused(Cluster((device(budget=needed + 38 * MIB, context_bytes=40 * MIB),)), workload)
     assert error is not None
-    assert "95.0 MiB on cpu, 40.0 MiB of it for process and context: at least" in str(error)
+    assert "95.0 MiB on cpu, of which process and context take 40.0 MiB: at least" in str(error)
+    error = refused(Cluster((device(budget=30 * MIB, context_bytes=40 * MIB),)), workload)
+    assert error is not None
+    assert needed + 5 * MIB < error.shortfall_bytes["cpu"] < needed + 10 * MIB  # of the process, 10 MiB are missing too
+
+
+def test_what_embed_and_head_share_is_there_in_one_format() -> None:
+    """Not in the dearest one while both are in the leanest."""
+    profile = model(values=8 * MIB)
+    ends = {name: profile.units[0].weight_bytes[name] for name in ("bf16", "nf4")}
+    profile = replace(profile, tied_bytes=ends)
+    layers = sum(unit.weight_bytes["nf4"] for unit in profile.units[1:-1])
+    with pytest.raises(DoesNotFit) as caught:
+        refuse_hopeless(profile, Cluster((device(budget=MIB),)), Workload(context=64), ("bf16", "nf4"))
+    head = profile.units[-1].weight_bytes["nf4"]
+    assert f"in nf4 its weights alone take {format_bytes(layers + head)} and its KV" in str(caught.value)
 
 
 @pytest.mark.parametrize(
