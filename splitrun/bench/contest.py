@@ -64,12 +64,13 @@ def against(predicted: Estimate, result: Result) -> list[str]:
     if result.error or not result.decode_tokens_per_s:
         return []
     low, high = map(rate_figure, predicted.decode_interval)
+    soon, late = map(format_seconds, predicted.first_token_interval)
     decode = predicted.decode_tokens_per_s / result.decode_tokens_per_s - 1
     first = predicted.time_to_first_token_s / max(result.ttft_s, 1e-9) - 1
     return [
         f"decode       predicted {format_rate(predicted.decode_tokens_per_s)} ({low} to {high}), measured "
         f"{format_rate(result.decode_tokens_per_s)}: {decode:+.0%}",
-        f"first token  predicted {format_seconds(predicted.time_to_first_token_s)}, measured "
+        f"first token  predicted {format_seconds(predicted.time_to_first_token_s)} ({soon} to {late}), measured "
         f"{format_seconds(result.ttft_s)}: {first:+.0%}",
     ]
 

@@ -23,6 +23,9 @@ PROMPT_TOKENS = 512
 ENGINE_DEVICE = "cpu"
 """Token ids start and end here: the engine's scheduler is on the host."""
 TOKEN_BYTES = 4
+DECODE_ERROR, FIRST_TOKEN_ERROR = 0.1, 0.15
+"""What timed units foretold was off by at most so much in nine of ten runs (tests/bench/results/predictions.md and
+predictions-gpu.md), however steady each unit was."""
 
 
 def reference_prompt(workload: Workload) -> int:
@@ -217,14 +220,15 @@ def throughput_tokens_per_s(profile: ModelProfile, cluster: Cluster, placement: 
     return sessions / max(streams * slowest, pass_s(profile, cluster, placement, False, rows))
 
 
-def placement_spread(profile: ModelProfile, cluster: Cluster, placement: Placement) -> float:
+def placement_spread(profile: ModelProfile, cluster: Cluster, placement: Placement, prefill: bool) -> float:
     """How far the plan's seconds may be off, as a share: each stage's own, weighted by what it takes."""
     weighted = total = 0.0
+    least = FIRST_TOKEN_ERROR if prefill else DECODE_ERROR
     for stage in placement.stages:
         device = cluster.device(stage.device)
         measured = profile.seconds.get((stage.device, stage.weights))
-        seconds = stage_s(profile, cluster, placement, stage, prefill=False)
-        units = [measured.units[unit].spread for unit in stage.units] if measured else [device.spread]
+        seconds = stage_s(profile, cluster, placement, stage, prefill)
+        units = [least, *(measured.units[unit].spread for unit in stage.units)] if measured else [device.spread]
         weighted += seconds * max(units)
         total += seconds
     return weighted / total if total else 0.0
@@ -273,6 +277,7 @@ def estimate(
         devices=with_kept(profile, cluster, placement, placement_memory(profile, cluster, placement)),
         limit=limit,
         notes=tuple(notes),
-        spread=placement_spread(profile, cluster, placement),
+        spread=placement_spread(profile, cluster, placement, prefill=False),
+        first_token_spread=placement_spread(profile, cluster, placement, prefill=True),
         streams=streams,
     )

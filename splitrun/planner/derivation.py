@@ -62,12 +62,18 @@ def _prompt(placement: Placement, stored: Estimate) -> list[str]:
     chunks = -(-stored.prompt_tokens // chunk)
     stages = " + ".join(format_seconds(stage.prefill_s) for stage in stored.stages)
     slabs = any(stage.stream_buffer_bytes for stage in placement.stages)
+    beside_s = stored.time_to_first_token_s - sum(stage.prefill_s for stage in stored.stages)
+    beside = "hops, the engine and the request itself"
+    if slabs:  # what they gain is more than these take
+        rest = f"with slabs, {beside}"
+    else:
+        rest = f"{beside} {format_seconds(max(0.0, beside_s))}: together"
     return [
         f"First token of {stored.prompt_tokens:,}: {chunks} chunk{'s' * (chunks != 1)} of up to {chunk} tokens "
         "through every stage,",
         "  a chunk takes what chunks of 32 and 512 tokens took, on the line between, and c · tokens · history more",
         *([SLABS_TEXT] * slabs),
-        f"  stages {stages}, with hops{' and slabs' * slabs} {format_seconds(stored.time_to_first_token_s)}",
+        f"  stages {stages}; {rest} {format_seconds(stored.time_to_first_token_s)}",
     ]
 
 
@@ -87,9 +93,8 @@ def _memory(placement: Placement, stored: Estimate) -> list[str]:
 
 def _bill(memory: DeviceMemory) -> str:
     total, budget = format_bytes(memory.total_bytes), format_bytes(memory.budget_bytes)
-    return (
-        f"  {memory.device}: {' + '.join(format_bytes(amount) for _, amount in memory.items())} = {total} <= {budget}"
-    )
+    items = " + ".join(f"{name} {format_bytes(amount)}" for name, amount in memory.items() if amount)
+    return f"  {memory.device}: {items} = {total} <= {budget}"
 
 
 def _search(placement: Placement) -> list[str]:

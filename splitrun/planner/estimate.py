@@ -78,8 +78,8 @@ class Estimate:
     ``step_s`` and ``decode_tokens_per_s`` are one session's, alone, with ``history_tokens`` tokens in its cache;
     ``throughput_tokens_per_s`` is that of all sessions together, decoding in ``streams`` groups;
     ``time_to_first_token_s`` and ``prefill_tokens_per_s`` are for a prompt of ``prompt_tokens``. ``limit`` names the
-    binding constraint. ``spread`` is how far, as a share, seconds may be off: the measured units' own, or that of a
-    data sheet.
+    binding constraint. ``spread`` is how far, as a share, seconds of decoding may be off: the measured units' own, at
+    least what such predictions were off, or that of a data sheet; ``first_token_spread`` those to the first token.
     """
 
     step_s: float
@@ -97,6 +97,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
     spread: float = 0.0
     streams: int = 1
+    first_token_spread: float = 0.0
 
     @property
     def decode_interval(self) -> tuple[float, float]:
@@ -106,7 +107,8 @@ class Estimate:
     @property
     def first_token_interval(self) -> tuple[float, float]:
         """Seconds to the first token, at least and at most."""
-        return self.time_to_first_token_s * (1 - min(self.spread, 0.9)), self.time_to_first_token_s * (1 + self.spread)
+        share = self.first_token_spread or self.spread
+        return self.time_to_first_token_s * (1 - min(share, 0.9)), self.time_to_first_token_s * (1 + share)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mappings, lists and numbers; seconds and rates to six significant digits."""
@@ -129,7 +131,7 @@ def from_dict(data: object) -> Estimate | None:
     return _checked(Estimate, {**data, **nested})
 
 
-_LATER = ("spread", "kept_bytes", "streams")
+_LATER = ("spread", "kept_bytes", "streams", "first_token_spread")
 """Fields that estimates of earlier versions lack."""
 Made = TypeVar("Made", StageEstimate, DeviceMemory, Estimate)
 

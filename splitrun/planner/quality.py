@@ -6,7 +6,7 @@ of the weights. Knows nothing of speed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from splitrun.errors import InvalidPlacement
 from splitrun.planner.facts import FORMATS, ModelProfile
@@ -32,6 +32,12 @@ def loss_share(profile: ModelProfile, placement: Placement) -> float:
     """The plan's loss as a share of that with everything in NF4; 0 for a model without quantizable weights."""
     most = sum(unit.quantized_values for unit in profile.units) * RELATIVE_ERROR["nf4"]
     return placement_loss(profile, placement) / most if most else 0.0
+
+
+def most_lost(profile: ModelProfile, formats: Mapping[str, Sequence[str]]) -> float:
+    """The most that any plan loses in these formats (of each device)."""
+    named = {name for each in formats.values() for name in each}
+    return sum(max(unit_loss(profile, unit, name) for name in named) for unit in range(len(profile.units)))
 
 
 def loss_limit(profile: ModelProfile, quality: str) -> float:

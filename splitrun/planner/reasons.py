@@ -13,11 +13,13 @@ import numpy
 
 from splitrun.planner.alike import classes_of
 from splitrun.planner.facts import FORMATS, Cluster, Device, ModelProfile, Workload
+from splitrun.planner.losses import Losses
 from splitrun.planner.many import least_possible
 from splitrun.planner.placement import Placement
 from splitrun.planner.problem import INFINITE, Split, Tables, busy_s, excess_of, used_devices
 from splitrun.planner.search import Outcome, fastest
 from splitrun.planner.tables import build_tables
+from splitrun.planner.within import fastest_within
 from splitrun.quantities import format_bytes, format_rate, format_seconds
 
 WORTH_NAMING = 0.005
@@ -36,17 +38,37 @@ SHORTER = 4
 
 @dataclass(frozen=True)
 class Findings:
-    """A solved problem: tables, answer, and the devices and workload behind the numbers.
+    """A solved problem: tables, answer, and the devices, the model and the workload behind the numbers.
 
     ``own_s`` are the engine's seconds beside stages and hops, as the plan has them: another plan that reads main memory
-    instead takes a fraction of a millisecond more, beside many of its own.
+    instead takes a fraction of a millisecond more, beside many of its own. ``most_loss`` is what any plan may lose in
+    precision.
     """
 
     tables: Tables
     outcome: Outcome
     devices: Sequence[Device]
+    profile: ModelProfile
     workload: Workload
     own_s: float = 0.0
+    most_loss: float = INFINITE
+
+    def fastest(self, tables: Tables, ends: Set[int] | None = None) -> Outcome:
+        """The best split of a problem like this one, within what plans may lose."""
+        outcome = fastest(tables, self.bottleneck, ends)
+        if outcome.split is None or self.most_loss == INFINITE:
+            return outcome
+        if Losses.of(self.profile, tables).split(outcome.split) <= self.most_loss:
+            return outcome
+        return fastest_within(tables, self.profile, self.bottleneck, self.most_loss)
+
+    def best_without(self, device: int) -> float:
+        """The best value among the plans that do without that device."""
+        if self.most_loss == INFINITE:
+            return self.outcome.best_without(device)
+        budgets = self.tables.budget_bytes.copy()
+        budgets[device] = 0
+        return self.fastest(replace(self.tables, budget_bytes=budgets)).value
 
     @property
     def bottleneck(self) -> bool:
@@ -102,16 +124,14 @@ def runner_up(found: Findings) -> list[str]:
     split = found.outcome.split
     if split is None:
         return []
-    values = {number: found.outcome.best_without(number) for number in used_devices(split)}
+    values = {number: found.best_without(number) for number in used_devices(split)}
     device = min(values, key=lambda number: values[number], default=None)
     if device is None or values[device] == INFINITE:
         return []
     return [f"the runner-up does without {found.devices[device].name}: {found.instead(values[device])}"]
 
 
-def other_format(
-    found: Findings, profile: ModelProfile, cluster: Cluster, formats: Mapping[str, Sequence[str]]
-) -> list[str]:
+def other_format(found: Findings, cluster: Cluster, formats: Mapping[str, Sequence[str]]) -> list[str]:
     """The best plan without the format of most layers, and what it would cost; nothing when none fits."""
     split = found.outcome.split
     if split is None:
@@ -121,7 +141,7 @@ def other_format(
     rest = {name: tuple(each for each in known if each != main) for name, known in formats.items()}
     if not any(rest.values()):
         return []
-    outcome = fastest(build_tables(profile, cluster, rest, found.workload), found.bottleneck)
+    outcome = found.fastest(build_tables(found.profile, cluster, rest, found.workload))
     if outcome.split is None:
         return []
     instead = FORMATS[outcome.split.formats[outcome.split.runs[0][0]][LAYERS]]
@@ -139,7 +159,7 @@ def limit(found: Findings) -> str:
         ends, ample = {outcome.split.embed, outcome.split.head, *members}, _without_limit(tables, members)
         if least_possible(ample, found.bottleneck) >= worth:
             continue  # its layers are no quicker than those of devices that have room
-        relaxed = fastest(ample, found.bottleneck, ends)
+        relaxed = found.fastest(ample, ends)
         if relaxed.split is None or relaxed.value >= worth:
             continue
         more = format_bytes(sum(excess_of(tables, relaxed.split)))
@@ -150,9 +170,7 @@ def limit(found: Findings) -> str:
     return f"speed of {slowest(tables, outcome.split, devices)}; more memory would not help"
 
 
-def more_context(
-    found: Findings, profile: ModelProfile, cluster: Cluster, formats: Mapping[str, Sequence[str]]
-) -> list[str]:
+def more_context(found: Findings, cluster: Cluster, formats: Mapping[str, Sequence[str]]) -> list[str]:
     """What a shorter context would gain, in a sentence; nothing when it is not worth one.
 
     The shorter plan is judged at the history of the longer one, so that only its smaller KV counts.
@@ -164,7 +182,7 @@ def more_context(
     history = workload.context // 2 if workload.history_tokens is None else workload.history_tokens
     shorter = replace(workload, context=context, history_tokens=history)
     ends = {split.embed, split.head}
-    outcome = fastest(build_tables(profile, cluster, formats, shorter), found.bottleneck, ends)
+    outcome = found.fastest(build_tables(found.profile, cluster, formats, shorter), ends)
     if outcome.value >= found.outcome.value * (1 - WORTH_NAMING):
         return []
     gain = found.instead(outcome.value)

@@ -22,7 +22,7 @@ from splitrun.planner.many import fastest_of_many, least_with_layers_on
 from splitrun.planner.memory import computes_layers, kv_dtype_on
 from splitrun.planner.placement import KVSpec, ModelRef, Placement, StageSpec
 from splitrun.planner.problem import Split, Tables, used_devices
-from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, placement_loss, share_of
+from splitrun.planner.quality import DEFAULT_LIMIT, loss_limit, loss_share, most_lost, placement_loss, share_of
 from splitrun.planner.reasons import (
     Findings,
     calibrations,
@@ -155,11 +155,13 @@ def _solve(
         unable = [device.name for device in cluster.devices if device not in devices]
         notes = [f"{name} was left out: it does not compute {' or '.join(tried)}" for name in unable]
         own_s = engine_s(cluster, workload, workload.objective == "first-token", not reads_memory(cluster, plan))
-        found = Findings(tables, outcome, devices, workload, own_s)
+        limited = weights == "auto" and most_lost(profile, formats) > loss_limit(profile, quality)
+        most = loss_limit(profile, quality) if limited else math.inf
+        found = Findings(tables, outcome, devices, profile, workload, own_s, most)
         notes += left_out(found)
         if outcome is quickest:
-            notes += runner_up(found) or other_format(found, profile, cluster, formats)
-            notes += more_context(found, profile, cluster, formats)
+            notes += runner_up(found) or other_format(found, cluster, formats)
+            notes += more_context(found, cluster, formats)
             binding = limit(found)
         else:
             binding = f"--quality {quality}: weights that lose more would give {found.instead(quickest.value)}"

@@ -175,6 +175,12 @@ def test_equals_brute_force(block: int) -> None:
     assert mixed > 2
 
 
+def bare(placement: Placement) -> Placement:
+    """Without what is said of other plans."""
+    assert placement.estimate is not None
+    return replace(placement, estimate=replace(placement.estimate, limit="", notes=()))
+
+
 @pytest.mark.parametrize("block", range(4))
 def test_equals_brute_force_within_a_quality(block: int) -> None:
     bound = apart = 0
@@ -190,7 +196,7 @@ def test_equals_brute_force_within_a_quality(block: int) -> None:
         placement = solve(profile, cluster, workload, quality=quality)
         quickest = solve(profile, cluster, workload)
         if placement_loss(profile, quickest) <= most:
-            assert placement == quickest, seed  # the limit does not bind
+            assert bare(placement) == bare(quickest), seed  # the limit does not bind
             continue
         assert placement_loss(profile, placement) <= loss_limit(profile, quality), seed
         assert score(profile, cluster, placement) == pytest.approx(expected, rel=1e-9), seed

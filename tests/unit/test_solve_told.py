@@ -1,0 +1,52 @@
+"""What a plan says of other plans: each keeps the precision that was asked for."""
+
+from __future__ import annotations
+
+import pytest
+from planner_models import GIB, MIB, device, model
+
+from splitrun.planner.estimate import Estimate
+from splitrun.planner.facts import Cluster, Device, Workload
+from splitrun.planner.placement import Placement
+from splitrun.planner.solve import solve
+from splitrun.quantities import format_rate
+
+PROFILE = model(values=100 * MIB)
+LOSSLESS = "0"
+
+
+def planned(*devices: Device) -> tuple[Placement, Estimate]:
+    plan = solve(PROFILE, Cluster(devices), Workload(), quality=LOSSLESS)
+    assert {stage.weights for stage in plan.stages} == {"bf16"}
+    assert plan.estimate is not None
+    return plan, plan.estimate
+
+
+def test_the_runner_up_keeps_the_quality() -> None:
+    """The card takes all, in bf16 alone; a processor without it would be fastest in nf4, which loses too much."""
+    cpu, card = device(), device("cuda:0", budget=4 * GIB, bandwidth=300e9, formats=("bf16",))
+    plan, estimate = planned(cpu, card)
+    assert plan.device_names == ("cuda:0",)
+    rate = format_rate(planned(cpu)[1].decode_tokens_per_s).removesuffix(" tok/s")
+    (note,) = (note for note in estimate.notes if note.startswith("the runner-up"))
+    assert note.startswith(f"the runner-up does without cuda:0: {rate} instead of ")
+
+
+def test_what_more_memory_would_give_keeps_the_quality() -> None:
+    """The card has no room for a layer in any format; with room it would be fastest in nf4."""
+    cpu, card = device(formats=("bf16",)), device("cuda:0", budget=300 * MIB, bandwidth=300e9)
+    plan, estimate = planned(cpu, card)
+    assert plan.device_names == ("cpu",)
+    ample = device("cuda:0", budget=8 * GIB, bandwidth=300e9)
+    rate = format_rate(planned(cpu, ample)[1].decode_tokens_per_s).removesuffix(" tok/s")
+    assert f"more there would give {rate} instead of " in estimate.limit
+
+
+@pytest.mark.parametrize(("quality", "told"), [(LOSSLESS, False), ("1", True)])
+def test_the_other_format_keeps_the_quality(quality: str, told: bool) -> None:
+    """Of one device the runner-up is another format, where any other loses no more than is allowed."""
+    cpu = device(formats=("bf16", "int8", "nf4"))
+    estimate = solve(PROFILE, Cluster((cpu,)), Workload(), quality=quality).estimate
+    assert estimate is not None
+    named = [note for note in estimate.notes if note.startswith("the runner-up has weights in")]
+    assert bool(named) == told
