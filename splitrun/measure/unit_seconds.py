@@ -104,60 +104,65 @@ class _Task:
     def measured(self) -> tuple[DeviceSeconds, tuple[UnitPeak, ...]] | None:
         """The units' seconds and temporary bytes, None when any shape cannot be measured here."""
         layers, points = self.structure.layers, self.points()
-        embed = self._found(CutRange(True, 0, 0, False), points)
+        windows = dict.fromkeys([None, *map(self._window, range(layers))])
+        every = list(dict.fromkeys(point for window in windows for point in self.points(window)))
+        embed = self._found(CutRange(True, 0, 0, False), every)
         if embed is None:
             return None
         most = most_beside(embed.samples, self.device.kind == "cpu")
         fast: int | None = None
         stage: Samples | None = None
-        alone: dict[str, tuple[Found, int, Found]] = {}
+        alone: dict[str, tuple[Found, int, Found, list[Point]]] = {}
         for index in range(layers):
             shape = layer_shape(self.structure, index)
             if shape in alone:
                 continue
-            count = self._run_length(index, shape)
-            several = self._found(
-                CutRange(False, index, index + count, False),
-                in_a_row(points, count, self.device.kind, self.threads),
-                fast,
-            )
+            count, own = self._run_length(index, shape), self.points(self._window(index))
+            together = in_a_row(own, count, self.device.kind, self.threads)
+            several = self._found(CutRange(False, index, index + count, False), together, fast)
             if several is None:
                 return None
             fast = several.fast
-            one = self._found(CutRange(False, index, index + 1, False), points, fast) if count > 1 else several
+            one = self._found(CutRange(False, index, index + 1, False), own, fast) if count > 1 else several
             if one is None:
                 return None
-            alone[shape] = (several, count, one)
+            alone[shape] = (several, count, one, own)
             if stage is None and count > 1:
                 rest = at_most(less(one.samples, slope(several.samples, one.samples, count, most)), most)
-                stage = embed.samples | for_every_chunk(rest, points)
-        own = head_points(points)
-        head = self._found(CutRange(False, layers, layers, True), own, fast)
+                stage = embed.samples | for_every_step(rest, every)
+        last = head_points(points)
+        head = self._found(CutRange(False, layers, layers, True), last, fast)
         if head is None:
             return None
         stage = stage or embed.samples
         shapes, peaks, step = {}, {}, embed.chunk_step
-        for shape, (several, count, one) in alone.items():
+        for shape, (several, count, one, own) in alone.items():
             each = less(one.samples, stage)
             if count > 1:
                 each |= slope(several.samples, one.samples, count, most)
-            shapes[shape], peaks[shape] = unit_seconds(each, points, one.chunk_step), unit_peak(one, points)
+            shapes[shape], peaks[shape] = unit_seconds(each, own, one.chunk_step), unit_peak(one, own)
             step = one.chunk_step
         order = [layer_shape(self.structure, index) for index in range(layers)]
-        ends = ((embed, points), (head, own))
-        first, last = (unit_seconds(less(found.samples, stage), at, found.chunk_step) for found, at in ends)
-        middle = (shapes[shape] for shape in order)
-        seconds = DeviceSeconds(unit_seconds(stage, points, step), (replace(first, spread=0.0), *middle, last))
-        return seconds, (unit_peak(embed, points), *(peaks[shape] for shape in order), unit_peak(head, own))
+        first = replace(unit_seconds(less(embed.samples, stage), points, embed.chunk_step), spread=0.0)
+        units = (*(shapes[each] for each in order), unit_seconds(less(head.samples, stage), last, head.chunk_step))
+        seconds = DeviceSeconds(unit_seconds(stage, points, step), (first, *units))
+        return seconds, (unit_peak(embed, points), *(peaks[shape] for shape in order), unit_peak(head, last))
 
-    def points(self) -> list[Point]:
-        """The steps to time: decoding near and far, prompt chunks with and without history."""
+    def _window(self, index: int) -> int | None:
+        """How many tokens a layer looks back on at most; None: on all."""
+        group = self.structure.caches[index].group
+        return None if group is None else group.window
+
+    def points(self, window: int | None = None) -> list[Point]:
+        """The steps to time: decoding near and far, prompt chunks with and without history; none further than the
+        ``window`` of a layer that looks back on no more."""
         longest = self.profile.max_context - 1
-        near, far = min(NEAR, max(1, longest // 4)), min(FAR, longest)
+        far = min(FAR, longest, window or FAR)
+        near = min(NEAR, max(1, far // 4))
         decode = [Point(rows, 1, context) for rows in self.wanted.rows for context in (near, self._far(rows, far))]
         chunks = sorted({min(tokens, longest) for tokens in CHUNKS})
         prefill = [Point(1, tokens, 0) for tokens in chunks]
-        histories = sorted({min(history, longest - chunks[-1]) for history in CHUNK_HISTORIES} - {0})
+        histories = sorted({min(most, longest - chunks[-1], window or most) for most in CHUNK_HISTORIES} - {0})
         return [*decode, *prefill, *(Point(1, chunks[-1], history) for history in histories)]
 
     def _far(self, rows: int, far: int) -> int:
@@ -271,11 +276,15 @@ def head_points(points: Sequence[Point]) -> list[Point]:
     return [point for point in points if point.tokens == 1 or point in (*chunks[:1], *chunks[-1:])]
 
 
-def for_every_chunk(rest: Samples, points: Sequence[Point]) -> Samples:
-    """What a stage takes beside its layers, ``rest``, for chunks of a prompt that were not timed in a row too: as for
-    the longest that was."""
+def for_every_step(rest: Samples, points: Sequence[Point]) -> Samples:
+    """What a stage takes beside its layers, ``rest``, for steps that were not timed in a row too: for a chunk of a
+    prompt as for the longest that was, for decoding as for the furthest with so many rows."""
     longest = max(rest, key=lambda point: (not point.context, point.tokens))
-    return {point: rest[longest] for point in points if point.tokens > 1} | rest
+    furthest = {point.rows: point for point in sorted(rest, key=lambda point: point.context) if point.tokens == 1}
+    for point in points:
+        if point.tokens > 1 or point.rows in furthest:
+            rest = {point: rest[longest if point.tokens > 1 else furthest[point.rows]]} | rest
+    return rest
 
 
 def unit_shape(structure: ModelStructure, unit: int) -> str:

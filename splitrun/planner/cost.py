@@ -46,10 +46,10 @@ def decode_s(
     profile: ModelProfile, unit: int, device: Device, weights: str, workload: Workload, kv_dtype: str, rows: int = 1
 ) -> float:
     """Seconds for one token of each of ``rows`` sequences, each with the reference history."""
-    measured = profile.seconds.get((device.name, weights))
+    measured, facts = profile.seconds.get((device.name, weights)), profile.units[unit]
     if measured is not None:
-        return measured.units[unit].decode_s(rows, reference_history(workload))
-    facts = profile.units[unit]
+        history = kv.looked_back(facts, profile.groups, reference_history(workload))
+        return measured.units[unit].decode_s(rows, history)
     weight_bytes = min(facts.weight_bytes[weights], facts.read_bytes[weights] * rows)
     history = kv.history_bytes(facts, profile.groups, reference_history(workload), kv_dtype)
     moving = (weight_bytes + rows * history) / device.bandwidth_bytes_per_s
@@ -60,11 +60,11 @@ def prefill_s(
     profile: ModelProfile, unit: int, device: Device, weights: str, workload: Workload, kv_dtype: str
 ) -> float:
     """Seconds for the reference prompt, chunk after chunk; the head computes its last row only."""
-    measured = profile.seconds.get((device.name, weights))
+    measured, facts = profile.seconds.get((device.name, weights)), profile.units[unit]
     head = unit == len(profile.units) - 1
     if measured is not None:
-        return _chunks_s(measured.units[unit], workload, last_only=head)
-    facts = profile.units[unit]
+        most = kv.looked_back(facts, profile.groups, workload.context)
+        return _chunks_s(measured.units[unit], workload, most, last_only=head)
     if head:
         return decode_s(profile, unit, device, weights, workload, kv_dtype)
     prompt = reference_prompt(workload)
@@ -76,12 +76,12 @@ def prefill_s(
     return chunks * (max(moving, tokens * facts.flops_per_token / device.flops_per_s) + device.unit_overhead_s)
 
 
-def _chunks_s(unit: UnitSeconds, workload: Workload, last_only: bool = False) -> float:
-    """Seconds for the reference prompt: whole chunks, each behind those before it, and what is left; or for that alone,
-    with which a sample is drawn."""
+def _chunks_s(unit: UnitSeconds, workload: Workload, most: int, last_only: bool = False) -> float:
+    """Seconds for the reference prompt: whole chunks, each behind those before it (``most`` of their tokens are read),
+    and what is left; or for that alone, with which a sample is drawn."""
     prompt, size = reference_prompt(workload), workload.chunk_tokens
-    starts = range(0, prompt, size)
-    return sum(unit.prefill_s(min(size, prompt - start), start) for start in (starts[-1:] if last_only else starts))
+    starts = range(0, prompt, size)[-1 if last_only else 0 :]
+    return sum(unit.prefill_s(min(size, prompt - start), min(start, most)) for start in starts)
 
 
 def stage_overhead_s(
@@ -92,7 +92,7 @@ def stage_overhead_s(
     if measured is None:
         return 0.0
     if prefill:
-        return _chunks_s(measured.stage, workload)
+        return _chunks_s(measured.stage, workload, workload.context)
     return measured.stage.decode_s(rows, reference_history(workload))
 
 

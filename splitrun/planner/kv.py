@@ -76,6 +76,14 @@ def gathered_kv_bytes(unit: UnitProfile, groups: Iterable[KVGroup], workload: Wo
     return values * workload.sessions * VALUE_BYTES[dtype]
 
 
+def looked_back(unit: UnitProfile, groups: Iterable[KVGroup], history_tokens: int) -> int:
+    """Of a history of that length, the tokens that the unit's attention reads."""
+    windows = [group.window for group in groups if group.name in unit.kv_values_per_token]
+    if not windows or None in windows:
+        return history_tokens
+    return min(history_tokens, max(window for window in windows if window is not None))
+
+
 def kept_tokens(unit: UnitProfile, groups: Iterable[KVGroup], workload: Workload) -> int:
     """The most tokens of history that the unit's attention looks back on."""
     windows = [group.window for group in groups if group.name in unit.kv_values_per_token]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from splitrun.planner.facts import Cluster, ModelProfile
+from splitrun.planner.kv import looked_back
 from splitrun.planner.seconds import UnitSeconds
 from splitrun.quantities import format_bytes, format_seconds
 
@@ -42,13 +43,15 @@ def _seconds(profile: ModelProfile, device: str, weights: str) -> list[str]:
         ("unit", "1 row", f"at {FAR}", "4 rows", "16 rows", "32 tokens", "512 tokens", "spread")
     ]
     rows.append(("every stage", *_cells(measured.stage)))
-    rows += [(name, *_cells(measured.units[first])) for name, first in distinct(profile)]
+    for name, first in distinct(profile):
+        far = looked_back(profile.units[first], profile.groups, FAR)
+        rows.append((name, *_cells(measured.units[first], far)))
     return _aligned(rows)
 
 
-def _cells(unit: UnitSeconds) -> tuple[str, ...]:
+def _cells(unit: UnitSeconds, far_tokens: int = FAR) -> tuple[str, ...]:
     measured = {line.rows for line in unit.decode}
-    far = unit.decode_s(1, FAR)
+    far = unit.decode_s(1, far_tokens)
     rows = [format_seconds(unit.decode_s(count, NEAR)) if count in measured else "-" for count in (1, 4, 16)]
     chunks = [format_seconds(unit.prefill_s(tokens)) for tokens in (32, 512)]
     return (rows[0], format_seconds(far), *rows[1:], *chunks, f"±{unit.spread:.0%}")

@@ -20,7 +20,7 @@ from splitrun.measure.lines import at_most, less, most_beside, slope
 from splitrun.measure.lines import unit_seconds as lines_of
 from splitrun.measure.profile import profile
 from splitrun.measure.timing import Sample, Setting, UnitBench, copies_needed, last_cache_bytes, sample
-from splitrun.measure.unit_seconds import MANY_THREADS, Wanted, for_every_chunk, in_a_row, layer_shape, measure
+from splitrun.measure.unit_seconds import MANY_THREADS, Wanted, for_every_step, in_a_row, layer_shape, measure
 from splitrun.measure.unit_steps import Point, make_step, pool_blocks
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
@@ -160,9 +160,9 @@ def test_what_is_timed_on_layers_in_a_row(count: int, kind: str, threads: int | 
 def test_a_stage_takes_for_any_chunk_what_it_does_for_the_longest_in_a_row() -> None:
     token, short, long, behind = Point(1, 1, 128), Point(1, 32, 0), Point(1, 512, 0), Point(1, 512, 1024)
     rest = {token: Sample(1e-4, 0.1), short: Sample(7e-4, 0.1)}
-    assert for_every_chunk(rest, [token, short, long, behind]) == rest | dict.fromkeys((long, behind), rest[short])
+    assert for_every_step(rest, [token, short, long, behind]) == rest | dict.fromkeys((long, behind), rest[short])
     rest |= {long: Sample(9e-4, 0.1)}
-    assert for_every_chunk(rest, [token, short, long, behind]) == rest | {behind: rest[long]}
+    assert for_every_step(rest, [token, short, long, behind]) == rest | {behind: rest[long]}
 
 
 def test_a_step_reads_and_writes_within_its_blocks() -> None:
