@@ -132,7 +132,7 @@ def to_json(results: list[Result], predicted: Estimate | None = None) -> dict[st
 
 def to_table(results: list[Result]) -> str:
     """Rows to read: one per contestant."""
-    rows = [("", "first token", "prompt", "decode", "load", "peak memory")]
+    rows = [("", "first token", "prompt", "decode", "load", "peak above start")]
     for result in results:
         if result.error:
             rows.append((result.contestant, f"failed: {result.error}", "", "", "", ""))

@@ -95,7 +95,9 @@ def workspace_bytes(
     if measured is not None and kv_dtype != "int8":
         kept = kv.kept_tokens(facts, profile.groups, workload)
         lost = LOST_TO_CHUNKS if device.kind == "cpu" and weights in VALUE_BYTES else 0.0
-        arguments = (workload.chunk_tokens, workload.sessions, workload.context, kept, lost)
+        timed = profile.seconds.get((device.name, weights))
+        step = timed.units[unit].chunk_step if timed is not None else 1
+        arguments = (workload.chunk_tokens, workload.sessions, workload.context, kept, lost, step)
         return max(measured[unit].bytes_at(*arguments), scored)
     value_bytes = VALUE_BYTES[compute_dtype(device, weights)]
     tokens = workload.sessions if head else max(workload.chunk_tokens, workload.sessions)

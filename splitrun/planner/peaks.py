@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitrun.planner.seconds import interpolated
+from splitrun.planner.seconds import filled, interpolated
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,17 @@ class UnitPeak:
     histories: tuple[tuple[int, float], ...]
     decode: tuple[RowsPeak, ...]
 
-    def bytes_at(self, chunk_tokens: int, sessions: int, context: int, kept: int, lost: float = 0.0) -> int:
+    def bytes_at(
+        self, chunk_tokens: int, sessions: int, context: int, kept: int, lost: float = 0.0, step: int = 1
+    ) -> int:
         """At its highest of loading, a chunk at the end of the context, and a token for every session there.
 
         ``kept`` is how many tokens of the context the unit looks back on; ``lost`` is the share of what a history takes
-        that is taken once more, because what earlier chunks gave back is of no use to later ones.
+        that is taken once more, because what earlier chunks gave back is of no use to later ones. ``step``: chunks are
+        filled as ``UnitSeconds.chunk_step`` says.
         """
-        tokens = min(chunk_tokens, context)
-        history = min(kept, context - tokens)
+        given = min(chunk_tokens, context)
+        history, tokens = min(kept, context - given), filled(given, step)
         behind = (1 + lost) * (interpolated(self.histories, history) - self.histories[0][1])
         chunk = interpolated(self.chunks, tokens) + behind * tokens / self.chunks[-1][0]
         rows = [(line.rows, line.fixed_bytes + line.token_bytes * min(kept, context)) for line in self.decode]

@@ -148,7 +148,7 @@ def _solve(
     tables = build_tables(profile, cluster, formats, workload)
     if subsets(classes_of(tables)) > MAX_SUBSETS:
         value, many = _of_many(profile, cluster, workload, devices, formats, quality if weights == "auto" else None)
-        return _Found(value, many, lambda: many)
+        return _Found(value, many, lambda: _with_slabs(profile, cluster, many) if stream else many)
     tables, outcome, quickest, plan = _searched(profile, cluster, workload, tables, formats, weights, quality)
 
     def explained() -> Placement:
@@ -168,11 +168,8 @@ def _solve(
         notes += untimed(profile, cluster, plan)
         if weights == "auto":
             notes += _losses(profile, plan, [name for name in tried if any(name in each for each in formats.values())])
-        if not stream:
-            return _predicted(profile, cluster, plan, binding, notes)
-        streaming = with_stream_buffer(profile, cluster, plan)
-        notes += prompt_notes(profile, cluster, streaming)
-        return _predicted(profile, cluster, streaming, binding, notes)
+        told = _predicted(profile, cluster, plan, binding, notes)
+        return _with_slabs(profile, cluster, told) if stream else told
 
     elsewhere = [number for number, device in enumerate(devices) if device.name not in cluster.local_cards()]
     least_s = least_with_layers_on(tables, elsewhere, workload.objective == "throughput")
@@ -226,6 +223,14 @@ def _predicted(
         plan = replace(plan, streams=best_streams(profile, cluster, plan))
     notes = [*notes, *calibrations(profile, plan)]
     return replace(plan, estimate=estimate(profile, cluster, plan, binding, notes))
+
+
+def _with_slabs(profile: ModelProfile, cluster: Cluster, plan: Placement) -> Placement:
+    """The plan with slabs for prompts where they fit and gain, and with what is to be said of them."""
+    assert plan.estimate is not None
+    streaming = with_stream_buffer(profile, cluster, plan)
+    notes = [*plan.estimate.notes, *prompt_notes(profile, cluster, streaming)]
+    return replace(streaming, estimate=estimate(profile, cluster, streaming, plan.estimate.limit, notes))
 
 
 def _of_many(

@@ -19,6 +19,7 @@ from splitrun.measure.versions import versions
 from splitrun.planner.facts import Workload
 from splitrun.planner.memory import workspace_bytes
 from splitrun.planner.peaks import RowsPeak, UnitPeak
+from splitrun.planner.seconds import DOUBLING, DecodeLine, DeviceSeconds, UnitSeconds
 
 MIB = 1 << 20
 needs_marks = pytest.mark.skipif(not reset_high_water(), reason="this system does not forget its high-water mark")
@@ -86,6 +87,19 @@ def test_the_largest_step_decides(chunk: int, sessions: int, context: int, kept:
     histories = ((0, 5100.0), (1024, 5100.0), (3584, 9100.0))
     peak = UnitPeak(900, ((32, 300.0), (512, 5100.0)), histories, (RowsPeak(1, 0.0, 1.0),))
     assert peak.bytes_at(chunk, sessions, context, kept) == expected
+
+
+@pytest.mark.parametrize(("step", "computed"), [(1, 40), (16, 48), (DOUBLING, 64)])
+def test_a_short_chunk_takes_what_it_is_filled_to(step: int, computed: int) -> None:
+    peak = UnitPeak(0, ((32, 320.0), (512, 5120.0)), ((0, 5120.0),), (RowsPeak(1, 0.0, 0.0),))
+    assert peak.bytes_at(512, 1, 40, 40, step=step) == computed * 10
+    timed = UnitSeconds((DecodeLine(1, 1e-3, 0.0),), ((32, 1e-3),), chunk_step=step)
+    facts = replace(
+        model(layers=1),
+        peaks={("cpu", "bf16"): (peak,) * 3},
+        seconds={("cpu", "bf16"): DeviceSeconds(timed, (timed,) * 3)},
+    )
+    assert workspace_bytes(facts, 1, device(), "bf16", Workload(context=40), "bf16") == computed * 10
 
 
 def test_what_chunks_give_back_on_a_processor_serves_no_later_one() -> None:

@@ -95,6 +95,17 @@ def test_slabs_that_do_not_fit_are_advised_with_the_room_they_take() -> None:
     assert with_stream_buffer(PROFILE, Cluster((HOST, card), WIRE), PLAN) != PLAN
 
 
+def test_plans_over_many_devices_have_slabs_too() -> None:
+    """Or hear what they lack for it. More devices than are searched exactly, all but two of no use."""
+    others = tuple(device(f"n{number}/cpu", bandwidth=(number + 1) * 1e6, budget=900 * MIB) for number in range(9))
+    cluster = Cluster((HOST, replace(CARD, budget_bytes=800 * MIB), *others), WIRE)
+    plan = solve(PROFILE, cluster, PLAN.workload, "bf16", stream=True)
+    assert plan.estimate is not None
+    assert any("too many, and too different" in note for note in plan.estimate.notes)
+    told = r"with .* more on cuda:0 the weights on the processor could be copied to the card for prompts"
+    assert any(re.match(told, note) for note in plan.estimate.notes)
+
+
 def test_the_derivation_names_the_slabs() -> None:
     for plan, told in ((PLAN, False), (with_stream_buffer(PROFILE, CLUSTER, PLAN), True)):
         lines = derivation(replace(plan, estimate=estimate(PROFILE, CLUSTER, plan)))
