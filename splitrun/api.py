@@ -103,16 +103,14 @@ def _workload(context: int | None, sessions: int, objective: Objective, profile:
 def _check_arguments(context: int | None, sessions: int, weights: str, quality: str, twice: bool) -> None:
     """Raises InvalidPlacement for sizes and flags that cannot be. ``twice``: both the machines that are here and a file
     of facts are to be planned for."""
-    from splitrun.planner.quality import DEFAULT_LIMIT, share_of
+    from splitrun.planner.quality import check_quality
 
     for name, value in (("context", context), ("sessions", sessions)):
         if value is not None and value < 1:
             raise InvalidPlacement(f"{name} is {value}: it must be at least 1")
     if twice:
         raise InvalidPlacement("--nodes measures machines that are here and --facts describes one; give one of them")
-    if weights != "auto" and quality != DEFAULT_LIMIT:
-        raise InvalidPlacement(f"--quality limits --weights auto, and --weights {weights} leaves no choice: give one")
-    share_of(quality)
+    check_quality(weights, quality)
 
 
 def _with_unused(error: DoesNotFit, memory: Mapping[str, str | int] | None) -> DoesNotFit:
@@ -187,10 +185,13 @@ def read_facts_for(
             f"splitrun profile {model} --facts {file}"
         )
     timed = {name for name, _ in found.profile.seconds}
-    if any(device.name in timed for device in found.cluster.devices if found.cluster.keeping(kv) != found.cluster):
+    kept = {device.kv_dtype for device in found.cluster.devices if device.kind == "cpu" and device.name in timed}
+    wanted, option = ("int8", " --kv int8") if kv == "int8" else (None, "")
+    if kept - {wanted}:
+        types = "int8, which --kv int8 plans with" if wanted is None else "16 bits"
         raise InvalidPlacement(
-            f"{file} was measured with keys and values in 16 bits; make it again with: splitrun profile {model} "
-            f"--kv int8 --facts {file}"
+            f"{file} was measured with keys and values in {types}; for others make it again with: "
+            f"splitrun profile {model}{option} --facts {file}"
         )
     return found if memory is None else replace(found, cluster=with_budgets(found.cluster, memory, str(file)))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from splitrun.bench import contest
 from splitrun.errors import InvalidPlacement, StageError
-from splitrun.measure.calibration import fold, key_of
+from splitrun.measure.calibration import fold
 from splitrun.measure.others import Disturbance
 from splitrun.measure.probe import probe, this_machine
 from splitrun.planner.facts import Factor
@@ -63,13 +63,12 @@ def calibrate(placement: Placement, load: str) -> list[str]:
     kept = this_machine().cache
     devices = probe(dict.fromkeys(placement.device_names, "auto")).keeping("int8" if placement.int8_kv else "auto")
     model = placement.model.fingerprint or ""
-    alike: dict[str, Factor] = {}  # devices that share a factor learn once from a run
-    for name, weights in sorted({(stage.device, stage.weights) for stage in placement.stages}):
-        device = devices.device(name)
-        key = key_of(model, device, weights)
-        found = alike[key] = alike.get(key) or fold(kept, model, device, weights, ratio)
-        lines.append(f"kept         {weights} on {name}: {found.decode:.2f} decoding, {found.prefill:.2f} for prompts")
-    return lines
+    used = sorted({(stage.device, stage.weights) for stage in placement.stages})
+    folded = fold(kept, model, [(devices.device(name), weights) for name, weights in used], ratio)
+    return lines + [
+        f"kept         {weights} on {name}: {found.decode:.2f} decoding, {found.prefill:.2f} for prompts"
+        for (name, weights), found in zip(used, folded, strict=True)
+    ]
 
 
 def _of_stages(measured_s: float, predicted_s: float, own_s: float) -> float:

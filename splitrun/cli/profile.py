@@ -59,4 +59,5 @@ def profile(
         return
     typer.echo("\n".join(profile_lines(found.profile, found.cluster)))
     if facts is not None:
-        typer.echo(f"\nsaved to {facts}; plan with it: splitrun plan {model} --facts {facts}")
+        option = " --kv int8" if kv == "int8" else ""
+        typer.echo(f"\nsaved to {facts}; plan with it: splitrun plan {model}{option} --facts {facts}")

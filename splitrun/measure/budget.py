@@ -34,7 +34,7 @@ def parse_memory(texts: Sequence[str] | None) -> dict[str, str | int] | None:
         name, separator, size = (piece.strip() for piece in part.partition("="))
         if not separator and part[0].isdecimal():
             raise InvalidPlacement(
-                f"--memory: {part!r} names no device; a size with a fraction has a point: cpu=1.5GiB"
+                f"--memory: {part!r} names no device: write it like cpu={part}; a fraction has a point, 1.5GiB"
             )
         if not name or (separator and not size):
             raise InvalidPlacement(f"--memory: {part!r} is not DEVICE=SIZE; write it like cuda:0=4GiB,cpu=8GiB")
@@ -72,8 +72,9 @@ def named_budgets(
     for name, budget in budgets.items():
         total = totals[_known(name)]
         if budget > total:
+            asked = memory[name] if isinstance(memory[name], str) else format_bytes(budget)
             raise InvalidPlacement(
-                f"{name} has {format_bytes(total)} of memory, not {memory[name]}; lower its budget in --memory"
+                f"{name} has {format_bytes(total)} of memory, not {asked}; lower its budget in --memory"
             )
         if budget == 0:
             raise InvalidPlacement(f"a budget of 0 for {name}: leave the device out to keep it unused")
@@ -85,12 +86,12 @@ def _left(name: str, memory: Mapping[str, str | int], sizes: Mapping[str, int], 
     known = _known(name)
     beside = [other for other in memory if _known(other) == known]
     left = defaults[known] - sum(sizes.get(other, 0) for other in beside)
-    if left <= 0 < defaults[known]:
+    if left <= 0 and len(beside) > 1:
         raise InvalidPlacement(
             f"--memory leaves nothing for {name}: plans may use {format_bytes(defaults[known])} there, and others have "
             "that much; lower theirs, or give it a size of its own"
         )
-    return left // sum(other not in sizes for other in beside)
+    return max(left, 0) // sum(other not in sizes for other in beside)
 
 
 def _known(name: str) -> str:

@@ -6,11 +6,11 @@ format that took part. Knows nothing of how runs are made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from statistics import geometric_mean
 
-from splitrun.measure.cache import Cache, Figures
+from splitrun.measure.cache import Cache
 from splitrun.measure.code import COMPUTING, code_digest
 from splitrun.measure.versions import versions
 from splitrun.planner.facts import FORMATS, Cluster, Device, Factor, ModelProfile
@@ -26,22 +26,27 @@ def factor(kept: Cache, model: str, device: Device, weights: str) -> Factor:
     what a run told would count against its format alone."""
     if kept.refresh:
         return Factor()
-    own = kept.get(key_of(model, device, weights))
+    own = _told(kept, model, device, weights)
     if own is not None:
-        return Factor(_of(own, "decode"), _of(own, "prefill"))
-    found = [each for name in FORMATS if (each := kept.get(key_of(model, device, name))) is not None]
+        return own
+    found = [each for name in FORMATS if (each := _told(kept, model, device, name)) is not None]
     if not found:
         return Factor()
-    decode, prefill = (geometric_mean(_of(each, what) for each in found) for what in ("decode", "prefill"))
+    decode, prefill = geometric_mean(each.decode for each in found), geometric_mean(each.prefill for each in found)
     return Factor(decode, prefill, borrowed=True)
 
 
-def fold(kept: Cache, model: str, device: Device, weights: str, ratio: Factor) -> Factor:
-    """Multiply what is kept with measured over predicted of a run; returns what is kept from now on."""
-    before = factor(kept, model, device, weights)
-    new = Factor(_within(before.decode * ratio.decode), _within(before.prefill * ratio.prefill))
-    kept.put(key_of(model, device, weights), {"decode": new.decode, "prefill": new.prefill})
-    return new
+def fold(kept: Cache, model: str, places: Sequence[tuple[Device, str]], ratio: Factor) -> list[Factor]:
+    """Multiply what was foretold with, for each device and format of a run, with measured over predicted of it; returns
+    what is kept from now on. Devices that share a factor learn once."""
+    before = {key_of(model, *place): factor(kept, model, *place) for place in places}
+    after = {
+        key: Factor(_within(each.decode * ratio.decode), _within(each.prefill * ratio.prefill))
+        for key, each in before.items()
+    }
+    for key, new in after.items():
+        kept.put(key, {"decode": new.decode, "prefill": new.prefill})
+    return [after[key_of(model, *place)] for place in places]
 
 
 def forget(kept: Cache, model: str, devices: Iterable[Device], formats: Iterable[str]) -> None:
@@ -87,8 +92,11 @@ def key_of(model: str, device: Device, weights: str) -> str:
     return f"calibration {device.description} {weights}{kv} of {model} by {code_digest(*COMPUTING)} on {below}"
 
 
-def _of(kept: Figures, what: str) -> float:
-    return _within(kept.get(what, 1.0))
+def _told(kept: Cache, model: str, device: Device, weights: str) -> Factor | None:
+    """What runs told; None where none did, or all is forgotten."""
+    found = kept.get(key_of(model, device, weights)) or {}
+    told = Factor(_within(found.get("decode", 1.0)), _within(found.get("prefill", 1.0)))
+    return None if told == Factor() else told
 
 
 def _within(value: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from splitrun.planner.facts import Cluster
-from splitrun.planner.placement import Placement
+from splitrun.planner.placement import Placement, is_processor
 from splitrun.quantities import format_bytes
 
 
@@ -40,7 +40,8 @@ def stale_reasons(
             reasons.append(f"device {name} is not here (here: {', '.join(here) or 'none'}); plan again: {command}")
     reasons += _budget_reasons(placement, cluster, command)
     for stage in placement.stages:
-        if processors and "/" not in stage.device and stage.threads != "auto" and stage.threads > processors:
+        here_on_processor = is_processor(stage.device) and "/" not in stage.device
+        if here_on_processor and processors and stage.threads != "auto" and stage.threads > processors:
             reasons.append(
                 f"the stage of {stage.units_text} asks for {stage.threads} threads, but this process may use "
                 f"{processors} processors; write threads: auto, or {processors} at most"
@@ -78,7 +79,7 @@ def _budget_reasons(placement: Placement, cluster: Cluster, command: str) -> lis
 
 
 def _predicted(placement: Placement) -> dict[str, int]:
-    """Device -> bytes by the estimate, where it is of these very stages: a file may have been edited since."""
+    """Device -> bytes by the estimate, where it is of these devices, units and formats: a file may have been edited."""
     stored = placement.estimate
     if stored is None or (stored.context, stored.sessions) != (placement.workload.context, placement.workload.sessions):
         return {}

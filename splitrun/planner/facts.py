@@ -225,6 +225,13 @@ class ModelProfile:
         """Number of layers: the units without embed and head."""
         return len(self.units) - 2
 
+    def of_devices(self, names: Collection[str]) -> ModelProfile:
+        """The same without what was measured on other devices."""
+        seconds = {place: found for place, found in self.seconds.items() if place[0] in names}
+        peaks = {place: found for place, found in self.peaks.items() if place[0] in names}
+        factors = {place: found for place, found in self.factors.items() if place[0] in names}
+        return replace(self, seconds=seconds, peaks=peaks, factors=factors)
+
     @cached_property
     def kinds(self) -> tuple[int, ...]:
         """Unit -> the first layer whose facts differ from its own in nothing but the name; embed and head: itself."""

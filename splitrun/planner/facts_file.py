@@ -165,7 +165,7 @@ def _mapping(arguments: tuple[Any, ...], data: Any, where: str) -> dict[Any, Any
 
 
 def _scalar(hint: Any, data: Any, where: str) -> Any:
-    if type(data) is int and data > (MAX_BYTES if hint is int else MAX_RATE):
+    if type(data) is int and abs(data) > (MAX_BYTES if hint is int else MAX_RATE):
         raise ValueError(f"{where} is larger than any size or count")
     if hint is float and type(data) is int:
         data = float(data)

@@ -44,17 +44,16 @@ def _seconds(profile: ModelProfile, device: str, weights: str) -> list[str]:
     ]
     rows.append(("every stage", *_cells(measured.stage)))
     for name, first in distinct(profile):
-        far = looked_back(profile.units[first], profile.groups, FAR)
-        rows.append((name, *_cells(measured.units[first], far)))
+        near, far = (looked_back(profile.units[first], profile.groups, tokens) for tokens in (NEAR, FAR))
+        rows.append((name, *_cells(measured.units[first], near, far)))
     return _aligned(rows)
 
 
-def _cells(unit: UnitSeconds, far_tokens: int = FAR) -> tuple[str, ...]:
+def _cells(unit: UnitSeconds, near: int = NEAR, far: int = FAR) -> tuple[str, ...]:
     measured = {line.rows for line in unit.decode}
-    far = unit.decode_s(1, far_tokens)
-    rows = [format_seconds(unit.decode_s(count, NEAR)) if count in measured else "-" for count in (1, 4, 16)]
+    rows = [format_seconds(unit.decode_s(count, near)) if count in measured else "-" for count in (1, 4, 16)]
     chunks = [format_seconds(unit.prefill_s(tokens)) for tokens in (32, 512)]
-    return (rows[0], format_seconds(far), *rows[1:], *chunks, f"±{unit.spread:.0%}")
+    return (rows[0], format_seconds(unit.decode_s(1, far)), *rows[1:], *chunks, f"±{unit.spread:.0%}")
 
 
 def distinct(profile: ModelProfile) -> list[tuple[str, int]]:

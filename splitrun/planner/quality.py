@@ -46,6 +46,13 @@ def loss_limit(profile: ModelProfile, quality: str) -> float:
     return values * RELATIVE_ERROR["nf4"] * share_of(quality) * (1 + 1e-9)
 
 
+def check_quality(weights: str, quality: str) -> None:
+    """Raise InvalidPlacement for a limit that is none, or beside a format that leaves no choice."""
+    if weights != "auto" and quality != DEFAULT_LIMIT:
+        raise InvalidPlacement(f"--quality limits --weights auto, and --weights {weights} leaves no choice: give one")
+    share_of(quality)
+
+
 def share_of(quality: str) -> float:
     """What a plan may lose, as a share of all-NF4: a format's name for as much as with everything in it, or a number.
 

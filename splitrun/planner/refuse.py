@@ -45,7 +45,7 @@ def refuse_hopeless(profile: ModelProfile, cluster: Cluster, workload: Workload,
     weights = sum(min(unit.weight_bytes[name] for name in usable) for unit in profile.units[1:-1])
     weights += _ends_bytes(profile, usable)
     cache = min(_kept(profile, device, workload, name) for name in usable for device in _able(cluster, name))
-    there = _room(cluster)
+    taken, there = _taken_and_room(cluster)
     missing = weights + cache - there
     if missing <= 0:
         return
@@ -58,8 +58,7 @@ def refuse_hopeless(profile: ModelProfile, cluster: Cluster, workload: Workload,
     ways += [less] if weights < there else []
     ways += ["give it more with --memory", "take a smaller model"]
     budgets = " and ".join(f"{format_bytes(device.budget_bytes)} on {device.name}" for device in cluster.devices)
-    taken = sum(pool_budgets(cluster).values()) - there
-    process = f", of which process and context take {format_bytes(taken)}" if taken else ""
+    process = f", where process and context take {format_bytes(taken)}" if taken else ""
     message = (
         f"{profile.source} does not fit: in {leanest} its weights alone take {format_bytes(weights)} and its KV "
         f"{format_bytes(cache)}, and the budgets are {budgets}{process}: at least {format_bytes(missing)} too little; "
@@ -77,14 +76,15 @@ def _ends_bytes(profile: ModelProfile, formats: Sequence[str]) -> int:
     return min(*together, min(embed[name] for name in formats) + min(head[name] for name in formats))
 
 
-def _room(cluster: Cluster) -> int:
-    """Bytes of all budgets beside what is taken before any model, of every memory the least that one device takes. A
-    memory with less than that is left out; where all have less, the one that lacks least counts, below 0."""
+def _taken_and_room(cluster: Cluster) -> tuple[int, int]:
+    """Bytes that are taken before any model, of every memory the least that one device takes; and those of all budgets
+    beside that. A memory with less than that has no room; where all have less, that of the one that lacks least counts,
+    below 0."""
     taken: dict[str, int] = {}
     for device in cluster.devices:
         taken[device.memory_pool] = min(taken.get(device.memory_pool, device.context_bytes), device.context_bytes)
     rooms = [budget - taken[pool] for pool, budget in pool_budgets(cluster).items()]
-    return sum(room for room in rooms if room > 0) or max(rooms)
+    return sum(taken.values()), sum(room for room in rooms if room > 0) or max(rooms)
 
 
 def shortfall_text(tables: Tables, split: Split | None, devices: Sequence[Device]) -> str:

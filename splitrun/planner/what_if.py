@@ -74,29 +74,33 @@ def machine_of(name: str) -> Cluster:
 def started(
     here: Sequence[str], memory: Mapping[str, str | int] | None, drop: Sequence[str]
 ) -> tuple[dict[str, str | int], dict[str, str | int]]:
-    """The devices to start from with their budgets, those to do without taken away, and the budgets of others, which
-    changes may add. ``here`` are the names of the devices that are there. Raises InvalidPlacement."""
-    asked: dict[str, str | int] = dict.fromkeys(here, "auto") if memory is None else dict(memory)
-    start = {name: size for name, size in asked.items() if name in here}
+    """The devices to start from with their budgets, and the budgets of others, which changes may add.
+
+    ``here`` are the names of the devices that are there, ``drop`` those to do without: a budget under such a name is
+    another device's, which takes it. Raises InvalidPlacement.
+    """
     for name in drop:
-        _refuse_unknown(list(start), name, "--drop: there is no")
-    left = {name: size for name, size in start.items() if name not in drop}
-    return left, {name: size for name, size in asked.items() if name not in here}
+        _refuse_unknown(here, name, "--drop: there is no")
+    asked: Mapping[str, str | int] = dict.fromkeys(here, "auto") if memory is None else memory
+    start = {name: size for name, size in asked.items() if name in here and name not in drop}
+    later = {name: size for name, size in asked.items() if memory is not None and name not in start}
+    return start, later
 
 
-def with_budgets(cluster: Cluster, memory: Mapping[str, str | int], where: str, others: bool = False) -> Cluster:
-    """The devices that ``memory`` names, each with that budget ("auto": its own), in that order; with ``others`` all
-    devices, those that it does not name as they are. Raises InvalidPlacement."""
-    named = {name: _budgeted(_named(cluster.devices, name, f"--memory: {where} has no"), size)
-             for name, size in memory.items()}  # fmt: skip
-    if others:
-        return replace(cluster, devices=tuple(named.get(device.name, device) for device in cluster.devices))
-    return replace(cluster, devices=tuple(named.values()))
+def with_budgets(cluster: Cluster, memory: Mapping[str, str | int], where: str) -> Cluster:
+    """The devices that ``memory`` names, each with that budget ("auto": its own), in that order. Raises
+    InvalidPlacement."""
+    devices = [
+        _budgeted(_named(cluster.devices, name, f"--memory: {where} has no"), size) for name, size in memory.items()
+    ]
+    return replace(cluster, devices=tuple(devices))
 
 
 def _budgeted(device: Device, size: str | int) -> Device:
+    if size == "auto":
+        return device
     try:
-        budget = device.budget_bytes if size == "auto" else parse_budget(size)
+        budget = parse_budget(size)
     except ValueError as error:
         raise InvalidPlacement(f"budget of {device.name}: {error}") from error
     if budget == 0:

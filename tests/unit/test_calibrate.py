@@ -37,9 +37,10 @@ def calibrated(
     def predict(process: Executor, placement: Placement, terms: Terms) -> Estimate:
         return predicted
 
-    def fold(cache: object, model: str, place: Any, weights: str, ratio: Factor) -> Factor:
-        kept.append((model, place.name, weights, round(ratio.decode, 6), round(ratio.prefill, 6)))
-        return ratio
+    def fold(cache: object, model: str, places: Any, ratio: Factor) -> list[Factor]:
+        rounded = round(ratio.decode, 6), round(ratio.prefill, 6)
+        kept.extend((model, place.name, weights, *rounded) for place, weights in places)
+        return [ratio] * len(places)
 
     terms = Terms("splitrun", "x", "x", 192, 32, 1, "weights", {}, 100)
     monkeypatch.setattr(contest, "make_terms", lambda *arguments: terms)
@@ -69,8 +70,8 @@ def test_what_a_disturbed_run_told_is_not_kept(share: float, monkeypatch: pytest
         assert "2.00 decoding" in lines[-1]
 
 
-def test_devices_that_are_alike_learn_once_from_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And only what stages took: the rest was measured apart."""
+def test_devices_learn_only_what_stages_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest was measured apart."""
     plan = solve(model(), Cluster((device(),)), Workload(context=256), "nf4")
     assert plan.estimate is not None
     (whole,) = plan.stages
@@ -80,7 +81,7 @@ def test_devices_that_are_alike_learn_once_from_a_run(monkeypatch: pytest.Monkey
     predicted = replace(plan.estimate, stages=stages, step_s=0.04, time_to_first_token_s=0.1)
     result = Result("splitrun", 192, 32, decode_tokens_per_s=1 / 0.07, ttft_s=0.15)
     lines, kept = calibrated(monkeypatch, plan, predicted, result)
-    assert kept == [(plan.model.fingerprint, "cpu", "nf4", 2.0, 2.0)]
+    assert kept == [(plan.model.fingerprint, name, "nf4", 2.0, 2.0) for name in ("cpu", "cpu:1")]
     told = "2.00 decoding, 2.00 for prompts"
     assert lines[-2:] == [f"kept         nf4 on cpu: {told}", f"kept         nf4 on cpu:1: {told}"]
 

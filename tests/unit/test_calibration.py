@@ -28,24 +28,24 @@ OTHERS = replace(PROFILE, seconds={("cpu", "fp16"): PROFILE.seconds["cpu", "nf4"
 def test_ratios_multiply_and_are_kept(tmp_path: Path) -> None:
     kept = Cache(tmp_path)
     assert factor(kept, MODEL, CPU, "nf4") == Factor(1.0, 1.0)
-    fold(kept, MODEL, CPU, "nf4", Factor(1.2, 0.5))
-    fold(kept, MODEL, CPU, "nf4", Factor(1.5, 2.0))
+    fold(kept, MODEL, [(CPU, "nf4")], Factor(1.2, 0.5))
+    fold(kept, MODEL, [(CPU, "nf4")], Factor(1.5, 2.0))
     again = factor(Cache(tmp_path), MODEL, CPU, "nf4")
     assert (again.decode, again.prefill) == (pytest.approx(1.8), pytest.approx(1.0))
     assert factor(kept, "sha256:another model", CPU, "nf4") == Factor()
     assert factor(kept, MODEL, replace(CPU, kv_dtype="int8"), "nf4") == Factor()
-    assert fold(kept, MODEL, CPU, "nf4", Factor(1e9, 1.0)).decode == MOST
+    assert fold(kept, MODEL, [(CPU, "nf4")], Factor(1e9, 1.0))[0].decode == MOST
 
 
 def test_a_format_without_a_run_is_off_as_the_others_are(tmp_path: Path) -> None:
     """Or a plan that was calibrated would lose to one that nobody ran."""
     kept = Cache(tmp_path)
-    fold(kept, MODEL, CPU, "nf4", Factor(2.0, 1.0))
-    fold(kept, MODEL, CPU, "bf16", Factor(0.25, 1.0))  # beyond nf4's 2.0, which it was foretold with
+    fold(kept, MODEL, [(CPU, "nf4")], Factor(2.0, 1.0))
+    fold(kept, MODEL, [(CPU, "bf16")], Factor(0.25, 1.0))  # beyond nf4's 2.0, which it was foretold with
     borrowed = factor(kept, MODEL, CPU, "int8")
     assert (borrowed.decode, borrowed.borrowed) == (pytest.approx(1.0), True)
     assert factor(kept, MODEL, CPU, "bf16") == Factor(0.5, 1.0)
-    fold(kept, MODEL, CPU, "int8", Factor(1.5, 1.0))
+    fold(kept, MODEL, [(CPU, "int8")], Factor(1.5, 1.0))
     assert factor(kept, MODEL, CPU, "int8").decode == pytest.approx(1.5)
     estimate = solve(calibrated(OTHERS, CLUSTER, kept), CLUSTER, Workload(context=256), "fp16").estimate
     assert estimate is not None
@@ -54,10 +54,26 @@ def test_a_format_without_a_run_is_off_as_the_others_are(tmp_path: Path) -> None
     )
 
 
+def test_the_formats_of_one_run_learn_once_each(tmp_path: Path) -> None:
+    """None of them from another that the same run told of."""
+    kept = Cache(tmp_path)
+    found = fold(kept, MODEL, [(CPU, "bf16"), (CPU, "int8"), (replace(CPU, name="cpu:1"), "int8")], Factor(2.0, 0.5))
+    assert found == [Factor(2.0, 0.5)] * 3
+    assert factor(kept, MODEL, CPU, "int8") == Factor(2.0, 0.5)
+
+
+def test_what_is_forgotten_borrows_again(tmp_path: Path) -> None:
+    kept = Cache(tmp_path)
+    fold(kept, MODEL, [(CPU, "nf4")], Factor(4.0, 1.0))
+    forget(kept, MODEL, [CPU], ["nf4"])
+    fold(kept, MODEL, [(CPU, "bf16")], Factor(2.0, 1.0))
+    assert [factor(kept, MODEL, CPU, name).decode for name in ("nf4", "int8")] == pytest.approx([2.0, 2.0])
+
+
 def test_seconds_are_multiplied_and_the_plan_says_so(tmp_path: Path) -> None:
     kept = Cache(tmp_path)
     assert calibrated(PROFILE, CLUSTER, kept) == PROFILE
-    fold(kept, MODEL, CPU, "nf4", Factor(2.0, 3.0))
+    fold(kept, MODEL, [(CPU, "nf4")], Factor(2.0, 3.0))
     unit = calibrated(PROFILE, CLUSTER, kept).seconds["cpu", "nf4"].units[1]
     assert unit.decode_s(1, 1000) == pytest.approx(4e-3)
     assert unit.prefill_s(32) == pytest.approx(9e-3)
@@ -72,7 +88,7 @@ def test_seconds_are_multiplied_and_the_plan_says_so(tmp_path: Path) -> None:
 
 
 def test_measuring_again_forgets(tmp_path: Path) -> None:
-    fold(Cache(tmp_path), MODEL, CPU, "nf4", Factor(2.0, 3.0))
+    fold(Cache(tmp_path), MODEL, [(CPU, "nf4")], Factor(2.0, 3.0))
     anew = Cache(tmp_path, refresh=True)
     assert factor(anew, MODEL, CPU, "nf4") == Factor()
     forget(anew, MODEL, [CPU], ["nf4", "int8"])

@@ -94,6 +94,22 @@ def test_what_if_starts_from_what_the_placement_has(tmp_path: Path, capsys: pyte
     assert {stage["weights"] for stage in planned(capsys, "what-if", file, "--weights", "nf4")["stages"]} == {"nf4"}
 
 
+def test_a_placement_for_a_card_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is here is planned for; a card that is added has no budget but its own."""
+    text = TWO_STAGES.replace("cpu:1", "cuda:7").replace(
+        "layers: [4, 8], weights: int8, kv: {dtype: int8}", "layers: [4, 8]"
+    )
+    file = tmp_path / "plan.yaml"
+    file.write_text(text, "utf-8")
+    plan = planned(capsys, "what-if", str(file))
+    assert plan["devices"] == {"cpu": {"memory": "700MiB"}}
+    assert "cuda:7, which the placement uses, is not here" in plan["estimate"]["notes"]
+    file.write_text(text.replace("cuda:7", "cuda:0"), "utf-8")
+    plan = planned(capsys, "what-if", str(file), "--drop", "cpu", "--add", "RTX 3060 12GB")
+    (budget,) = plan["devices"].values()
+    assert budget != {"memory": "800MiB"}  # nor is int8 for K and V, which no processor is there to keep
+
+
 def test_what_if_keeps_as_much_precision_as_a_mixed_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(tmp_path / "plan.yaml")
     words = [*MACHINE, "--context", "256", "--quality", "0.4"]
@@ -116,10 +132,15 @@ def test_facts_with_keys_and_values_in_16_bits(tmp_path: Path, capsys: pytest.Ca
     words = ["profile", "demo", "--memory", "cpu=1GiB", "--weights", "int8", "--facts", file]
     assert main(words) == 0
     assert main(["plan", "demo", "--facts", file, "--context", "256", "--kv", "int8"]) == 2
-    again = f"make it again with: splitrun profile demo --kv int8 --facts {file}"
-    assert f"was measured with keys and values in 16 bits; {again}" in capsys.readouterr().err
+    again = "for others make it again with: splitrun profile demo"
+    told = capsys.readouterr().err
+    assert f"was measured with keys and values in 16 bits; {again} --kv int8 --facts {file}" in told
     assert main([*words, "--kv", "int8"]) == 0
+    assert f"plan with it: splitrun plan demo --kv int8 --facts {file}" in capsys.readouterr().out
     assert main(["plan", "demo", "--facts", file, "--context", "256", "--kv", "int8"]) == 0
+    assert main(["plan", "demo", "--facts", file, "--context", "256"]) == 2
+    told = capsys.readouterr().err
+    assert f"in int8, which --kv int8 plans with; {again} --facts {file}" in told
 
 
 def test_int8_keys_and_values_take_less(capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +204,9 @@ def test_refusals_are_one_line(words: list[str], why: str, capsys: Any) -> None:
         (["--drop", "cuda:7"], "--drop: there is no 'cuda:7'"),
         (["--drop", "cpu"], "no device is left"),
         (["--memory", "cpu=1GiB,cuda:7=1GiB"], "--memory: this machine, changed, has no 'cuda:7'"),
+        (["--drop", "cpu", "--add", "RTX 3060 12GB", "--kv", "int8"], "--kv int8 is for processors"),
+        (["--context", "9999999"], "is longer than"),
+        (["--memory", "cpu=3MB"], "does not fit"),
     ],
 )
 def test_names_are_looked_up_before_anything_is_timed(

@@ -124,5 +124,8 @@ def test_a_budget_below_what_the_plan_takes() -> None:
 def test_more_threads_than_processors() -> None:
     asking = replace(PLAN, stages=(replace(PLAN.stages[0], threads=8), *PLAN.stages[1:]))
     assert stale_reasons(asking, None, 8, MACHINE, processors=8) == []
+    stages = (replace(stage, threads="auto" if stage.device == "cpu" else 8) for stage in PLAN.stages)
+    on_card = replace(PLAN, stages=tuple(stages))
+    assert stale_reasons(on_card, None, 8, MACHINE, processors=4) == []  # cards have no threads
     (reason,) = stale_reasons(asking, None, 8, MACHINE, processors=4)
     assert "asks for 8 threads, but this process may use 4 processors; write threads: auto, or 4" in reason

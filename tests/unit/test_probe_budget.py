@@ -62,6 +62,7 @@ def test_named_budgets(memory: dict[str, str | int], budgets: dict[str, int]) ->
         ({"CPU:1": "4GiB"}, "did you mean cpu:1?"),
         ({"cpu": "9GiB", "cpu:1": "auto"}, "--memory leaves nothing for cpu:1: plans may use 9.00 GiB there"),
         ({}, "memory names no device"),
+        ({"cuda:0": 9 * GIB}, "cuda:0 has 8.00 GiB of memory, not 9.00 GiB"),
     ],
 )
 def test_impossible_budgets_are_refused(memory: dict[str, str | int], message: str) -> None:

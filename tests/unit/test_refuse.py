@@ -63,10 +63,25 @@ def test_what_the_process_takes_is_no_room() -> None:
     assert refused(Cluster((device(budget=needed + 40 * MIB, context_bytes=40 * MIB),)), workload) is None
     error = refused(Cluster((device(budget=needed + 38 * MIB, context_bytes=40 * MIB),)), workload)
     assert error is not None
-    assert "95.0 MiB on cpu, of which process and context take 40.0 MiB: at least" in str(error)
+    assert "95.0 MiB on cpu, where process and context take 40.0 MiB: at least" in str(error)
     error = refused(Cluster((device(budget=30 * MIB, context_bytes=40 * MIB),)), workload)
     assert error is not None
     assert needed + 5 * MIB < error.shortfall_bytes["cpu"] < needed + 10 * MIB  # of the process, 10 MiB are missing too
+
+
+@pytest.mark.parametrize(("budgets", "room"), [((30, 20), -10), ((60, 30), 20), ((60, 50), 30)])
+def test_of_two_memories_those_with_room_count(budgets: tuple[int, int], room: int) -> None:
+    devices = [
+        device(name, budget=size * MIB, context_bytes=40 * MIB)
+        for name, size in zip(("cpu", "cuda:0"), budgets, strict=True)
+    ]
+    workload = Workload(context=64)
+    error, alone = refused(Cluster(tuple(devices)), workload), refused(Cluster((device(budget=MIB),)), workload)
+    assert error is not None
+    assert alone is not None
+    missing, needed = (sum(each.shortfall_bytes.values()) for each in (error, alone))
+    assert missing == needed + MIB - room * MIB
+    assert "where process and context take 80.0 MiB: at least" in str(error)
 
 
 def test_what_embed_and_head_share_is_there_in_one_format() -> None:

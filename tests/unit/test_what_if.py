@@ -22,6 +22,7 @@ from splitrun.planner.placement import StageSpec
 from splitrun.planner.profile_table import distinct, profile_lines
 from splitrun.planner.solve import solve
 from splitrun.planner.what_if import Changes, changed, machine_of, with_budgets
+from splitrun.what_if import Question, answer
 
 HERE = Cluster((device(), device("cuda:0", budget=4 * GIB), device("cuda:1", budget=4 * GIB)), {})
 
@@ -147,6 +148,7 @@ def broken(change: str) -> Any:
         "negative": lambda: unit["weight_bytes"].update(bf16=-1),
         "huge": lambda: content["cluster"]["devices"][0].update(budget_bytes=10**30),
         "endless": lambda: content["cluster"]["devices"][0].update(flops_per_s=10**400),
+        "endless below 0": lambda: content["cluster"]["devices"][0].update(flops_per_s=-(10**400)),
         "kind": lambda: content["cluster"]["devices"][0].update(kind="tpu"),
         "short": lambda: content["profile"]["seconds"].append(["cpu"]),
         "list": lambda: content["profile"].update(units={}),
@@ -172,6 +174,7 @@ def _plain() -> Any:
         ("negative", r"weight_bytes.bf16 must be finite and not negative"),
         ("huge", r"cluster.devices\[0\].budget_bytes is larger than any size or count"),
         ("endless", r"cluster.devices\[0\].flops_per_s is larger than any"),
+        ("endless below 0", r"cluster.devices\[0\].flops_per_s is larger than any"),
         ("kind", r"cluster.devices\[0\].kind must be one of cpu, cuda"),
         ("short", "profile.seconds must be a mapping"),
         ("list", "profile.units must be a list"),
@@ -200,6 +203,30 @@ def test_what_is_no_facts_file(tmp_path: Path, text: str | None, why: str) -> No
         file.write_text(text)
     with pytest.raises(InvalidPlacement, match=why):
         read_facts(file)
+
+
+@pytest.mark.parametrize("drop", [("cuda:0", "cuda:1"), ("cuda:0", "cuda:1", "cpu")])
+def test_a_card_that_takes_another_one_s_name_is_as_its_sheet_says(drop: tuple[str, ...], tmp_path: Path) -> None:
+    """And not as the other one was timed."""
+    facts, file = some_facts(), tmp_path / "facts.json"
+    write_facts(facts, file)
+    asked = Question("some/model", Changes(("RTX 4090 24GB",), drop=drop), facts=str(file), weights="bf16", context=256)
+    plan = answer(asked)
+    bare = Facts(facts.profile.of_devices(() if "cpu" in drop else ("cpu",)), facts.cluster.without(drop))
+    new = solve(bare.profile, changed(bare.cluster, Changes(asked.changes.add))[0], Workload(context=256), "bf16",
+                stream=True)  # fmt: skip
+    assert plan.estimate is not None
+    assert new.estimate is not None
+    assert plan.stages == new.stages
+    assert plan.estimate.step_s == new.estimate.step_s
+
+
+def test_a_budget_under_a_dropped_name_is_the_added_card_s(tmp_path: Path) -> None:
+    file = tmp_path / "facts.json"
+    write_facts(some_facts(), file)
+    changes = Changes(("RTX 4090 24GB",), drop=("cuda:0", "cuda:1", "cpu"))
+    asked = Question("some/model", changes, facts=str(file), memory={"cuda:0": "3GiB"}, context=256)
+    assert answer(asked).devices == {"cuda:0": 3 * GIB}
 
 
 def test_the_profile_names_each_shape_once() -> None:
