@@ -1,7 +1,8 @@
 """Why the plan is as it is: the constraint that binds, the runner-up, devices left out, and what would help most.
 
-Every statement names a plan that exists: relaxed problems are solved with embed and head where they are now or on the
-device that was given more, so what is promised can be had, and now and then a little more than that.
+Every statement names a plan that exists, and that keeps the precision which was asked for: relaxed problems are solved
+with embed and head where they are now or on the device that was given more (anywhere, where the fastest would lose too
+much), so what is promised can be had, and now and then a little more than that.
 """
 
 from __future__ import annotations
@@ -38,29 +39,40 @@ SHORTER = 4
 
 @dataclass(frozen=True)
 class Findings:
-    """A solved problem: tables, answer, and the devices, the model and the workload behind the numbers.
+    """A solved problem: tables, answer, and the model, cluster, formats of each device and workload behind the numbers.
 
-    ``own_s`` are the engine's seconds beside stages and hops, as the plan has them: another plan that reads main memory
-    instead takes a fraction of a millisecond more, beside many of its own. ``most_loss`` is what any plan may lose in
-    precision.
+    ``devices`` are those of the tables. ``own_s`` are the engine's seconds beside stages and hops, as the plan has
+    them: another plan that reads main memory instead takes a fraction of a millisecond more, beside many of its own.
+    ``most_loss`` is what any plan may lose in precision.
     """
 
     tables: Tables
     outcome: Outcome
     devices: Sequence[Device]
     profile: ModelProfile
+    cluster: Cluster
+    formats: Mapping[str, Sequence[str]]
     workload: Workload
     own_s: float = 0.0
     most_loss: float = INFINITE
 
-    def fastest(self, tables: Tables, ends: Set[int] | None = None) -> Outcome:
-        """The best split of a problem like this one, within what plans may lose."""
+    def fastest(
+        self,
+        tables: Tables,
+        ends: Set[int] | None = None,
+        formats: Mapping[str, Sequence[str]] | None = None,
+        workload: Workload | None = None,
+    ) -> tuple[Tables, Outcome]:
+        """The best split of a problem like this one within what plans may lose, and the tables that it is of: these, or
+        where the fastest loses too much, those where each part of a device has a format of its own."""
         outcome = fastest(tables, self.bottleneck, ends)
-        if outcome.split is None or self.most_loss == INFINITE:
-            return outcome
-        if Losses.of(self.profile, tables).split(outcome.split) <= self.most_loss:
-            return outcome
-        return fastest_within(tables, self.profile, self.bottleneck, self.most_loss)
+        if self.most_loss == INFINITE:
+            return tables, outcome
+        if outcome.split is not None and Losses.of(self.profile, tables).split(outcome.split) <= self.most_loss:
+            return tables, outcome
+        made = build_tables(self.profile, self.cluster, formats or self.formats, workload or self.workload, apart=True)
+        apart = replace(made, budget_bytes=tables.budget_bytes, pools=tables.pools)
+        return apart, fastest_within(apart, self.profile, self.bottleneck, self.most_loss)
 
     def best_without(self, device: int) -> float:
         """The best value among the plans that do without that device."""
@@ -68,7 +80,7 @@ class Findings:
             return self.outcome.best_without(device)
         budgets = self.tables.budget_bytes.copy()
         budgets[device] = 0
-        return self.fastest(replace(self.tables, budget_bytes=budgets)).value
+        return self.fastest(replace(self.tables, budget_bytes=budgets))[1].value
 
     @property
     def bottleneck(self) -> bool:
@@ -108,7 +120,7 @@ def left_out(found: Findings) -> list[str]:
             continue
         value, it = outcome.best_with(rest[0]), "it" if len(rest) == 1 else "one of them"
         text = " and ".join(found.devices[number].name for number in rest) + " " + ("was", "were")[len(rest) > 1]
-        if not outcome.by_devices:  # not gathered: all that is known is that this plan is the best
+        if not outcome.by_devices or found.most_loss < INFINITE:  # all that is known is that this plan is the best
             sentences.append(f"{text} left out: {it} would gain nothing")
         elif value == INFINITE:
             sentences.append(f"{text} left out: no plan that uses {it} keeps the budgets")
@@ -124,24 +136,28 @@ def runner_up(found: Findings) -> list[str]:
     split = found.outcome.split
     if split is None:
         return []
-    values = {number: found.best_without(number) for number in used_devices(split)}
-    device = min(values, key=lambda number: values[number], default=None)
-    if device is None or values[device] == INFINITE:
+    best, least = None, INFINITE
+    for device in sorted(used_devices(split), key=found.outcome.best_without):
+        if found.outcome.best_without(device) >= least:
+            break  # whatever plans may lose: within that they are no faster
+        if (value := found.best_without(device)) < least:
+            best, least = device, value
+    if best is None:
         return []
-    return [f"the runner-up does without {found.devices[device].name}: {found.instead(values[device])}"]
+    return [f"the runner-up does without {found.devices[best].name}: {found.instead(least)}"]
 
 
-def other_format(found: Findings, cluster: Cluster, formats: Mapping[str, Sequence[str]]) -> list[str]:
+def other_format(found: Findings) -> list[str]:
     """The best plan without the format of most layers, and what it would cost; nothing when none fits."""
     split = found.outcome.split
     if split is None:
         return []
     number = max(split.runs, key=lambda run: run[2] - run[1])[0]
     main = FORMATS[split.formats[number][LAYERS]]
-    rest = {name: tuple(each for each in known if each != main) for name, known in formats.items()}
+    rest = {name: tuple(each for each in known if each != main) for name, known in found.formats.items()}
     if not any(rest.values()):
         return []
-    outcome = found.fastest(build_tables(found.profile, cluster, rest, found.workload))
+    _, outcome = found.fastest(build_tables(found.profile, found.cluster, rest, found.workload), formats=rest)
     if outcome.split is None:
         return []
     instead = FORMATS[outcome.split.formats[outcome.split.runs[0][0]][LAYERS]]
@@ -159,10 +175,11 @@ def limit(found: Findings) -> str:
         ends, ample = {outcome.split.embed, outcome.split.head, *members}, _without_limit(tables, members)
         if least_possible(ample, found.bottleneck) >= worth:
             continue  # its layers are no quicker than those of devices that have room
-        relaxed = found.fastest(ample, ends)
+        of, relaxed = found.fastest(ample, ends)
         if relaxed.split is None or relaxed.value >= worth:
             continue
-        more = format_bytes(sum(excess_of(tables, relaxed.split)))
+        held = replace(of, budget_bytes=tables.budget_bytes, pools=tables.pools)
+        more = format_bytes(sum(excess_of(held, relaxed.split)))
         name = " and ".join(devices[member].name for member in members)
         gains.append((relaxed.value, f"memory of {name}: {more} more there would give {found.instead(relaxed.value)}"))
     if gains:
@@ -170,7 +187,7 @@ def limit(found: Findings) -> str:
     return f"speed of {slowest(tables, outcome.split, devices)}; more memory would not help"
 
 
-def more_context(found: Findings, cluster: Cluster, formats: Mapping[str, Sequence[str]]) -> list[str]:
+def more_context(found: Findings) -> list[str]:
     """What a shorter context would gain, in a sentence; nothing when it is not worth one.
 
     The shorter plan is judged at the history of the longer one, so that only its smaller KV counts.
@@ -182,7 +199,8 @@ def more_context(found: Findings, cluster: Cluster, formats: Mapping[str, Sequen
     history = workload.context // 2 if workload.history_tokens is None else workload.history_tokens
     shorter = replace(workload, context=context, history_tokens=history)
     ends = {split.embed, split.head}
-    outcome = found.fastest(build_tables(found.profile, cluster, formats, shorter), ends)
+    tables = build_tables(found.profile, found.cluster, found.formats, shorter)
+    _, outcome = found.fastest(tables, ends, workload=shorter)
     if outcome.value >= found.outcome.value * (1 - WORTH_NAMING):
         return []
     gain = found.instead(outcome.value)

@@ -157,11 +157,11 @@ def _solve(
         own_s = engine_s(cluster, workload, workload.objective == "first-token", not reads_memory(cluster, plan))
         limited = weights == "auto" and most_lost(profile, formats) > loss_limit(profile, quality)
         most = loss_limit(profile, quality) if limited else math.inf
-        found = Findings(tables, outcome, devices, profile, workload, own_s, most)
+        found = Findings(tables, outcome, devices, profile, cluster, formats, workload, own_s, most)
         notes += left_out(found)
         if outcome is quickest:
-            notes += runner_up(found) or other_format(found, cluster, formats)
-            notes += more_context(found, cluster, formats)
+            notes += runner_up(found) or other_format(found)
+            notes += more_context(found)
             binding = limit(found)
         else:
             binding = f"--quality {quality}: weights that lose more would give {found.instead(quickest.value)}"

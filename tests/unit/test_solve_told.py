@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
-from planner_models import GIB, MIB, device, model
+import contextlib
+import random
+import re
+from dataclasses import replace
 
+import pytest
+from planner_models import GIB, MIB, device, model, random_cluster, random_model, random_workload
+
+from splitrun.errors import DoesNotFit, InvalidPlacement
+from splitrun.planner.cost import score
 from splitrun.planner.estimate import Estimate
 from splitrun.planner.facts import Cluster, Device, Workload
 from splitrun.planner.placement import Placement
@@ -50,3 +57,40 @@ def test_the_other_format_keeps_the_quality(quality: str, told: bool) -> None:
     assert estimate is not None
     named = [note for note in estimate.notes if note.startswith("the runner-up has weights in")]
     assert bool(named) == told
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_the_runner_up_is_the_best_plan_without_a_device(block: int) -> None:
+    """Within the quality, parts of a device in formats of their own where that is what keeps it."""
+    told = 0
+    for seed in range(block * 100, block * 100 + 100):
+        draw = random.Random(seed)
+        profile, cluster, workload = random_model(draw), random_cluster(draw), random_workload(draw)
+        cluster = replace(cluster, devices=tuple(replace(each, memory_pool=each.name) for each in cluster.devices))
+        quality = draw.choice(["0", "int8", "0.4"])
+        try:
+            plan = solve(profile, cluster, workload, quality=quality)
+        except DoesNotFit:
+            continue
+        assert plan.estimate is not None
+        if plan.estimate.limit.startswith("--quality"):
+            continue  # the limit itself is what there is to tell
+        values = {}
+        for name in plan.device_names:
+            with contextlib.suppress(DoesNotFit, InvalidPlacement):
+                without = cluster.without([name])
+                values[name] = score(profile, without, solve(profile, without, workload, quality=quality))
+        notes = "\n".join(plan.estimate.notes)
+        named = re.search(r"the runner-up does without (\S+): ", notes)
+        assert bool(named) == bool(values), seed
+        if named:
+            assert values[named[1]] == pytest.approx(min(values.values()), rel=1e-9), seed
+            told += 1
+    assert told > 10
+
+
+def test_nothing_is_said_of_lossy_plans_with_a_device_that_is_left_out() -> None:
+    """The processor computes nf4 alone, which loses too much."""
+    cpu, card = device(formats=("nf4",)), device("cuda:0", budget=4 * GIB, bandwidth=300e9, formats=("bf16",))
+    _, estimate = planned(cpu, card)
+    assert "cpu was left out: it would gain nothing" in estimate.notes
