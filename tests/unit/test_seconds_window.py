@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from planner_models import GIB, device
 from tiny_models import COMMON
-from transformers import Gemma2Config
+from transformers import Gemma2Config, MistralConfig
 
 from splitrun.measure.cache import Cache
 from splitrun.measure.profile import profile
@@ -19,7 +19,7 @@ from splitrun.measure.unit_steps import Point
 from splitrun.model.cut import CutRange
 from splitrun.model.files import ModelFiles
 from splitrun.model.structure import ModelStructure, inspect
-from splitrun.planner.cost import decode_s, prefill_s
+from splitrun.planner.cost import decode_s, prefill_s, stage_overhead_s
 from splitrun.planner.facts import Cluster, Workload
 
 WINDOW = 200
@@ -28,20 +28,23 @@ TIMED: list[Point] = []
 
 
 class Watch:
-    """A clock's stand-in: 1 ms a stage, and of each layer 1 us for each token that a token looks back on."""
+    """A clock's stand-in: 1 ms a stage (``embed_s`` one that only embeds), and of each layer 1 us for each token that a
+    token looks back on."""
 
     load_bytes, chunk_step, fast = 0, 1, None
+    embed_s = 1e-3
 
     def __init__(
         self, config: Any, structure: ModelStructure, cut: CutRange, setting: Setting, points: Sequence[Point]
     ) -> None:
         groups = (structure.caches[index].group for index in range(cut.start, cut.stop))
+        self._stage_s = self.embed_s if cut.embed else 1e-3
         self._windows = [group.window or 1 << 30 for group in groups if group is not None]
 
     def time(self, points: Sequence[Point]) -> dict[Point, Sample]:
         if WINDOW in self._windows:
             TIMED.extend(points)
-        return {point: Sample(1e-3 + sum(self._layer_s(point, window) for window in self._windows), 0.0)
+        return {point: Sample(self._stage_s + sum(self._layer_s(point, window) for window in self._windows), 0.0)
                 for point in points}  # fmt: skip
 
     def close(self) -> None:
@@ -53,11 +56,11 @@ class Watch:
 
 
 @pytest.mark.parametrize(("history", "sliding", "full"), [(100, 100, 100), (2000, WINDOW, 2000), (9000, WINDOW, 9000)])
-def test_a_window_caps_what_was_measured(history: int, sliding: int, full: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Gemma2Config, MistralConfig])  # windows in every other layer, and in each
+def test_a_window_caps_what_was_measured(kind: Any, history: int, sliding: int, full: int, tmp_path: Path) -> None:
     TIMED.clear()
-    config = Gemma2Config(
-        **{**COMMON, "num_hidden_layers": 4, "sliding_window": WINDOW, "max_position_embeddings": 16384}
-    )
+    Watch.embed_s = 1e-3 if kind is Gemma2Config else 0.6e-3  # seen as the stage's own on layers in a row alone
+    config = kind(**{**COMMON, "num_hidden_layers": 4, "sliding_window": WINDOW, "max_position_embeddings": 16384})
     files, structure = ModelFiles("tiny", None, tmp_path, config, weights=False), inspect(config)
     files.__dict__["fingerprint"] = "sha256:0"
     facts = profile(files, structure)
@@ -67,9 +70,15 @@ def test_a_window_caps_what_was_measured(history: int, sliding: int, full: int, 
     workload = Workload(context=16384, history_tokens=history, prompt_tokens=512 + history // 512 * 512)
     for rows in (1, 4):
         seconds = [decode_s(facts, unit, CPU, "bf16", workload, "bf16", rows) for unit in (1, 2)]
-        assert seconds == pytest.approx([rows * sliding * 1e-6, rows * full * 1e-6], rel=1e-6)
+        second = full if kind is Gemma2Config else sliding
+        assert seconds == pytest.approx([rows * sliding * 1e-6, rows * second * 1e-6], rel=1e-6)
+        own_s = stage_overhead_s(facts, CPU, "bf16", workload, False, rows)
+        assert own_s == pytest.approx(1e-3, rel=1e-6)  # however long the history
     starts = range(0, 512 + history // 512 * 512, 512)
     prompts = [prefill_s(facts, unit, CPU, "bf16", workload, "bf16") for unit in (1, 2)]
-    expected = [sum(512e-6 * min(start, most) for start in starts) for most in (WINDOW, 1 << 30)]
+    expected = [
+        sum(512e-6 * min(start, most) for start in starts)
+        for most in (WINDOW, 1 << 30 if kind is Gemma2Config else WINDOW)
+    ]
     assert prompts == pytest.approx(expected, rel=1e-6)
     assert max(point.context for point in TIMED) == WINDOW
