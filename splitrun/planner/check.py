@@ -50,8 +50,16 @@ def stale_reasons(
 
 
 def _budget_reasons(placement: Placement, cluster: Cluster, command: str) -> list[str]:
-    predicted = _predicted(placement)
+    bills = () if placement.estimate is None else placement.estimate.devices
+    predicted = {bill.device: bill.total_bytes for bill in bills}
+    totals = {device.name: device.total_bytes for device in cluster.devices}
     reasons = [
+        f"{name} has {format_bytes(totals[name])} of memory, and its budget is {format_bytes(budget)}; lower "
+        f"devices.{name}.memory in the file, or plan again: {command}"
+        for name, budget in placement.devices.items()
+        if budget > totals.get(name, budget)
+    ]
+    reasons += [
         f"the plan takes {format_bytes(size)} on {name}, but its budget there is "
         f"{format_bytes(placement.devices[name])}; raise devices.{name}.memory in the file, or plan again: {command}"
         for name, size in predicted.items()
@@ -76,16 +84,6 @@ def _budget_reasons(placement: Placement, cluster: Cluster, command: str) -> lis
         for pool, size in needed.items()
         if size > free[pool]
     ]
-
-
-def _predicted(placement: Placement) -> dict[str, int]:
-    """Device -> bytes by the estimate, where it is of these devices, units and formats: a file may have been edited."""
-    stored = placement.estimate
-    if stored is None or (stored.context, stored.sessions) != (placement.workload.context, placement.workload.sessions):
-        return {}
-    of = [(row.device, row.units, row.weights) for row in stored.stages]
-    same = of == [(stage.device, stage.units_text, stage.weights) for stage in placement.stages]
-    return {bill.device: bill.total_bytes for bill in stored.devices} if same else {}
 
 
 def _plan_again(placement: Placement, file: str, max_context: int | None = None) -> str:

@@ -6,6 +6,8 @@ or the model; an ``estimate`` is kept only while it still describes the stages b
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +36,8 @@ from splitrun.planner.yaml_fields import Field, read_root
 from splitrun.quantities import parse_budget
 
 _TOP = ("version", "model", "workload", "block_tokens", "streams", "stages", "devices", "estimate")
+_OF = "of"
+"""Of an estimate: a digest of what it was made for."""
 _STAGE = ("device", "units", "layers", "weights", "kv", "threads", "stream_buffer", "stream_from")
 
 
@@ -187,13 +191,24 @@ def _optional_text(field: Field | None) -> str | None:
 
 
 def _estimate(field: Field | None, placement: Placement) -> estimates.Estimate | None:
-    found = estimates.from_dict(field.plain()) if field and field.is_mapping() else None
+    """The estimate in the file, with the budgets as they are now; None where the rest of the file was changed since."""
+    stored = field.plain() if field and field.is_mapping() else None
+    if not isinstance(stored, dict) or stored.pop(_OF, None) != _digest(to_mapping(placement)):
+        return None
+    found = estimates.from_dict(stored)
     if found is None:
         return None
-    described = [(row.device, row.units, row.weights) for row in found.stages]
-    actual = [(stage.device, stage.units_text, stage.weights) for stage in placement.stages]
-    size = (found.context, found.sessions) == (placement.workload.context, placement.workload.sessions)
-    return found if described == actual and size else None
+    bills = (
+        replace(bill, budget_bytes=placement.devices.get(bill.device, bill.budget_bytes)) for bill in found.devices
+    )
+    return replace(found, devices=tuple(bills))
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """What an estimate is of: all that the file says but budgets and which version of the model it is."""
+    model = {"source": content["model"]["source"], "layers": content["model"]["layers"]}
+    rest = {name: value for name, value in content.items() if name not in ("devices", "estimate")}
+    return "sha256:" + hashlib.sha256(json.dumps({**rest, "model": model}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def to_mapping(placement: Placement) -> dict[str, Any]:
@@ -220,7 +235,7 @@ def to_mapping(placement: Placement) -> dict[str, Any]:
     if placement.devices:
         content["devices"] = {name: {"memory": _size(budget)} for name, budget in placement.devices.items()}
     if placement.estimate:
-        content["estimate"] = placement.estimate.to_dict()
+        content["estimate"] = {_OF: _digest(content), **placement.estimate.to_dict()}
     return content
 
 

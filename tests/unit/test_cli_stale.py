@@ -29,7 +29,10 @@ STALE = {
         "the placement splits 9 layers, but demo has 8",
     ),
     "too long a context": (replace(PLAN, workload=Workload(context=50_000)), "context 50000 is longer than"),
-    "more memory than there is": (replace(PLAN, devices={"cpu": 1 << 50}), "is free; free some memory"),
+    "more memory than there is": (
+        replace(PLAN, devices={"cpu": 1 << 50}),
+        "of memory, and its budget is 1024 TiB; lower",
+    ),
 }
 COMMANDS = {
     "check": [],

@@ -166,6 +166,11 @@ def test_json_holds_what_the_file_holds(tmp_path: Path) -> None:
     [
         ("layers: [0, 8]", "layers: [0, 7]}\n  - {device: cpu, units: [head], layers: [7, 8]"),  # other stages
         ("context: 4096, sessions", "context: 2048, sessions"),  # another workload
+        ("kv: {dtype: bf16}", "kv: {dtype: fp32}"),
+        ("weights: bf16,", "weights: bf16, threads: 1,"),
+        ("chunk_tokens: 512", "chunk_tokens: 8192"),
+        ("block_tokens: 64", "block_tokens: 7"),
+        ("  of: sha256:", "  from: sha256:"),  # of an earlier build
         ("  step_s: ", "  step_s: -"),
         ("  step_s: ", "  step_s: .nan #"),
         ("  step_s: ", "  step_s: 1e999 #"),
@@ -188,6 +193,15 @@ def test_an_estimate_that_no_longer_describes_the_plan_is_dropped(tmp_path: Path
         text = text.replace(old, new)
     file.write_text(text, "utf-8")
     assert Placement.load(file).estimate is None
+
+
+def test_an_edited_budget_is_the_one_that_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    solve(model(), Cluster((device(),)), Workload(), "bf16").save(file)
+    file.write_text(file.read_text("utf-8").replace("memory: 8GiB", "memory: 3GiB"), "utf-8")
+    estimate = Placement.load(file).estimate
+    assert estimate is not None
+    assert [bill.budget_bytes for bill in estimate.devices] == [3 * GIB]
 
 
 def test_saving_keeps_the_old_file_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

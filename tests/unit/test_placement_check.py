@@ -113,12 +113,10 @@ def test_the_command_names_the_same_model_and_kv() -> None:
 
 
 def test_a_budget_below_what_the_plan_takes() -> None:
-    """A file that was edited; once its stages are others, the estimate is of another plan and says nothing."""
+    """A file that was edited."""
     low = replace(PLAN, devices={**PLAN.devices, "cuda:0": 100 * MIB})
     (reason,) = reasons(plan=low)
     assert "on cuda:0, but its budget there is 100 MiB; raise devices.cuda:0.memory in the file, or plan" in reason
-    moved = replace(low, stages=tuple(replace(stage, weights="nf4") for stage in low.stages))
-    assert reasons(plan=moved) == []
 
 
 def test_more_threads_than_processors() -> None:
