@@ -18,6 +18,7 @@ from splitrun.kernels.cpu.settings import check_settings
 if TYPE_CHECKING:
     from splitrun.measure.cache import Cache
     from splitrun.measure.engine_cost import EngineCost
+    from splitrun.model.files import ModelFiles
     from splitrun.planner.estimate import Estimate
     from splitrun.planner.facts import Cluster, ModelProfile, Objective, Workload
     from splitrun.planner.facts_file import Facts
@@ -89,7 +90,7 @@ def plan(
         check_kv(known.cluster, kv)
         return solve(known.profile, known.cluster.keeping(kv), asked(known.profile), weights, quality, stream=True)
     except DoesNotFit as error:
-        raise _with_unused(error, memory) from error
+        raise with_unused(error, memory) from error
 
 
 def _workload(context: int | None, sessions: int, objective: Objective, profile: ModelProfile) -> Workload:
@@ -113,7 +114,7 @@ def _check_arguments(context: int | None, sessions: int, weights: str, quality: 
     check_quality(weights, quality)
 
 
-def _with_unused(error: DoesNotFit, memory: Mapping[str, str | int] | None) -> DoesNotFit:
+def with_unused(error: DoesNotFit, memory: Mapping[str, str | int] | None) -> DoesNotFit:
     """The error, saying also that main memory is not used where that is so."""
     if memory is None or any(name.startswith("cpu") for name in memory):
         return error
@@ -240,25 +241,20 @@ def check(
     *,
     load: Literal["weights", "dummy"] = "weights",
     verify: bool = False,
-    room: bool = False,
 ) -> None:
     """Raise InvalidPlacement when the placement no longer suits the model or this machine, naming what mends it.
 
-    ``file`` is the placement's, for the message. With ``load`` "dummy" the model's fingerprint does not matter. With
-    ``room`` weights and KV are counted too, as loading does that follows otherwise: raises DoesNotFit.
+    ``file`` is the placement's, for the message. With ``load`` "dummy" the model's fingerprint does not matter.
     ``verify`` reads all weights and raises CorruptWeights when they are not those that ``hashed`` saw.
     """
     from splitrun.cluster.process import local_device, machine_of
     from splitrun.cluster.survey import node_devices
-    from splitrun.engine.loading import pool_sizes
-    from splitrun.engine.room import require_room
     from splitrun.measure.host import logical_processors
     from splitrun.measure.probe import cluster_of, survey, this_machine
     from splitrun.measure.profile import max_context
     from splitrun.model.files import named_in, resolve
     from splitrun.model.payload import headers_of
     from splitrun.model.payload import verify as verify_payload
-    from splitrun.model.structure import inspect
     from splitrun.planner.check import stale_reasons
 
     with named_in(file):
@@ -279,13 +275,33 @@ def check(
     layers = int(files.config.get_text_config(decoder=True).num_hidden_layers)
     fingerprint = files.fingerprint if load == "weights" else None
     bare = replace(placement, model=replace(placement.model, fingerprint=headers_of(placement.model.fingerprint)))
-    processors = logical_processors()
-    reasons = stale_reasons(bare, fingerprint, layers, cluster, file, max_context(files.config), processors)
+    least: dict[str, int] = {}
+    if placement.estimate is None and placement.devices and placement.layers == layers:
+        least = _least_bytes(placement, files, cluster)
+    reasons = stale_reasons(
+        bare, fingerprint, layers, cluster, file, max_context(files.config), logical_processors(), least
+    )
     if reasons:
         raise InvalidPlacement(f"{file}: {reasons[0]}")
-    if room:
-        structure = inspect(files.config)
-        require_room(placement, structure, pool_sizes(placement, structure))
     if verify:
         command = f"splitrun plan {placement.model.source} --hash -o {file}"
         verify_payload(placement.model.fingerprint, files.path, command)
+
+
+def _least_bytes(placement: Placement, files: ModelFiles, cluster: Cluster) -> dict[str, int]:
+    """Device -> bytes that a placement takes there at least: weights, KV, and the process or the card's context.
+    Nothing where the model is not stored as the placement asks, or a device is not there, which others tell."""
+    from splitrun.engine.own_seconds import engine_cost
+    from splitrun.measure.engine_cost import with_engine
+    from splitrun.measure.probe import this_machine
+    from splitrun.measure.profile import profile
+    from splitrun.planner.memory import placement_memory
+
+    facts, here = profile(files), {device.name for device in cluster.devices}
+    known = all(stage.weights in unit.weight_bytes for stage in placement.stages for unit in facts.units)
+    if not known or not set(placement.device_names) <= here:
+        return {}
+    card = next((name for name in placement.device_names if name in cluster.local_cards()), None)
+    paid = with_engine(cluster, engine_cost(this_machine().cache, card))
+    bills = placement_memory(facts, paid, placement)
+    return {bill.device: bill.expected_bytes - bill.workspace_bytes for bill in bills}

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from splitrun.errors import InvalidPlacement
+from splitrun.errors import DoesNotFit, InvalidPlacement
 
 if TYPE_CHECKING:
     from splitrun.planner.facts import Cluster, ModelProfile, Objective, Workload
@@ -28,10 +28,10 @@ ANY_FORMAT, ANY_LOSS = "auto", "nf4"
 class Question:
     """What the user asks; ``named`` is a model or a placement file.
 
-    Of a placement, what is left as it is by default is the placement's: context, sessions and objective; on this
-    machine the devices, those that are here, and budgets; its format, or where it mixes several, as much precision as
-    it has; int8 KV where a processor remains. Of a model: 4096 tokens, one session, every device, the fastest formats
-    within ``quality``. ``memory`` may name devices that the changes add.
+    What is None is, of a placement, the placement's: context, sessions and objective; unless ``machine`` is another,
+    devices and budgets, of those that are there; its format, or where it mixes several, as much precision as it has;
+    int8 KV where a processor remains. Of a model: 4096 tokens, one session, latency, every device, the fastest formats
+    that lose no more than nf4. ``memory`` may name devices that the changes add.
     """
 
     named: str
@@ -41,32 +41,39 @@ class Question:
     memory: Memory | None = None
     context: int | None = None
     sessions: int | None = None
-    objective: Objective = "latency"
-    weights: str = ANY_FORMAT
-    quality: str = ANY_LOSS
-    kv: Literal["auto", "int8"] = "auto"
+    objective: Objective | None = None
+    weights: str | None = None
+    quality: str | None = None
+    kv: Literal["auto", "int8"] | None = None
     revision: str | None = None
     load: Literal["weights", "dummy"] = "weights"
 
 
 def answer(question: Question, report: Callable[[str], None] = lambda text: None) -> Placement:
     """The best placement on the changed machine. Raises as planning does, and InvalidPlacement for unknown names."""
+    from splitrun.api import with_unused
     from splitrun.model.files import named_in
     from splitrun.planner.quality import check_quality
     from splitrun.planner.solve import solve
 
     if question.machine and question.facts:
         raise InvalidPlacement("--machine and --facts both say where to start; give one of them")
-    check_quality(question.weights, question.quality)
+    check_quality(question.weights or ANY_FORMAT, question.quality or ANY_LOSS)
     placement = _placement(question.named)
-    asked = question if placement is None else _as_in(placement, question)
+    kv = question.kv or ("int8" if placement and placement.int8_kv else "auto")
+    asked = replace(question, kv=kv)
+    if placement is not None:
+        asked = replace(asked, named=placement.model.source, revision=placement.model.revision)
     with named_in(question.named) if placement else nullcontext():
         known = _known(asked, placement)
     weights, quality = _precision(asked, placement, known.profile)
-    asked = replace(asked, weights=weights, quality=quality)
     workload = _workload(asked, placement, known.profile)
+    asked = replace(asked, weights=weights)
     found, notes = _changed(asked, placement, known, workload, report)
-    plan = solve(found.profile, found.cluster.keeping(asked.kv), workload, weights, quality, stream=True)
+    try:
+        plan = solve(found.profile, found.cluster.keeping(kv), workload, weights, quality, stream=True)
+    except DoesNotFit as error:
+        raise with_unused(error, question.memory) from error
     if plan.estimate is None or not notes:
         return plan
     return replace(plan, estimate=replace(plan.estimate, notes=(*plan.estimate.notes, *notes)))
@@ -81,18 +88,12 @@ def _placement(named: str) -> Placement | None:
     return Placement.load(named)
 
 
-def _as_in(placement: Placement, question: Question) -> Question:
-    """The question about a placement's model."""
-    model, kv = placement.model, "int8" if placement.int8_kv else question.kv
-    return replace(question, named=model.source, revision=model.revision, kv=kv)
-
-
 def _precision(question: Question, placement: Placement | None, profile: ModelProfile) -> tuple[str, str]:
     """Weight format or "auto", and the most that it may lose."""
     from splitrun.planner.quality import loss_share
 
-    if placement is None or (question.weights, question.quality) != (ANY_FORMAT, ANY_LOSS):
-        return question.weights, question.quality
+    if placement is None or question.weights or question.quality:
+        return question.weights or ANY_FORMAT, question.quality or ANY_LOSS
     formats = {stage.weights for stage in placement.stages}
     if len(formats) == 1:
         return formats.pop(), ANY_LOSS
@@ -109,7 +110,7 @@ def _workload(question: Question, placement: Placement | None, profile: ModelPro
         workload,
         context=question.context or workload.context,
         sessions=question.sessions or workload.sessions,
-        objective=workload.objective if question.objective == "latency" else question.objective,
+        objective=question.objective or workload.objective,
     )
 
 
@@ -124,7 +125,7 @@ def _known(question: Question, placement: Placement | None) -> Facts:
     from splitrun.planner.what_if import machine_of
 
     if question.facts is not None:
-        return read_facts_for(question.facts, question.named, None, question.kv)
+        return read_facts_for(question.facts, question.named, None, question.kv or "auto")
     files = resolve(question.named, question.revision, weights=question.load == "weights")
     if question.machine is not None:
         return Facts(profile(files), machine_of(question.machine))
@@ -146,17 +147,20 @@ def _changed(
     from splitrun.planner.what_if import changed, started, with_budgets
 
     changes, live = question.changes, question.machine is None and question.facts is None
-    where = question.machine or question.facts or "this machine, changed,"
+    where = f"{question.machine or question.facts or 'this machine'}, changed,"
     here = [device.name for device in known.cluster.devices]
     memory, notes = question.memory, []
-    if placement is not None and memory is None and live:
+    if placement is not None and memory is None and question.machine is None:
         names = placement.device_names
-        notes = [f"{name}, which the placement uses, is not here" for name in names if name not in here]
+        there = question.facts or "this machine"
+        notes = [f"{there} has no {name}, which the placement uses" for name in names if name not in here]
         if set(names) & set(here):
             left = [name for name in names if name in here and name not in changes.drop]
             memory = {name: placement.devices.get(name, "auto") for name in left}
     changed(known.cluster, changes)
     start, later = started(here, memory, changes.drop)
+    if not changes.add and not changes.add_node:
+        with_budgets(known.cluster, later, where)
     start = {name: size for name, size in start.items() if size != "auto" or known.cluster.device(name).budget_bytes}
 
     def after(cluster: Cluster) -> tuple[Cluster, list[str]]:
@@ -167,7 +171,7 @@ def _changed(
 
     made, _ = after(known.cluster)  # names that are not known are refused before anything is timed
     if placement is None or not placement.int8_kv:
-        check_kv(made, question.kv)
+        check_kv(made, question.kv or ANY_FORMAT)
     if live and start:
         everything = memory is None and not changes.drop
         found = _timed(question, None if everything else start, workload, lambda cluster: after(cluster)[0], report)
@@ -194,9 +198,9 @@ def _timed(
         check_request(profile, after(cluster), workload)
 
     def refuse(profile: ModelProfile, cluster: Cluster) -> None:
-        refuse_hopeless(profile, after(cluster), workload, allowed_formats(profile, question.weights))
+        refuse_hopeless(profile, after(cluster), workload, allowed_formats(profile, question.weights or ANY_FORMAT))
 
     return gather_facts(
-        question.named, memory, question.weights, question.revision, question.load,
-        tuple(sorted({1, workload.sessions})), report=report, kv=question.kv, check=check, refuse=refuse,
+        question.named, memory, question.weights or ANY_FORMAT, question.revision, question.load,
+        tuple(sorted({1, workload.sessions})), report=report, kv=question.kv or "auto", check=check, refuse=refuse,
     )  # fmt: skip

@@ -22,6 +22,6 @@ def check(
     from splitrun import Placement, api
 
     found = Placement.load(placement)
-    api.check(found, placement, load=load, verify=verify, room=True)
+    api.check(found, placement, load=load, verify=verify)
     show(found.explain())
     typer.echo(f"\n{placement} suits the model and this machine")

@@ -21,6 +21,7 @@ from splitrun.cli.outcome import Destination
 
 @spread
 def what_if(
+    said: typer.Context,
     model: ModelOrPlacement,
     add: Annotated[
         list[str] | None, typer.Option("--add", metavar="CARD", help="Add a card, such as 'GTX 1060 3GB'.")
@@ -52,6 +53,12 @@ def what_if(
     destination = Destination(output, svg, json_output)
     destination.check()
     changes = Changes(tuple(add or ()), tuple(add_node or ()), tuple(drop or ()), link)
-    asked = vars(planning) | {"memory": planning.budgets}
-    question = Question(model, changes, machine, facts, sessions=sessions, **asked)
+    asked = {name: value for name, value in vars(planning).items() if _is_said(said, name)}
+    question = Question(model, changes, machine, facts, sessions=sessions, **asked | {"memory": planning.budgets})
     destination.send(answer(question, lambda text: typer.echo(text, err=True)))
+
+
+def _is_said(context: typer.Context, option: str) -> bool:
+    """Whether an option is on the command line, be it with its default."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"

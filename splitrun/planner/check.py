@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 
 from splitrun.planner.facts import Cluster
 from splitrun.planner.placement import Placement, is_processor
@@ -11,13 +12,14 @@ from splitrun.quantities import format_bytes
 
 def stale_reasons(
     placement: Placement, profile_fingerprint: str | None, layers: int, cluster: Cluster, file: str = "FILE",
-    max_context: int | None = None, processors: int | None = None,
+    max_context: int | None = None, processors: int | None = None, least: Mapping[str, int] | None = None,
 ) -> list[str]:  # fmt: skip
     """One sentence, with the command that mends it, for each way in which the placement no longer holds.
 
     Looks at: the model's fingerprint (when both sides have one), number of layers and longest context, devices that
-    are not here, threads beyond the ``processors``, and memory: what the plan takes by its estimate, or its whole
-    budget where there is none, against its budget and against what is free. Empty: all is well.
+    are not here, threads beyond the ``processors``, and memory: what the plan takes by its estimate (without one the
+    bytes that it takes at ``least`` on each device) against its budget, and that, or the whole budget, against what is
+    free. Empty: all is well.
     """
     command = _plan_again(placement, file)
     reasons = []
@@ -38,7 +40,7 @@ def stale_reasons(
     for name in placement.device_names:
         if name not in here:
             reasons.append(f"device {name} is not here (here: {', '.join(here) or 'none'}); plan again: {command}")
-    reasons += _budget_reasons(placement, cluster, command)
+    reasons += _budget_reasons(placement, cluster, command, least or {})
     for stage in placement.stages:
         here_on_processor = is_processor(stage.device) and "/" not in stage.device
         if here_on_processor and processors and stage.threads != "auto" and stage.threads > processors:
@@ -49,7 +51,7 @@ def stale_reasons(
     return reasons
 
 
-def _budget_reasons(placement: Placement, cluster: Cluster, command: str) -> list[str]:
+def _budget_reasons(placement: Placement, cluster: Cluster, command: str, least: Mapping[str, int]) -> list[str]:
     bills = () if placement.estimate is None else placement.estimate.devices
     predicted = {bill.device: bill.total_bytes for bill in bills}
     totals = {device.name: device.total_bytes for device in cluster.devices}
@@ -60,9 +62,9 @@ def _budget_reasons(placement: Placement, cluster: Cluster, command: str) -> lis
         if budget > totals.get(name, budget)
     ]
     reasons += [
-        f"the plan takes {format_bytes(size)} on {name}, but its budget there is "
+        f"the plan takes {'' if predicted else 'at least '}{format_bytes(size)} on {name}, but its budget there is "
         f"{format_bytes(placement.devices[name])}; raise devices.{name}.memory in the file, or plan again: {command}"
-        for name, size in predicted.items()
+        for name, size in (predicted or least).items()
         if size > placement.devices.get(name, size)
     ]
     needed: dict[str, int] = {}

@@ -43,7 +43,7 @@ def most_lost(profile: ModelProfile, formats: Mapping[str, Sequence[str]]) -> fl
 def loss_limit(profile: ModelProfile, quality: str) -> float:
     """The most that a plan may lose: ``share_of`` what it loses with everything in NF4. Raises InvalidPlacement."""
     values = sum(unit.quantized_values for unit in profile.units)
-    return values * RELATIVE_ERROR["nf4"] * share_of(quality) * (1 + 1e-9)
+    return values * RELATIVE_ERROR["nf4"] * share_of(quality, profile.stored_format) * (1 + 1e-9)
 
 
 def check_quality(weights: str, quality: str) -> None:
@@ -53,11 +53,14 @@ def check_quality(weights: str, quality: str) -> None:
     share_of(quality)
 
 
-def share_of(quality: str) -> float:
+def share_of(quality: str, stored: str = FORMATS[0]) -> float:
     """What a plan may lose, as a share of all-NF4: a format's name for as much as with everything in it, or a number.
+    With everything in the format of the checkpoint, ``stored``, or in a more precise one, nothing is lost.
 
     Raises InvalidPlacement for anything else.
     """
+    if quality in FORMATS and FORMATS.index(quality) <= FORMATS.index(stored):
+        return 0.0
     if quality in FORMATS:
         return RELATIVE_ERROR[quality] / RELATIVE_ERROR["nf4"]
     try:

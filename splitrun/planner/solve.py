@@ -208,7 +208,7 @@ def _searched(
 def _losses(profile: ModelProfile, plan: Placement, tried: Sequence[str]) -> list[str]:
     """What the weights lose, and what to ask for to keep more; ``tried`` are the formats, most precise first."""
     loss = loss_share(profile, plan)
-    better = [name for name in tried if share_of(name) < loss * (1 - ROUNDING)]
+    better = [name for name in tried if share_of(name, profile.stored_format) < loss * (1 - ROUNDING)]
     if not loss or not better:
         return []
     told = "all weights are nf4" if loss > 0.995 else f"weights lose {loss:.0%} of what nf4 throughout loses"

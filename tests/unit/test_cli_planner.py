@@ -89,6 +89,8 @@ def test_what_if_starts_from_what_the_placement_has(tmp_path: Path, capsys: pyte
     plan = planned(capsys, "what-if", file, "--context", "128")
     assert {stage["weights"] for stage in plan["stages"]} == {"int8"}
     assert {stage["kv"]["dtype"] for stage in plan["stages"]} == {"int8"}
+    said = ["--kv", "auto", "--quality", "nf4"]  # as by default, but said
+    assert {stage["kv"]["dtype"] for stage in planned(capsys, "what-if", file, *MACHINE, *said)["stages"]} == {"bf16"}
     assert planned(capsys, "what-if", file, *MACHINE)["devices"] != plan["devices"]  # of another machine, all it has
     assert planned(capsys, "what-if", file, "--memory", "cpu=900MiB")["devices"] == {"cpu": {"memory": "900MiB"}}
     assert {stage["weights"] for stage in planned(capsys, "what-if", file, "--weights", "nf4")["stages"]} == {"nf4"}
@@ -103,7 +105,7 @@ def test_a_placement_for_a_card_that_is_not_here(tmp_path: Path, capsys: pytest.
     file.write_text(text, "utf-8")
     plan = planned(capsys, "what-if", str(file))
     assert plan["devices"] == {"cpu": {"memory": "700MiB"}}
-    assert "cuda:7, which the placement uses, is not here" in plan["estimate"]["notes"]
+    assert "this machine has no cuda:7, which the placement uses" in plan["estimate"]["notes"]
     file.write_text(text.replace("cuda:7", "cuda:0"), "utf-8")
     plan = planned(capsys, "what-if", str(file), "--drop", "cpu", "--add", "RTX 3060 12GB")
     (budget,) = plan["devices"].values()
@@ -124,7 +126,7 @@ def test_budgets_of_devices_that_are_added(capsys: pytest.CaptureFixture[str]) -
     assert plan["devices"]["cuda:0"] == {"memory": "1500MiB"}
     assert planned(capsys, *words, "--memory", "cuda:0=1500MiB")["devices"] == {"cuda:0": {"memory": "1500MiB"}}
     assert main([*words, "--memory", "cuda:1=1GiB"]) == 2
-    assert "--memory: desktop DDR4 CPU has no 'cuda:1': did you mean cuda:0?" in capsys.readouterr().err
+    assert "--memory: desktop DDR4 CPU, changed, has no 'cuda:1': did you mean cuda:0?" in capsys.readouterr().err
 
 
 def test_facts_with_keys_and_values_in_16_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +170,12 @@ def test_what_if_warns_of_what_cannot_run(capsys: pytest.CaptureFixture[str]) ->
         (["what-if", "demo", *MACHINE, "--drop", "cuda:1"], "--drop: there is no 'cuda:1': there is cpu"),
         (["what-if", "demo", *MACHINE, "--facts", "x.json"], "--machine and --facts both say where to start"),
         (["what-if", "demo", *MACHINE, "--memory", "cpu=0"], "a budget of 0 for cpu"),
+        (["what-if", "demo", *MACHINE, "--memory", "cuda:0=4GiB"], "changed, has no 'cuda:0': there is cpu"),
+        (["what-if", "demo", "--weights", "int8", "--quality", "bf16"], "--weights int8 leaves no choice"),
+        (
+            ["what-if", "demo", *MACHINE, "--add", "RTX 3060 12GB", "--memory", "cuda:0=320MiB"],
+            "main memory is not used: name cpu in --memory too",
+        ),
         (["what-if", "demo", *MACHINE, "--memory", "cpu=1MiB"], "demo does not fit"),
         (["what-if", "demo", *MACHINE, "--quality", "good"], "--quality good is neither a weight format"),
         (["what-if", "demo", *MACHINE, "--context", "9999999"], "context 9999999 is longer than"),

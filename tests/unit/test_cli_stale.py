@@ -28,6 +28,7 @@ STALE = {
         replace(PLAN, model=replace(PLAN.model, layers=9), stages=(replace(PLAN.stages[0], layers=(0, 9)),)),
         "the placement splits 9 layers, but demo has 8",
     ),
+    "too little memory for the process": (replace(PLAN, devices={"cpu": 100 << 20}), "the plan takes at least "),
     "too long a context": (replace(PLAN, workload=Workload(context=50_000)), "context 50000 is longer than"),
     "more memory than there is": (
         replace(PLAN, devices={"cpu": 1 << 50}),

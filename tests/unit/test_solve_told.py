@@ -15,6 +15,7 @@ from splitrun.planner.cost import score
 from splitrun.planner.estimate import Estimate
 from splitrun.planner.facts import Cluster, Device, Workload
 from splitrun.planner.placement import Placement
+from splitrun.planner.quality import loss_limit, unit_loss
 from splitrun.planner.solve import solve
 from splitrun.quantities import format_rate
 
@@ -94,3 +95,13 @@ def test_nothing_is_said_of_lossy_plans_with_a_device_that_is_left_out() -> None
     cpu, card = device(formats=("nf4",)), device("cuda:0", budget=4 * GIB, bandwidth=300e9, formats=("bf16",))
     _, estimate = planned(cpu, card)
     assert "cpu was left out: it would gain nothing" in estimate.notes
+
+
+@pytest.mark.parametrize("quality", ["fp32", "bf16", "0"])
+def test_all_in_the_checkpoint_s_own_format_loses_nothing(quality: str) -> None:
+    """So a plan that may lose as much has no part in a leaner one."""
+    card = device("cuda:0", budget=4 * GIB, bandwidth=300e9)
+    plan = solve(PROFILE, Cluster((device(), card)), Workload(), quality=quality)
+    assert {stage.weights for stage in plan.stages} == {"bf16"}
+    stored = replace(PROFILE, stored_format="fp32")
+    assert loss_limit(stored, "bf16") == pytest.approx(sum(unit_loss(stored, unit, "bf16") for unit in range(10)))
