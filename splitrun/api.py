@@ -220,7 +220,10 @@ def predict(
         return replace(cost, request_s=cost.next_request_s)
 
     kv = "int8" if placement.int8_kv else "auto"
-    known = gather(source, revision, load, budgets, lambda profile, cluster: formats, (1,), in_a_row, kv=kv)
+    threads = {stage.device: stage.threads for stage in placement.stages if stage.threads != "auto"}
+    known = gather(
+        source, revision, load, budgets, lambda profile, cluster: formats, (1,), in_a_row, kv=kv, threads=threads
+    )
     history = prompt_tokens + new_tokens // 2
     workload = replace(placement.workload, history_tokens=history, prompt_tokens=prompt_tokens)
     return estimate(known.profile, known.cluster, replace(placement, workload=workload))

@@ -151,9 +151,10 @@ def _free_bytes(device: str) -> int | None:
 
 
 def _does_not_fit(placement: Placement, device: str, needed: int, room: int, what: str) -> DoesNotFit:
-    source, workload = placement.model.source, placement.workload
+    workload = placement.workload
+    fewer = f", fewer sessions (now {workload.sessions})" if workload.sessions > 1 else ""
     return DoesNotFit(
-        f"weights and KV of {device} take {format_bytes(needed)}, but {what} {format_bytes(room)}: lower context "
-        f"({workload.context}) or sessions ({workload.sessions}), or plan again with splitrun plan {source} -o FILE",
+        f"weights and KV of {device} take {format_bytes(needed)}, but {what} {format_bytes(room)}: give it more, or plan "
+        f"again with a shorter context (now {workload.context}){fewer} or leaner weights",
         {device: needed - room},
     )

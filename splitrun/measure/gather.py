@@ -39,6 +39,7 @@ def gather(
     *,
     refresh: bool = False,
     kv: str = "auto",
+    threads: Mapping[str, int] | None = None,
     report: Report = lambda text: None,
     check: Check = lambda profile, cluster: None,
     refuse: Check = lambda profile, cluster: None,
@@ -48,16 +49,16 @@ def gather(
     ``formats`` says which weight formats to time on each device, ``rows`` how many sequences decode together.
     ``engine`` says what the engine itself takes; a machine that only lends its devices leaves that out. ``refresh``
     measures again what earlier runs measured. With ``kv`` "int8" the units of processors are timed with K and V in
-    int8. ``check`` raises where what is asked contradicts the model, before anything is measured; ``refuse`` where the
-    budgets are hopeless, what the engine takes of them counted, before any unit is timed. Raises as they, probing and
-    profiling do.
+    int8; ``threads`` are those of processors that are to have so many. ``check`` raises where what is asked contradicts
+    the model, before anything is measured; ``refuse`` where the budgets are hopeless, what the engine takes of them
+    counted, before any unit is timed. Raises as they, probing and profiling do.
     """
     machine = this_machine(refresh)
     cluster = probe(memory, machine).keeping(kv)
     files = resolve(model, revision, weights=load == "weights")
     structure = inspect(files.config)
     facts = profile(files, structure)
-    wanted = Wanted(formats(facts, cluster), rows)
+    wanted = Wanted(formats(facts, cluster), rows, threads=threads or {})
     card = next((device.name for device in cluster.devices if device.kind == "cuda"), None)
     check(facts, cluster)
     if engine is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,11 +48,13 @@ LOAD, FAST, STEP = "load bytes", "decoding threads", "chunk step"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to measure: weight formats per device, and how many rows decode together."""
+    """What to measure: weight formats per device, and how many rows decode together. ``threads`` are those of
+    processors that are to have so many, whatever they would have otherwise."""
 
     formats: Mapping[str, Sequence[str]]
     rows: tuple[int, ...] = ROWS
     block_tokens: int = 64
+    threads: Mapping[str, int] = field(default_factory=dict)
 
 
 def measure(
@@ -73,11 +75,11 @@ def measure(
     seconds, peaks = dict(profile.seconds), dict(profile.peaks)
     hosts = sum(device.kind == "cpu" for device in cluster.devices)
     for device in cluster.devices:
-        threads = worker_threads(hosts) if device.kind == "cpu" else None
+        given = wanted.threads.get(device.name)
+        threads = given or worker_threads(hosts) if device.kind == "cpu" else None
+        alone = hosts == 1 and given is None
         for weights in (name for name in wanted.formats.get(device.name, ()) if name in device.formats):
-            task = _Task(
-                files, structure, profile, device, weights, threads, hosts == 1, wanted, kept, report, open_bench
-            )
+            task = _Task(files, structure, profile, device, weights, threads, alone, wanted, kept, report, open_bench)
             found = task.measured()
             if found is not None:
                 seconds[device.name, weights], peaks[device.name, weights] = found
@@ -252,7 +254,7 @@ class _Task:
             "weights": self._dense_format() if cut.embed else self.weights,
             "blocks": self.wanted.block_tokens,
             "kv": self.device.kv_dtype,
-            "room": 0 if cut.embed else self._room(self._size(units)),
+            "copies": 1 if cut.embed else self._copies(self._size(units)),
         }
         text = json.dumps(conditions, sort_keys=True, default=str)
         return f"unit {_range_text(cut)} {conditions['weights']} {hashlib.sha256(text.encode()).hexdigest()[:24]}"

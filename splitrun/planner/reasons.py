@@ -144,7 +144,7 @@ def runner_up(found: Findings) -> list[str]:
             best, least = device, value
     if best is None:
         return []
-    return [f"the runner-up does without {found.devices[best].name}: {found.instead(least)}"]
+    return [f"the best plan without {found.devices[best].name}: {found.instead(least)}"]
 
 
 def other_format(found: Findings) -> list[str]:

@@ -310,7 +310,8 @@ def measured(folder: Path, formats: tuple[str, ...] = ("nf4",), rows: tuple[int,
     files.__dict__["fingerprint"] = "sha256:0"
     facts = profile(files, structure)
     cluster = Cluster((device(budget=more.pop("budget", 64 * MIB)),))
-    wanted, kept = Wanted({"cpu": formats}, rows, 16), Cache(folder, **more)
+    wanted = Wanted({"cpu": formats}, rows, 16, more.pop("threads", {}))
+    kept = Cache(folder, **more)
     return measure(files, structure, facts, cluster, wanted, kept, open_bench=unit_seconds.UnitBench)
 
 
@@ -404,3 +405,28 @@ def test_the_last_row_of_a_prompt_reaches_the_head_as_a_tensor_of_its_own(tmp_pa
         logits = whole.forward(ids, torch.arange(5)[None], None, 0, DynamicCache(config=config), None, 1)
     assert logits.shape == (1, 1, COMMON["vocab_size"])
     assert strides == [(COMMON["hidden_size"], COMMON["hidden_size"], 1)]
+
+
+def test_a_placement_s_threads_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int | None] = []
+
+    def note(config: Any, structure: Any, cut: CutRange, setting: Setting, points: Any) -> Any:
+        seen.append(setting.threads)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(unit_seconds, "UnitBench", note)
+    monkeypatch.setattr(unit_seconds, "worker_threads", lambda workers: 8 // workers)
+    measured(tmp_path)
+    measured(tmp_path, threads={"cpu": 3})
+    assert seen == [8, 3]  # of the embedding, behind which it ends
+
+
+def test_another_budget_times_nothing_again(tmp_path: Path, asked: list[tuple[CutRange, str, int]]) -> None:
+    """Unless fewer copies of a layer have room, which are found in a cache then."""
+    for budget, timed in ((64, True), (2048, False), (96, False)):
+        before = len(asked)
+        measured(tmp_path, budget=budget * MIB)
+        assert (len(asked) > before) == timed
+    before = len(asked)
+    measured(tmp_path, budget=MIB // 4)
+    assert len(asked) > before

@@ -148,7 +148,7 @@ def test_the_runner_up_and_a_shorter_context_come_with_numbers() -> None:
     placement = solve(profile, cluster, Workload(), "bf16")
     assert placement.estimate is not None
     notes = " | ".join(placement.estimate.notes)
-    assert "the runner-up does without cuda:0: " in notes
+    assert "the best plan without cuda:0: " in notes
     assert "--context 1024 instead of 4096 would leave room for more on the faster device: " in notes
 
 
@@ -307,7 +307,7 @@ def test_the_runner_up_is_compared_with_the_speed_that_is_predicted() -> None:
     plan = solve(model(), Cluster(cards, step_s=2e-3, warm_step_s=5e-4), Workload(context=256), "bf16")
     assert plan.device_names == ("cuda:0",)
     assert plan.estimate is not None
-    (note,) = (note for note in plan.estimate.notes if note.startswith("the runner-up"))
+    (note,) = (note for note in plan.estimate.notes if note.startswith("the best plan without"))
     assert f"instead of {plan.estimate.decode_tokens_per_s:,.0f} tok/s" in note
 
 

@@ -36,8 +36,8 @@ def test_the_runner_up_keeps_the_quality() -> None:
     plan, estimate = planned(cpu, card)
     assert plan.device_names == ("cuda:0",)
     rate = format_rate(planned(cpu)[1].decode_tokens_per_s).removesuffix(" tok/s")
-    (note,) = (note for note in estimate.notes if note.startswith("the runner-up"))
-    assert note.startswith(f"the runner-up does without cuda:0: {rate} instead of ")
+    (note,) = (note for note in estimate.notes if note.startswith("the best plan without"))
+    assert note.startswith(f"the best plan without cuda:0: {rate} instead of ")
 
 
 def test_what_more_memory_would_give_keeps_the_quality() -> None:
@@ -82,7 +82,7 @@ def test_the_runner_up_is_the_best_plan_without_a_device(block: int) -> None:
                 without = cluster.without([name])
                 values[name] = score(profile, without, solve(profile, without, workload, quality=quality))
         notes = "\n".join(plan.estimate.notes)
-        named = re.search(r"the runner-up does without (\S+): ", notes)
+        named = re.search(r"the best plan without (\S+): ", notes)
         assert bool(named) == bool(values), seed
         if named:
             assert values[named[1]] == pytest.approx(min(values.values()), rel=1e-9), seed
