@@ -180,7 +180,8 @@ def _context_bytes(name: str, layers: bool) -> int:
     """What the driver takes of a card: with all kernels loaded, where a plan of this machine has measured that."""
     cluster, kept = probe(compute=False), this_machine().cache
     known = next(filter(None, (known_cost(kept, card) for card in cluster.local_cards())), None)
-    return (with_engine(cluster, known) if known else cluster).device(name).in_use(layers).context_bytes
+    device = (with_engine(cluster, known) if known else cluster).device(name)
+    return device.in_use(layers, beside_cpu=True).context_bytes  # the process is not the allocator's
 
 
 @dataclass(frozen=True)

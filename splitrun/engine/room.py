@@ -154,7 +154,7 @@ def _does_not_fit(placement: Placement, device: str, needed: int, room: int, wha
     workload = placement.workload
     fewer = f", fewer sessions (now {workload.sessions})" if workload.sessions > 1 else ""
     return DoesNotFit(
-        f"weights and KV of {device} take {format_bytes(needed)}, but {what} {format_bytes(room)}: give it more, or plan "
-        f"again with a shorter context (now {workload.context}){fewer} or leaner weights",
+        f"weights and KV of {device} take {format_bytes(needed)}, but {what} {format_bytes(room)}: give it more, or "
+        f"plan again with a shorter context (now {workload.context}){fewer} or leaner weights",
         {device: needed - room},
     )

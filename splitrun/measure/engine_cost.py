@@ -79,7 +79,10 @@ def with_engine(cluster: Cluster, cost: EngineCost) -> Cluster:
     def paid(device: Device) -> Device:
         if device.kind == "cuda":
             context = max(0, device.context_bytes + kernels)
-            return replace(device, context_bytes=context, layers_context_bytes=cost.card_layers_context_bytes)
+            device = replace(device, context_bytes=context, layers_context_bytes=cost.card_layers_context_bytes)
+        if device.kind != "cpu" and device.memory_pool != device.name:  # shares main memory
+            context = device.context_bytes + cost.process_bytes
+            return replace(device, context_bytes=context, process_bytes=cost.process_bytes)
         return replace(device, context_bytes=cost.process_bytes) if device.name == "cpu" else device
 
     links = {pair: replace(link, latency_s=link.latency_s + cost.hop_s) for pair, link in cluster.links.items()}

@@ -58,6 +58,8 @@ class Sheet:
         total = parse_bytes(facts["memory"])
         capability = facts.get("capability")
         budget = int(total * USABLE[kind])
+        shares = bool(facts.get("shares_host"))
+        process = CONTEXT_BYTES["cpu"] if shares else 0
         return Device(
             name=name,
             kind=facts["kind"],
@@ -65,8 +67,9 @@ class Sheet:
             total_bytes=total,
             free_bytes=budget,
             budget_bytes=budget,
-            memory_pool=pool if kind == "cpu" or facts.get("shares_host") else name,
-            context_bytes=CONTEXT_BYTES[kind],
+            memory_pool=pool if kind == "cpu" or shares else name,
+            context_bytes=CONTEXT_BYTES[kind] + process,
+            process_bytes=process,
             bandwidth_bytes_per_s=facts["gb_per_s"] * 1e9 * REACHED,
             flops_per_s=facts["tflops"] * 1e12 * REACHED,
             unit_overhead_s=unit_overhead_s(kind, capability),

@@ -38,7 +38,9 @@ class Device:
     these figures may be off; ``source`` says where the figures come from: "bandwidth" (measured on the device, but not
     with the model's layers) or "datasheet". ``kv_dtype`` is what K and V are to be stored in there; None: the type that
     is computed in. ``layers_context_bytes`` is what a card's context grows by once layers compute there, which load a
-    library for prompts that embedding and head do without; ``holds_layers`` says whether they may.
+    library for prompts that embedding and head do without; ``holds_layers`` says whether they may. ``process_bytes``:
+    what of its context is the process, on a device that shares main memory, and which the processor pays where it is in
+    use; the search counts it twice then, the plan's bill does not.
     """
 
     name: str
@@ -60,10 +62,13 @@ class Device:
     kv_dtype: Literal["int8"] | None = None
     layers_context_bytes: int = 0
     holds_layers: bool = True
+    process_bytes: int = 0
 
-    def in_use(self, layers: bool) -> Device:
-        """The same, its context as large as it is with layers there, or without."""
-        return replace(self, context_bytes=self.context_bytes + self.layers_context_bytes) if layers else self
+    def in_use(self, layers: bool, beside_cpu: bool = False) -> Device:
+        """The same, its context as large as it is with layers there or without, beside a processor that pays for the
+        process or without."""
+        more = self.layers_context_bytes if layers else 0
+        return replace(self, context_bytes=self.context_bytes + more - (self.process_bytes if beside_cpu else 0))
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def placement_memory(profile: ModelProfile, cluster: Cluster, placement: Placeme
     cards = set(cluster.local_cards()) & set(placement.device_names)
     with_layers = {stage.device for stage in placement.stages if computes_layers(stage)}
     for name in placement.device_names:
-        device = cluster.device(name).in_use(name in with_layers)
+        device = cluster.device(name).in_use(name in with_layers, "cpu" in placement.device_names)
         if cards and name == "cpu":
             more = cluster.card_process_bytes + (cluster.card_layers_bytes if cards & with_layers else 0)
             device = replace(device, context_bytes=device.context_bytes + more)

@@ -126,8 +126,8 @@ def test_what_cannot_be_done_is_refused_before_loading(device: str, fields: dict
         (
             60000,
             "1GiB",
-            r"KV of cpu take .* its budget is 1.00 GiB: give it more, or plan again with a shorter context \(now 512\), "
-            r"fewer sessions \(now 60000\) or leaner weights",
+            r"KV of cpu take .* its budget is 1.00 GiB: give it more, or plan again with a shorter context "
+            r"\(now 512\), fewer sessions \(now 60000\) or leaner weights",
         ),
         (1, "1MiB", r"take .* MiB, but its budget is 1.00 MiB"),
         (65536, None, r"but free there are"),

@@ -39,16 +39,19 @@ def test_it_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_where_it_goes() -> None:
     links = {("cpu", "cuda:0"): Link(1e-3, 1e9)}
+    cards = device("cuda:0"), device("cuda:1", context_bytes=100 << 20)
+    integrated = device("xpu:0", kind="xpu", memory_pool="cpu", context_bytes=50 << 20)
     cluster = with_engine(
-        Cluster((device(), device("cpu:1"), device("cuda:0"), device("cuda:1", context_bytes=100 << 20)), links),
+        Cluster((device(), device("cpu:1"), *cards, integrated), links),
         EngineCost(2e-4, 5e-5, 3e-4, 2e-4, 1e-4, 500 << 20, 400 << 20, 300 << 20, 150 << 20, 30 << 20),
     )
     assert (cluster.step_s, cluster.warm_step_s, cluster.request_s) == (2e-4, 5e-5, 3e-4)
     assert cluster.link("cpu", "cuda:0").latency_s == pytest.approx(1.1e-3)
     assert cluster.link("cpu", "cpu:1").latency_s == 1e-4
     # The first card was measured with its kernels loaded: so much more is taken of every card.
-    assert [each.context_bytes >> 20 for each in cluster.devices] == [500, 0, 300, 144]
-    assert [each.layers_context_bytes >> 20 for each in cluster.devices] == [0, 0, 30, 30]
+    assert [each.context_bytes >> 20 for each in cluster.devices] == [500, 0, 300, 144, 550]
+    assert [each.process_bytes >> 20 for each in cluster.devices] == [0, 0, 0, 0, 500]  # shares the process's memory
+    assert [each.layers_context_bytes >> 20 for each in cluster.devices] == [0, 0, 30, 30, 0]
     assert (cluster.card_process_bytes, cluster.card_layers_bytes) == (400 << 20, 150 << 20)
 
 

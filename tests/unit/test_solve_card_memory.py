@@ -13,8 +13,9 @@ from splitrun.errors import DoesNotFit
 from splitrun.planner.cost import score
 from splitrun.planner.facts import Cluster, ModelProfile, Workload
 from splitrun.planner.memory import computes_layers, over_budget, placement_memory, pool_budgets
-from splitrun.planner.placement import ModelRef, Placement
+from splitrun.planner.placement import ModelRef, Placement, StageSpec
 from splitrun.planner.solve import solve
+from splitrun.planner.what_if import Changes, changed, machine_of
 
 WORKLOAD = Workload(context=256)
 
@@ -139,3 +140,23 @@ def brute_force(profile: ModelProfile, cluster: Cluster, workload: Workload) -> 
             plan = Placement(1, ModelRef("x"), workload, stages)
             best = best if over_budget(placement_memory(profile, cluster, plan), pools) else value
     return best
+
+
+def test_a_graphics_unit_that_shares_memory_pays_for_the_process_where_the_processor_does_not() -> None:
+    cpu = device(context_bytes=400 * MIB)
+    graphics = device("xpu:0", kind="xpu", memory_pool="cpu", context_bytes=450 * MIB, process_bytes=400 * MIB)
+    shared, profile = Cluster((cpu, graphics)), model(layers=8)
+    alone = StageSpec("xpu:0", True, (0, 8), True, "bf16")
+    (bill,) = placement_memory(profile, shared, Placement(1, ModelRef("x", layers=8), Workload(), (alone,)))
+    assert bill.context_bytes == 450 * MIB
+    both = (StageSpec("cpu", True, (0, 4), False, "bf16"), StageSpec("xpu:0", False, (4, 8), True, "bf16"))
+    bills = placement_memory(profile, shared, Placement(1, ModelRef("x", layers=8), Workload(), both))
+    assert [bill.context_bytes for bill in bills] == [400 * MIB, 50 * MIB]
+
+
+def test_a_data_sheet_s_integrated_graphics_do_not_fit_where_the_process_does_not() -> None:
+    """With the processor's budget and the graphics' being the same memory."""
+    sheets, _ = changed(machine_of("Core Ultra CPU"), Changes(add=("Core Ultra iGPU",)))
+    sizes = (replace(each, budget_bytes=800 * MIB) for each in sheets.devices)
+    with pytest.raises(DoesNotFit):
+        solve(model(values=20 * MIB), replace(sheets, devices=tuple(sizes)), Workload(context=512), "bf16")
