@@ -63,23 +63,14 @@ def plan(
     devices or sizes that cannot be, InvalidRequest for a setting of the environment that names nothing, and a
     ModelError for a model that cannot be run.
     """
-    from splitrun.planner.formats import allowed_formats
-    from splitrun.planner.refuse import refuse_hopeless
-    from splitrun.planner.solve import check_kv, check_request, solve
+    from splitrun.planner.solve import check_kv, solve
 
     check_settings()
     _check_arguments(context, sessions, weights, quality, nodes and facts is not None)
     rows = tuple(sorted({1, sessions}))
 
     asked = partial(_workload, context, sessions, objective)
-
-    def check(profile: ModelProfile, cluster: Cluster) -> None:
-        check_kv(cluster, kv)
-        check_request(profile, cluster, asked(profile))
-
-    def refuse(profile: ModelProfile, cluster: Cluster) -> None:
-        refuse_hopeless(profile, cluster, asked(profile), allowed_formats(profile, weights))
-
+    check, refuse = refusals(asked, weights, kv)
     try:
         if facts is not None:
             known = read_facts_for(facts, model, memory, kv)
@@ -91,6 +82,28 @@ def plan(
         return solve(known.profile, known.cluster.keeping(kv), asked(known.profile), weights, quality, stream=True)
     except DoesNotFit as error:
         raise with_unused(error, memory) from error
+
+
+def refusals(
+    asked: Callable[[ModelProfile], Workload],
+    weights: str,
+    kv: str,
+    planned: Callable[[Cluster], Cluster] = lambda cluster: cluster,
+) -> tuple[Callable[[ModelProfile, Cluster], None], Callable[[ModelProfile, Cluster], None]]:
+    """``check`` and ``refuse`` for ``gather_facts``, of a plan for what is ``asked`` of a model over the cluster that
+    ``planned`` makes of the one that is measured."""
+    from splitrun.planner.formats import allowed_formats
+    from splitrun.planner.refuse import refuse_hopeless
+    from splitrun.planner.solve import check_kv, check_request
+
+    def check(profile: ModelProfile, cluster: Cluster) -> None:
+        check_kv(planned(cluster), kv)
+        check_request(profile, planned(cluster), asked(profile))
+
+    def refuse(profile: ModelProfile, cluster: Cluster) -> None:
+        refuse_hopeless(profile, planned(cluster), asked(profile), allowed_formats(profile, weights))
+
+    return check, refuse
 
 
 def _workload(context: int | None, sessions: int, objective: Objective, profile: ModelProfile) -> Workload:
@@ -219,10 +232,17 @@ def predict(
         cost = engine_cost(kept, card)
         return replace(cost, request_s=cost.next_request_s)
 
-    kv = "int8" if placement.int8_kv else "auto"
     threads = {stage.device: stage.threads for stage in placement.stages if stage.threads != "auto"}
     known = gather(
-        source, revision, load, budgets, lambda profile, cluster: formats, (1,), in_a_row, kv=kv, threads=threads
+        source,
+        revision,
+        load,
+        budgets,
+        lambda profile, cluster: formats,
+        (1,),
+        in_a_row,
+        kv=placement.kv,
+        threads=threads,
     )
     history = prompt_tokens + new_tokens // 2
     workload = replace(placement.workload, history_tokens=history, prompt_tokens=prompt_tokens)

@@ -60,7 +60,7 @@ def answer(question: Question, report: Callable[[str], None] = lambda text: None
         raise InvalidPlacement("--machine and --facts both say where to start; give one of them")
     check_quality(question.weights or ANY_FORMAT, question.quality or ANY_LOSS)
     placement = _placement(question.named)
-    kv = question.kv or ("int8" if placement and placement.int8_kv else "auto")
+    kv = question.kv or (placement.kv if placement else "auto")
     asked = replace(question, kv=kv)
     if placement is not None:
         asked = replace(asked, named=placement.model.source, revision=placement.model.revision)
@@ -170,7 +170,7 @@ def _changed(
         return replace(made, devices=tuple(named.get(device.name, device) for device in made.devices)), told
 
     made, _ = after(known.cluster)  # names that are not known are refused before anything is timed
-    if placement is None or not placement.int8_kv:
+    if placement is None or placement.kv != "int8":
         check_kv(made, question.kv or ANY_FORMAT)
     if live and start:
         everything = memory is None and not changes.drop
@@ -189,17 +189,10 @@ def _timed(
     report: Callable[[str], None],
 ) -> Facts:
     """The facts of this machine's devices before the changes; refused is what cannot be ``after`` them."""
-    from splitrun.api import gather_facts
-    from splitrun.planner.formats import allowed_formats
-    from splitrun.planner.refuse import refuse_hopeless
-    from splitrun.planner.solve import check_request
+    from splitrun.api import gather_facts, refusals
 
-    def check(profile: ModelProfile, cluster: Cluster) -> None:
-        check_request(profile, after(cluster), workload)
-
-    def refuse(profile: ModelProfile, cluster: Cluster) -> None:
-        refuse_hopeless(profile, after(cluster), workload, allowed_formats(profile, question.weights or ANY_FORMAT))
-
+    # Whether K and V may be int8 is known already: a placement's stay so only where a processor remains.
+    check, refuse = refusals(lambda profile: workload, question.weights or ANY_FORMAT, ANY_FORMAT, after)
     return gather_facts(
         question.named, memory, question.weights or ANY_FORMAT, question.revision, question.load,
         tuple(sorted({1, workload.sessions})), report=report, kv=question.kv or "auto", check=check, refuse=refuse,

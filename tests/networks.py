@@ -40,29 +40,19 @@ def possible() -> bool:
 @dataclass(frozen=True)
 class Line:
     """The two ends: ``here`` and ``there`` are addresses, ``namespace`` the other network's name, ``near`` the card
-    here and ``far`` the one there. ``number`` (1 to 250) tells lines apart, also those of other processes."""
+    here and ``far`` the one there."""
 
-    number: int
+    namespace: str
+    here: str
+    there: str
+    near: str
+    far: str
 
-    @property
-    def namespace(self) -> str:
-        return f"splitrun-{self.number}"
-
-    @property
-    def here(self) -> str:
-        return f"10.203.{self.number}.1"
-
-    @property
-    def there(self) -> str:
-        return f"10.203.{self.number}.2"
-
-    @property
-    def near(self) -> str:
-        return f"sr{self.number}a"
-
-    @property
-    def far(self) -> str:
-        return f"sr{self.number}b"
+    @classmethod
+    def numbered(cls, number: int) -> Line:
+        """The line of that number (1 to 250), which tells lines apart, also those of other processes."""
+        network = f"10.203.{number}"
+        return cls(f"splitrun-{number}", f"{network}.1", f"{network}.2", f"sr{number}a", f"sr{number}b")
 
     def command(self, *words: str) -> list[str]:
         """A command line that runs in the other network."""
@@ -143,7 +133,7 @@ def _free() -> Line:
     """A line that nobody has, its namespace made: making one fails where another process has that number."""
     refused = ""
     for number in random.sample(range(1, 251), 250):
-        line = Line(number)
+        line = Line.numbered(number)
         if Path("/sys/class/net", line.near).exists():
             continue  # left by a run that was killed
         made = subprocess.run(["ip", "netns", "add", line.namespace], capture_output=True, text=True, check=False)

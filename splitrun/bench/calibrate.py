@@ -61,7 +61,7 @@ def calibrate(placement: Placement, load: str) -> list[str]:
         _of_stages(result.ttft_s, predicted.time_to_first_token_s, own_prompt_s),
     )
     kept = this_machine().cache
-    devices = probe(dict.fromkeys(placement.device_names, "auto")).keeping("int8" if placement.int8_kv else "auto")
+    devices = probe(dict.fromkeys(placement.device_names, "auto")).keeping(placement.kv)
     model = placement.model.fingerprint or ""
     used = sorted({(stage.device, stage.weights) for stage in placement.stages})
     folded = fold(kept, model, [(devices.device(name), weights) for name, weights in used], ratio)

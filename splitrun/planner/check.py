@@ -100,6 +100,6 @@ def _plan_again(placement: Placement, file: str, max_context: int | None = None)
         options += f" --weights {formats.pop()}"
     if placement.model.revision:
         options += f" --revision {shlex.quote(placement.model.revision)}"
-    if placement.int8_kv:
+    if placement.kv == "int8":
         options += " --kv int8"
     return f"splitrun plan {shlex.quote(placement.model.source)} {options} -o {shlex.quote(file)}"

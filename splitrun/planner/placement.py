@@ -157,9 +157,9 @@ class Placement:
         return tuple(dict.fromkeys(stage.device for stage in self.stages))
 
     @property
-    def int8_kv(self) -> bool:
-        """Whether a stage keeps K and V in int8."""
-        return any(stage.kv.dtype == "int8" for stage in self.stages)
+    def kv(self) -> Literal["auto", "int8"]:
+        """As planning is asked for it: "int8" where a stage keeps K and V so."""
+        return "int8" if any(stage.kv.dtype == "int8" for stage in self.stages) else "auto"
 
     def has_device(self, name: str) -> bool:
         """Whether a stage runs on that device."""
