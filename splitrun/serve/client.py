@@ -35,6 +35,8 @@ _REFUSALS: dict[str, type[SplitrunError]] = {
     "InvalidRequest": InvalidRequest,
     "StageLost": StageLost,
 }
+_Item = TokenEvent | bytes | SplitrunError
+"""What waits for a reader: an event, one as its message, or the error that ends the request."""
 _LOST = "the engine does not answer; look at the server's log and restart it"
 
 
@@ -52,7 +54,7 @@ class EngineClient:
         self._context = zmq.asyncio.Context()
         identity = secrets.token_bytes(16)
         self._control, self._events = (self._socket(identity) for _ in range(2))
-        self._streams: dict[int, asyncio.Queue[TokenEvent | SplitrunError]] = {}
+        self._streams: dict[int, asyncio.Queue[_Item]] = {}
         # From a random number on, so that the requests of two processes are never taken for each other.
         self._ids = itertools.count(secrets.randbits(40) << 20)
         self._status = EngineStatus(False, "the engine has not answered yet")
@@ -118,7 +120,7 @@ class EngineClient:
         requests = [Request(next(self._ids), tuple(prompt), sampling, eos_token_ids) for prompt, sampling in wishes]
         return EventStream(self, requests)
 
-    async def start(self, requests: Sequence[Request], queue: asyncio.Queue[TokenEvent | SplitrunError]) -> None:
+    async def start(self, requests: Sequence[Request], queue: asyncio.Queue[_Item]) -> None:
         """Send requests; their events, or the error that ends them, come in the queue.
 
         Raises InvalidRequest, and sends none of them, when one does not fit a message.
@@ -158,11 +160,11 @@ class EngineClient:
         while True:
             data = await socket.recv()
             try:
-                self._handle(decode(data))
+                self._handle(decode(data), data)
             except MalformedMessage:
                 self.dropped_messages += 1
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: Message, data: bytes) -> None:
         self._silent_beats = 0
         if message.kind is Kind.STATUS:
             try:
@@ -172,14 +174,17 @@ class EngineClient:
             self._news.set()
         elif message.kind is Kind.EVENT:
             event = event_of(message)
-            self._put(event.request_id, event, last=event.finish_reason is not None)
+            queue = self._streams.get(event.request_id)
+            # One that must wait behind others does so as it came, in a sixth of the bytes.
+            waiting = data if queue is not None and not queue.empty() else event
+            self._put(event.request_id, waiting, last=event.finish_reason is not None)
         elif message.kind is Kind.REFUSED:
             error_type = _REFUSALS.get(str(message.control.get("error")), StageError)
             self._put(message.request_id, error_type(str(message.control.get("message"))), last=True)
         else:
             raise MalformedMessage(f"{message.kind.name} is not for the HTTP process")
 
-    def _put(self, request_id: int, item: TokenEvent | SplitrunError, *, last: bool) -> None:
+    def _put(self, request_id: int, item: _Item, *, last: bool) -> None:
         queue = self._streams.pop(request_id, None) if last else self._streams.get(request_id)
         if queue is not None:
             queue.put_nowait(item)
@@ -209,7 +214,7 @@ class EventStream:
         self._client = client
         self._requests = requests
         self._open = {request.request_id for request in requests}
-        self._queue: asyncio.Queue[TokenEvent | SplitrunError] = asyncio.Queue()
+        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
         self.request_ids = [request.request_id for request in requests]
 
     async def __aenter__(self) -> EventStream:
@@ -232,6 +237,8 @@ class EventStream:
             item = await self._queue.get()
             if isinstance(item, SplitrunError):
                 raise item
+            if isinstance(item, bytes):
+                item = event_of(decode(item))
             if item.request_id not in self._open:
                 continue
             if item.finish_reason is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import stat
+import threading
+import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +72,34 @@ def test_concurrent_requests_get_their_own_tokens() -> None:
 
     with bridge(FakeEngine()) as service:
         assert talk(service.address, work) == [expected_tokens(prompt) for prompt in prompts]
+
+
+def test_events_that_wait_for_a_slow_reader_are_small_and_lose_nothing() -> None:
+    """Read into objects, one with its three likeliest tokens takes 900 bytes."""
+    count = 2000
+    sampling = SamplingParams(max_tokens=count, temperature=0, seed=0, logprobs=3)
+    engine = FakeEngine(context=count + 10)
+
+    async def work(client: EngineClient) -> tuple[float, list[TokenEvent]]:
+        async with client.submit([1, 2], [sampling], (4,)) as events:
+            tracemalloc.start()
+            try:
+                while client._streams:
+                    await asyncio.sleep(0.01)
+                taken = tracemalloc.get_traced_memory()[0]
+            finally:
+                tracemalloc.stop()
+            return taken / count, [event async for event in events]
+
+    with bridge(engine) as service:
+        engine.hold()
+        asker = threading.Timer(0.2, engine.release)
+        asker.start()
+        each, events = talk(service.address, work)
+    assert each < 400
+    assert [event.token_ids[0] for event in events] == expected_tokens([1, 2], count)
+    assert {len(event.logprobs[0].top) for event in events} == {3}
+    assert [event.finish_reason for event in events[-2:]] == [None, "length"]
 
 
 def test_the_engine_hears_exactly_what_was_asked() -> None:
