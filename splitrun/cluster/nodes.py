@@ -1,7 +1,7 @@
 """The cluster as the coordinator sees it: which nodes there are, and stage processes on them.
 
-The only module whose functions speak to a running Ray. Ray is imported when a `Nodes` is made, so whoever names no
-second machine never loads it. Knows nothing of what the processes compute.
+It and `calls` are the only modules whose functions speak to a running Ray. Ray is imported when a `Nodes` is made, so
+whoever names no second machine never loads it. Knows nothing of what the processes compute.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from splitrun.cluster.calls import asked, steady, waited
 from splitrun.cluster.home import Home, NodeRecord
 from splitrun.cluster.keeper import Keeper
 from splitrun.cluster.members import NodeInfo, members
@@ -118,7 +119,8 @@ class NodeProcess:
         import ray
 
         options = {"num_cpus": 0, "resources": {resource: 0.001}, "max_concurrency": 4}
-        self._actor: Any = ray.remote(Keeper).options(**options).remote(device, module, dict(job))
+        with steady():
+            self._actor: Any = ray.remote(Keeper).options(**options).remote(device, module, dict(job))
         self.name = device
         self._contact_s = contact_s
         self._on_contact = on_contact
@@ -139,7 +141,7 @@ class NodeProcess:
         from ray.exceptions import RaySystemError
 
         with contextlib.suppress(RaySystemError):
-            _asked(self._actor.tell, dict(message))
+            asked(self._actor.tell, dict(message))
 
     def expect(self, key: str, silence_s: float) -> Any:
         """See `StageHandle`. A node that does not even start the process in ``contact_s`` raises NodeLost then."""
@@ -161,12 +163,12 @@ class NodeProcess:
         reached = True
         if self._contacted.is_set():
             try:
-                _waited(_asked(self._actor.kill), self._kill_s)
+                waited(asked(self._actor.kill), self._kill_s)
             except GetTimeoutError:
                 reached = False
             except RayError:
                 reached = True  # the keeper has ended, and its process with it
-        with contextlib.suppress(RayError):
+        with contextlib.suppress(RayError), steady():
             ray.kill(self._actor)
         if not reached:
             raise NodeLost(f"{self._said.name}: its node does not answer")
@@ -183,7 +185,7 @@ class NodeProcess:
         from ray.exceptions import RaySystemError
 
         try:
-            return _asked(self._actor.store, folder, file, start, data)
+            return asked(self._actor.store, folder, file, start, data)
         except RaySystemError as error:
             raise ClusterError(str(error)) from error
 
@@ -192,7 +194,7 @@ class NodeProcess:
         from ray.exceptions import RayError
 
         try:
-            _waited(piece, STORE_S)
+            waited(piece, STORE_S)
         except RayError as error:
             raise ClusterError(f"{self.name} does not take the model's files: {type(error).__name__}") from error
 
@@ -214,8 +216,8 @@ class NodeProcess:
         answer: Any = None
         while not self._closing.is_set():
             try:
-                answer = answer or _asked(self._actor.said, POLL_S)
-                for message in _waited(answer, 4 * POLL_S):
+                answer = answer or asked(self._actor.said, POLL_S)
+                for message in waited(answer, 4 * POLL_S):
                     if "ended" in message:
                         self.end = str(message["ended"]) or "has ended"
                     elif "wants" in message or "lacks_model" in message:
@@ -237,29 +239,6 @@ class NodeProcess:
                 break
         self._said.add(None)
         self._asked.put(None)
-
-
-def _asked(method: Any, *arguments: object) -> Any:
-    """Call an actor's method; gives what ``_waited`` waits for. Raises RaySystemError once this process has left the
-    cluster."""
-    import ray
-    from ray.exceptions import RaySystemError
-
-    if not ray.is_initialized():
-        raise RaySystemError("this process has left the cluster")
-    return method.remote(*arguments)
-
-
-def _waited(reference: Any, most_s: float) -> Any:
-    """What a call gives. Raises RayError, GetTimeoutError after ``most_s``. When this process leaves the cluster, Ray
-    lets every thread that waits for it exit: whoever waits for that thread would not learn why."""
-    import ray
-    from ray.exceptions import RaySystemError
-
-    try:
-        return ray.get(reference, timeout=most_s)
-    except SystemExit as left:
-        raise RaySystemError("this process has left the cluster") from left
 
 
 @cache

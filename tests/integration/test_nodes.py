@@ -461,8 +461,9 @@ print("left")
 
 
 def test_leaving_the_cluster_ends_what_waits_for_it(nodes: TestCluster) -> None:
-    """Ray makes threads that wait exit then, and a later call would start a cluster of its own. In a process that has
-    nothing else to do with the cluster: the engine of other tests would join it again to compute what it has lost."""
+    """Threads that wait inside Ray may never come back then, and a later call would start a cluster of its own. In a
+    process that has nothing else to do with the cluster: the engine of other tests would join it again to compute what
+    it has lost."""
     environment = {**os.environ, "PYTHONPATH": str(Path(splitrun.__file__).parent.parent)}
     outcome = subprocess.run(
         [sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=150, env=environment, check=False
