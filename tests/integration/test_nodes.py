@@ -420,7 +420,7 @@ def test_what_is_said_late_is_not_lost(nodes: TestCluster, monkeypatch: pytest.M
     """On a slow line each answer comes after the time that is waited for it; its end comes late too."""
     from ray.exceptions import GetTimeoutError
 
-    waited, late = cluster_nodes._waited, list[Any]()
+    waited, late = cluster_nodes.waited, list[Any]()
 
     def slow(reference: Any, most_s: float) -> Any:
         found = waited(reference, most_s)
@@ -429,7 +429,7 @@ def test_what_is_said_late_is_not_lost(nodes: TestCluster, monkeypatch: pytest.M
             raise GetTimeoutError
         return found
 
-    monkeypatch.setattr(cluster_nodes, "_waited", slow)
+    monkeypatch.setattr(cluster_nodes, "waited", slow)
     job = {"session": 1, "own": "two", "host": "127.0.0.1", "ports": [49152, 65535]}
     process = Nodes().start("two/cpu", job, links.MODULE)
     try:
