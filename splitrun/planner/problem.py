@@ -5,7 +5,7 @@ Knows no algorithm, no formats' names, no messages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -63,6 +63,8 @@ class Tables:
     enter_s       shape (slots,): seconds from the engine to the slot of embed; leave_s from that of head to the engine
     budget_bytes  shape (devices,)
     pools         (members, bytes they may take together) for each memory that several devices share
+    once_bytes    shape (devices,): what a device's bytes hold of the process, taken once where ``host`` is in use too
+    host          the processor that pays for the process; None: there is none
     """
 
     slots: tuple[Slot, ...]
@@ -71,6 +73,15 @@ class Tables:
     leave_s: Floats
     budget_bytes: Integers
     pools: tuple[tuple[tuple[int, ...], int], ...] = ()
+    once_bytes: Integers | None = None
+    host: int | None = None
+
+    def counted_twice(self, used: Iterable[int]) -> int:
+        """Bytes of those devices, all in use, that they do not take beside each other."""
+        used = tuple(used)
+        if self.once_bytes is None or self.host not in used:
+            return 0
+        return sum(int(self.once_bytes[device]) for device in used)
 
     @property
     def devices(self) -> int:
@@ -141,7 +152,8 @@ def excess_of(tables: Tables, split: Split) -> list[int]:
     held = held_bytes(tables, split)
     beyond = [max(0, size - int(budget)) for size, budget in zip(held, tables.budget_bytes, strict=True)]
     for members, together in tables.pools:
-        missing = sum(held[member] - beyond[member] for member in members) - together
+        twice = tables.counted_twice(member for member in members if held[member])
+        missing = sum(held[member] - beyond[member] for member in members) - twice - together
         for member in reversed(members):
             more = min(max(missing, 0), held[member] - beyond[member])
             beyond[member] += more

@@ -183,10 +183,12 @@ def divisions(tables: Tables, embed: int, head: int) -> Iterator[Integers]:
             levels.append(sorted({0, most, *found[found < most].tolist()}))
         division = []
         for caps in itertools.product(*levels):
-            rest = together - sum(caps)
-            if rest >= 0:
-                last = min(rest, int(tables.budget_bytes[members[-1]]))
-                division.append(tuple(zip(members, (*caps, last), strict=True)))
+            used = [member for member, cap in zip(members, caps, strict=False) if cap]
+            if sum(caps) - tables.counted_twice(used) > together:
+                continue
+            rest = together - sum(caps) + tables.counted_twice((*used, members[-1]))
+            last = max(0, min(rest, together, int(tables.budget_bytes[members[-1]])))
+            division.append(tuple(zip(members, (*caps, last), strict=True)))
         choices.append(division)
     for combination in itertools.product(*choices):
         caps_of = tables.budget_bytes.copy()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy
 
 from splitrun.planner.choices import EVERY_ENDS, Parts, choices_of
-from splitrun.planner.cost import activation_bytes, engine_hop_s, hop_s, objective_rows
+from splitrun.planner.cost import ENGINE_DEVICE, activation_bytes, engine_hop_s, hop_s, objective_rows
 from splitrun.planner.facts import FORMATS, Cluster, Device, ModelProfile, Workload
 from splitrun.planner.memory import pool_budgets
 from splitrun.planner.problem import Slot, Tables
@@ -49,6 +49,8 @@ def build_tables(
         leave_s=numpy.array([engine_hop_s(cluster, name, workload, prefill, rows) for name in names]),
         budget_bytes=numpy.array([device.budget_bytes for device in devices], dtype=numpy.int64),
         pools=shared_pools(cluster, devices),
+        once_bytes=numpy.array([device.process_bytes for device in devices], dtype=numpy.int64),
+        host=next((number for number, device in enumerate(devices) if device.name == ENGINE_DEVICE), None),
     )
 
 

@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from planner_models import MIB, device, model
+from planner_models import MIB, device, model, random_model, random_workload
 from test_solve_exact import Force, every_plan, instance
 
 from splitrun.errors import DoesNotFit
@@ -152,6 +152,37 @@ def test_a_graphics_unit_that_shares_memory_pays_for_the_process_where_the_proce
     both = (StageSpec("cpu", True, (0, 4), False, "bf16"), StageSpec("xpu:0", False, (4, 8), True, "bf16"))
     bills = placement_memory(profile, shared, Placement(1, ModelRef("x", layers=8), Workload(), both))
     assert [bill.context_bytes for bill in bills] == [400 * MIB, 50 * MIB]
+
+
+def test_the_process_is_counted_once_where_graphics_share_the_processor_s_memory() -> None:
+    """As the bill does: in budgets where both devices fit beside one process only, both are used."""
+    both = closer = refused = 0
+    for seed in range(7000, 7120):
+        draw = random.Random(seed)
+        profile, workload = random_model(draw), random_workload(draw)
+        budget, process = draw.choice([150, 220, 300, 400, 600]) * MIB, draw.choice([40, 120]) * MIB
+        devices = [
+            device(budget=budget, bandwidth=28e9, context_bytes=process),
+            device("xpu:0", kind="xpu", budget=budget, bandwidth=draw.choice([10e9, 60e9]), memory_pool="cpu",
+                   context_bytes=process + 20 * MIB, process_bytes=process, compute_dtype="bf16"),
+        ]  # fmt: skip
+        shared = Cluster(tuple(draw.sample(devices, 2)))
+        expected = brute_force(profile, shared, workload)
+        if expected is None:
+            with pytest.raises(DoesNotFit):
+                solve(profile, shared, workload)
+            refused += 1
+            continue
+        plan = solve(profile, shared, workload)
+        bills = placement_memory(profile, shared, plan)
+        assert not over_budget(bills, pool_budgets(shared)), seed
+        mixed = len({(stage.device, stage.weights) for stage in plan.stages}) > len(plan.device_names)
+        found = score(profile, shared, plan)
+        assert found <= expected * (1 + 1e-9), seed
+        assert mixed or found == pytest.approx(expected, rel=1e-9), seed
+        both += len(plan.device_names) == 2
+        closer += len(bills) == 2 and sum(bill.total_bytes for bill in bills) > budget - process
+    assert min(both, closer, refused) > 2, (both, closer, refused)
 
 
 def test_a_data_sheet_s_integrated_graphics_do_not_fit_where_the_process_does_not() -> None:
