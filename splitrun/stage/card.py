@@ -74,11 +74,12 @@ class CardStage(RangeStage):
             return super().run(step, incoming)
         rows = range(step.rows)
         if not self.model.cut.head:
-            self._graphs.run(step, rows, incoming)
+            self._graphs.run(step, rows, incoming, leaves=self.gives_host)
             return self._graphs.left(step.rows) if self.gives_host else self._graphs.hidden(step.rows).clone()
         wanted = [sampling for sampling in step.sampling if sampling is not None]
-        self._graphs.run(step, rows, incoming)
-        if len(wanted) == step.rows and all(map(is_plain, wanted)):
+        plain = len(wanted) == step.rows and all(map(is_plain, wanted))
+        self._graphs.run(step, rows, incoming, leaves=plain)
+        if plain:
             ids = self._graphs.chosen(step.rows)
             if min(ids) >= 0:
                 return Tokens(step.index, step.epoch, tuple(RowTokens((token,)) for token in ids))

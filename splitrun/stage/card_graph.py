@@ -93,10 +93,13 @@ class DecodeGraphs:
         self._slots = DecodeSlots(groups, self._hidden, card.embedding is None, leaving)
         self._filling = threading.Lock()
 
-    def run(self, step: Step, rows: Sequence[int], incoming: Tensor | None, offset: int = 0) -> None:
+    def run(
+        self, step: Step, rows: Sequence[int], incoming: Tensor | None, offset: int = 0, *, leaves: bool = False
+    ) -> None:
         """Compute rows of a step, each with its new token at ``offset``; what comes out stays here.
 
-        incoming: the rows' activation from the stage before, Shape: (rows, hidden); None with an embedding.
+        incoming: the rows' activation from the stage before, Shape: (rows, hidden); None with an embedding. ``leaves``:
+        the activation, or with a head the chosen tokens, goes to pinned memory too.
         """
         count = len(rows)
         if incoming is not None and incoming.shape[0] != count:
@@ -106,7 +109,7 @@ class DecodeGraphs:
         if not self._captures.has(("decode", size)):
             self._capture(size)
         with self._filling:
-            self._slots.write(step, rows, incoming, offset)
+            self._slots.write(step, rows, incoming, offset, leaves=leaves)
             self._captures.run(("decode", size), lambda: self._launch(size))
             self._slots.launched(self._captures.stream)
 
@@ -137,7 +140,7 @@ class DecodeGraphs:
         return self._logits[:rows]
 
     def left(self, rows: int) -> Tensor:
-        """The same in pinned memory, once the work in the current stream is done; written anew after SLOTS runs."""
+        """What the latest run has left in pinned memory, once it is done; written anew after SLOTS runs that do."""
         return self._slots.left(rows)
 
     @property
@@ -146,7 +149,7 @@ class DecodeGraphs:
         return self._slots.done
 
     def chosen(self, rows: int) -> list[int]:
-        """The most likely token of each row, -1 where its logits are not finite. Waits for the GPU."""
+        """The most likely token of each row of a run that leaves, -1 where its logits are not finite. Waits for it."""
         self._slots.wait()
         return [int(token) for token in self._slots.left(rows).tolist()]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from splitrun.kernels.gpu.products import ROWS
 from splitrun.kernels.gpu.shapes import History
-from splitrun.kernels.gpu.slots import SLOTS, deliver, take
+from splitrun.kernels.gpu.slots import ARRIVES, LEAVES, SLOTS, deliver, take
 from splitrun.schedule.step import IntArray, Step
 
 IN_FLIGHT = 8
@@ -53,7 +53,7 @@ class _SlotView:
     """The numbers of one slot, part by part: views are made once, since making them takes longer than writing."""
 
     def __init__(self, slot: IntArray, groups: int, blocks: int) -> None:
-        self.ids, self.lengths, self.arrived = slot[:ROWS], slot[ROWS : 2 * ROWS], slot[-1:]
+        self.ids, self.lengths, self.signs = slot[:ROWS], slot[ROWS : 2 * ROWS], slot[-1:]
         self.tables = slot[2 * ROWS : -1].reshape(groups, ROWS, blocks)
         self._rows = ROWS
 
@@ -72,7 +72,10 @@ class DecodeSlots:
         whether activations come from elsewhere."""
         self._groups, self._hidden, self._leaving, device = tuple(groups), hidden, leaving, hidden.device
         self._pinned = device.type == "cuda"
-        self._turn, self._next, self._latest = torch.zeros(1, dtype=torch.int32, device=device), 0, 0
+        self._turns = torch.zeros(2, dtype=torch.int32, device=device)
+        self._next = self._latest = 0  # slots
+        self._place = self._left_at = 0  # places of what leaves
+        self._leaves = False
         self._done = [torch.cuda.Event() if self._pinned else None for _ in range(SLOTS)]
         self._arriving = self._ring(hidden) if arrives else None
         self._left = self._ring(leaving)
@@ -87,11 +90,11 @@ class DecodeSlots:
 
     def set_blocks(self, blocks: int) -> None:
         """Make tables that wide; graphs that read the former ones are of no use any more."""
-        self.blocks = blocks
+        count = ROWS * (2 + len(self._groups) * blocks) + 1
+        numbers = torch.zeros(count, dtype=torch.int32, device=self._hidden.device)
+        slots = torch.zeros((SLOTS, count), dtype=torch.int32, pin_memory=self._pinned)
+        self.blocks, self._numbers, self._slots = blocks, numbers, slots  # all of them, or memory was full
         self._forget_prepared()
-        numbers = ROWS * (2 + len(self._groups) * blocks)
-        self._numbers = torch.zeros(numbers, dtype=torch.int32, device=self._hidden.device)
-        self._slots = torch.zeros((SLOTS, numbers + 1), dtype=torch.int32, pin_memory=self._pinned)
         self._views = [_SlotView(slot, len(self._groups), blocks) for slot in self._slots.numpy()]
         self.ids, self.lengths = self._numbers[:ROWS], self._numbers[ROWS : 2 * ROWS]
 
@@ -108,20 +111,20 @@ class DecodeSlots:
         self._fill(turn, step, range(step.rows), 0)
         self._prepared[turn] = step
 
-    def write(self, step: Step, rows: Sequence[int], incoming: Tensor | None, offset: int = 0) -> None:
+    def write(self, step: Step, rows: Sequence[int], incoming: Tensor | None, offset: int = 0, *, leaves: bool) -> None:
         """Fill the next slot with rows of a step, each with its new token at ``offset``; rows beyond them are marked as
-        absent. ``incoming``: their activation, here or on the device."""
+        absent. ``incoming``: their activation, here or on the device. ``leaves``: what comes out is delivered."""
         ready, self._prepared[self._next] = self._prepared[self._next], None
         if ready is not step:
             self._wait_for(self._next)
             self._fill(self._next, step, rows, offset)
-        self._written = step.index
+        self._written, self._leaves = step.index, leaves
         view, count = self._views[self._next], len(rows)
         if self._arriving is None:
             ids = step.token_ids
             view.ids[:count] = ids if count == len(ids) else ids[step.query_starts[numpy.asarray(rows)] + offset]
         here = incoming is not None and incoming.device.type == "cpu"
-        view.arrived[0] = here
+        view.signs[0] = here * ARRIVES + leaves * LEAVES
         if incoming is None:
             return
         slot = None if self._arriving is None else self._arriving[self._next]
@@ -148,31 +151,34 @@ class DecodeSlots:
         self._prepared[self._next] = None
         view = self._views[self._next]
         view.show(0)
-        view.arrived[0] = 0
+        view.signs[0] = 0
 
     def take(self, rows: int) -> None:
         """The first launch of a run of that many rows."""
-        take(self._slots, self._arriving, self._turn, self._numbers, self._hidden, rows, len(self._groups))
+        take(self._slots, self._arriving, self._turns, self._numbers, self._hidden, rows, len(self._groups))
 
     def deliver(self, rows: int) -> None:
         """The last launch of a run of that many rows."""
-        deliver(self._leaving[:rows], self._left, self._turn)
+        deliver(self._leaving[:rows], self._left, self._turns, self._numbers)
 
     def launched(self, stream: torch.cuda.Stream | None) -> None:
-        """A run was launched on a stream: the next slot's turn comes."""
+        """A run was launched on a stream: the next slot's turn comes, and place's where it leaves something."""
         self._latest, self._next = self._next, (self._next + 1) % SLOTS
+        if self._leaves:
+            self._left_at, self._place = self._place, (self._place + 1) % SLOTS
         event = self._done[self._latest]
         if event is not None:
             event.record(stream)  # torch takes as long to look up the current one
 
     def recount(self) -> None:
         """Ask the device whose turn it is: a launch may have failed half way."""
-        self._next = int(self._turn.item())
+        self._next, self._place = self._turns.tolist()
         self._forget_prepared()
 
     def left(self, rows: int) -> Tensor:
-        """What the latest run delivers, once it is done. Shape: (rows, …); written anew after SLOTS runs."""
-        return self._left[self._latest, :rows]
+        """What the latest run that leaves something delivers, once it is done. Shape: (rows, …); written anew after
+        SLOTS such runs."""
+        return self._left[self._left_at, :rows]
 
     @property
     def done(self) -> torch.cuda.Event | None:
@@ -212,11 +218,10 @@ class PromptInputs:
         widest = max((table.shape[1] for table in step.block_tables.values()), default=1)
         if tokens <= self._tokens and widest <= self._blocks:
             return False
-        self._tokens = max(tokens, self._tokens)
-        self._blocks = max(self._blocks, 1 << (widest - 1).bit_length())
-        numbers = 3 * self._tokens + 2 * ROWS + 1 + len(self._groups) * ROWS * self._blocks
-        self._device = torch.zeros(numbers, dtype=torch.int32, device=self._where)
-        self._ring = StagingRing(numbers, self._where)
+        most, blocks = max(tokens, self._tokens), max(self._blocks, 1 << (widest - 1).bit_length())
+        numbers = 3 * most + 2 * ROWS + 1 + len(self._groups) * ROWS * blocks
+        device, ring = torch.zeros(numbers, dtype=torch.int32, device=self._where), StagingRing(numbers, self._where)
+        self._tokens, self._blocks, self._device, self._ring = most, blocks, device, ring  # all, or memory was full
         sizes = [self._tokens] * 3 + [ROWS + 1, ROWS] + [ROWS * self._blocks] * len(self._groups)
         self._starts = numpy.cumsum([0, *sizes]).tolist()
         parts = self._device.split(sizes)

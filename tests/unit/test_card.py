@@ -254,13 +254,13 @@ def test_a_slot_is_filled_once_for_a_step_that_was_expected(monkeypatch: pytest.
     run.feed({0: [1]}, torch.zeros((1, SIZES["hidden_size"]), dtype=DTYPES[TYPE]))
     steps = [replace(run.latest, index=index, context_lengths=run.latest.context_lengths + index) for index in range(9)]
     filled.clear()
-    slots.write(steps[0], range(1), torch.zeros((1, 4)))
+    slots.write(steps[0], range(1), torch.zeros((1, 4)), leaves=True)
     slots.launched(None)
     slots.prepare(steps[1])
     for step, behind in pairwise(steps[1:]):
         slots.prepare(behind)
         slots.prepare(replace(behind, index=behind.index + 1))  # too far ahead
-        slots.write(step, range(1), torch.ones((1, 4)))
+        slots.write(step, range(1), torch.ones((1, 4)), leaves=True)
         assert slots._views[step.index % SLOTS].lengths[0] == step.context_lengths[0]
         slots.launched(None)
     assert filled == [index % SLOTS for index in range(9)]
@@ -288,6 +288,74 @@ def test_what_is_left_for_the_processor_is_what_lies_on_the_card(monkeypatch: py
         found = given.feed(rows, noise)
         assert torch.equal(found, kept.feed(rows, noise.to(DEVICE)))
         assert not torch.equal(found, noise.float())
+
+
+def test_what_is_left_stays_while_later_steps_compute_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that were made before are computed one run each, more of them than there are places for what is left."""
+    run = make("llama", "dense", TYPE, monkeypatch, CutRange(True, 0, 1, False))
+    run.stage.gives_host = True
+    run.feed({0: [5]})
+    first = replace(run.latest, index=1, context_lengths=run.latest.context_lengths + 1)
+    left = run.stage.run(first, None)
+    assert isinstance(left, Tensor)
+    run.stage._graphs._slots.wait()  # type: ignore[attr-defined]
+    before = left.clone()
+    count = SLOTS + 1
+    again = replace(
+        first,
+        index=2,
+        token_ids=numpy.arange(7, 7 + count, dtype=numpy.int32),
+        query_starts=numpy.array([0, count], dtype=numpy.int32),
+        context_lengths=numpy.array([0], dtype=numpy.int32),
+        slots=numpy.array([1], dtype=numpy.int32),
+        block_tables={name: table + BLOCKS for name, table in first.block_tables.items()},
+        replay=(True,),
+    )
+    computed = run.stage.run(again, None)
+    assert isinstance(computed, Tensor)
+    assert computed.shape[0] == count
+    run.stage._graphs._slots.wait()  # type: ignore[attr-defined]
+    assert torch.equal(left, before)
+
+
+class Full:
+    """torch.zeros on a card that is full at the call of that number."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
+        self._zeros, self._left = torch.zeros, after
+        monkeypatch.setattr(torch, "zeros", self)
+
+    def __call__(self, *size: Any, **options: Any) -> Tensor:
+        self._left -= 1
+        if self._left == -1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self._zeros(*size, **options)
+
+
+def test_a_prompt_that_finds_the_card_full_leaves_the_memory_of_steps_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, other = (make("llama", "dense", TYPE, monkeypatch) for _ in range(2))
+    for each in (run, other):
+        each.feed({0: tokens(3, 1)})
+    with monkeypatch.context() as patch:
+        Full(patch)
+        with pytest.raises(torch.OutOfMemoryError):
+            run.feed({1: tokens(40, 2)})
+    assert torch.equal(run.feed({1: tokens(40, 2)})[1], other.feed({1: tokens(40, 2)})[1])
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_wider_tables_on_a_full_card_leave_the_former_ones(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = torch.zeros((16, 4))
+    slots = DecodeSlots(("full",), hidden, True, hidden)
+    with monkeypatch.context() as patch:
+        Full(patch, after)
+        with pytest.raises(torch.OutOfMemoryError):
+            slots.set_blocks(2 * slots.blocks)
+    assert slots.history("full", 1).tables.shape == (1, slots.blocks)
+    slots.set_blocks(2 * slots.blocks)
+    assert slots.history("full", 1).tables.shape == (1, slots.blocks)
 
 
 def test_scored_prompts_report_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
