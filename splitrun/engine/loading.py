@@ -23,7 +23,7 @@ from splitrun.engine.filling import Load as Load
 from splitrun.engine.link import Link, RemoteLink
 from splitrun.engine.pipeline import translated
 from splitrun.errors import SplitrunError
-from splitrun.kernels.gpu.library import usable
+from splitrun.kernels.gpu.library import or_compiler_errors, usable
 from splitrun.measure.accelerators import half_type
 from splitrun.measure.cache import Cache, cache_folder
 from splitrun.measure.engine_cost import known_cost, with_engine
@@ -107,7 +107,7 @@ class StageLoading:
             )
         except SplitrunError:
             raise
-        except (RuntimeError, MemoryError, OSError) as error:
+        except or_compiler_errors(RuntimeError, MemoryError, OSError) as error:
             raise translated(error, name, relief(self.placement, spec.device)) from error
 
     def close(self) -> None:

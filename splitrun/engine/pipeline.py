@@ -25,6 +25,7 @@ from splitrun.transport.journal import Journal
 from splitrun.transport.local import Parcel
 from splitrun.transport.messages import KVRows
 
+MEMORY_IS_OUT = ("out of memory", "allocate memory", "ALLOC_FAILED")
 CLOSING_S = 30.0
 """How long closing waits for a stage that computes."""
 
@@ -170,7 +171,7 @@ class Pipeline:
         relief = link.relief if isinstance(link, Link) else LESS
 
         def failed(error: Exception) -> None:
-            if isinstance(error, torch.OutOfMemoryError):
+            if memory_is_out(error):
                 torch.cuda.empty_cache()  # what is left in pieces may fit as a whole
             self._deliver(Failure(step.index, step.epoch, translated(error, link.name, relief)))
 
@@ -288,11 +289,19 @@ def _nothing() -> None:
     """Nobody waits for time."""
 
 
+def memory_is_out(error: Exception) -> bool:
+    """Whether a device was full: torch has an exception of its own for its allocator alone, not for what the driver,
+    cuBLAS or a kernel's loading says."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(sign in str(error) for sign in MEMORY_IS_OUT)
+
+
 def translated(error: Exception, name: str, relief: str = LESS) -> SplitrunError:
     """An error of a stage as one of ours, naming the stage; ``relief`` is what to plan with when memory is out."""
     if isinstance(error, SplitrunError):
         return error
     reason = str(error).strip().split("\n")[0][:200]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in reason:
+    if memory_is_out(error):
         return DeviceOutOfMemory(f"{name} ran out of memory: plan again with {relief}")
     return StageLost(f"{name} failed: {type(error).__name__}: {reason}")

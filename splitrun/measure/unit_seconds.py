@@ -16,6 +16,7 @@ import torch
 
 import splitrun
 from splitrun.errors import SplitrunError
+from splitrun.kernels.gpu.library import or_compiler_errors
 from splitrun.measure.cache import Cache
 from splitrun.measure.code import COMPUTING, code_digest
 from splitrun.measure.host import worker_threads
@@ -234,7 +235,7 @@ class _Task:
                     return Found(bench.time(points), bench.load_bytes, bench.fast, bench.chunk_step)
                 finally:
                     bench.close()
-        except (SplitrunError, RuntimeError, MemoryError, ValueError):
+        except or_compiler_errors(SplitrunError, RuntimeError, MemoryError, ValueError):
             return None  # a card without this format, or without room: bandwidths decide
 
     def _dense_format(self) -> str:

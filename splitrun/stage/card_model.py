@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from splitrun.kernels.gpu.layer import GpuLayer, LayerWeights, Turns
+from splitrun.kernels.gpu.library import widest
 from splitrun.kernels.gpu.matrix import GpuMatrix, matrix_of
 from splitrun.kernels.gpu.shapes import Heads
 from splitrun.model.cut import CutModel
@@ -109,7 +110,7 @@ def _layer(layer: nn.Module, store: BlockStore, window: int | None) -> GpuLayer 
         return None
     epsilons = {modules[path].variance_epsilon for path in NORMS.values() if path in modules}
     kv_heads, width = store.keys.shape[1], store.keys.shape[3]
-    if len(epsilons) != 1 or width % 2:
+    if len(epsilons) != 1 or width % 2 or width > widest(store.keys.device):
         return None
     matrices = {
         "projections": _matrix(layer, [f"{PROJECTIONS[name]}.weight" for name in ("query", "key", "value")]),

@@ -17,6 +17,7 @@ from splitrun.kernels.cpu.block import LayerParts, RowHistories
 from splitrun.kernels.cpu.dense import DenseWeight
 from splitrun.kernels.cpu.tiled import TiledWeight
 from splitrun.kernels.gpu.layer import GpuLayer, LayerWeights, Turns
+from splitrun.kernels.gpu.library import widest
 from splitrun.kernels.gpu.matrix import DENSE, TILED_INT8, TILED_NF4, GpuMatrix, Part
 from splitrun.kernels.gpu.shapes import Heads, History
 from splitrun.stage.stream_card import ALIGNMENT, SLABS, StreamCard
@@ -169,6 +170,8 @@ def _fault(parts: LayerParts, matrices: Sequence[Tensor], card: StreamCard) -> s
         return "the card's kernels compute another kind of layer"
     if sum(name in parts.vectors for name in BIASES) not in (0, len(BIASES)):
         return "some projections have a bias and others none"
+    if parts.keys.shape[-1] > widest(card.device):
+        return f"heads of {parts.keys.shape[-1]} values have no room on the card"
     needed = sum(map(_room, matrices))
     if needed > card.slabs[0].nbytes:
         return f"a layer's {needed} bytes exceed a slab of {card.slabs[0].nbytes}"

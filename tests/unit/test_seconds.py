@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -369,11 +370,17 @@ def test_what_does_not_fit_or_fails_is_left_to_bandwidths(
 ) -> None:
     assert measured(tmp_path, budget=1).seconds == {}
 
-    def fails(*arguments: object) -> None:
-        raise RuntimeError("no kernel for this card")
+    class TritonError(Exception):
+        """Triton's own kind, without Triton."""
 
-    monkeypatch.setattr(unit_seconds, "UnitBench", fails)
-    assert measured(tmp_path).seconds == {}
+    monkeypatch.setitem(sys.modules, "triton.errors", SimpleNamespace(TritonError=TritonError))
+    for error in (RuntimeError("no kernel for this card"), TritonError("out of resource: shared memory")):
+
+        def fails(*arguments: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(unit_seconds, "UnitBench", fails)
+        assert measured(tmp_path).seconds == {}
 
 
 def test_equal_layers_have_one_shape() -> None:

@@ -17,6 +17,9 @@ TABLE: list[tuple[Exception, type[SplitrunError], str]] = [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), DeviceOutOfMemory, FULL),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 12 bytes"), DeviceOutOfMemory, FULL),
     (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), DeviceOutOfMemory, FULL),  # of a map of memory
+    (RuntimeError("CUDA error: out of memory\nCompile with"), DeviceOutOfMemory, FULL),  # the driver's, of a graph
+    (RuntimeError("Triton Error [CUDA]: out of memory"), DeviceOutOfMemory, FULL),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), DeviceOutOfMemory, FULL),
     (RuntimeError("one line\nand another"), StageLost, "stage head on cpu failed: RuntimeError: one line"),
     (StageTimeout("ours"), StageTimeout, "ours"),
 ]

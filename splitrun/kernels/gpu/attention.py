@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from splitrun.kernels.gpu.library import USUAL_WIDTH
 from splitrun.kernels.gpu.rows import head_halves, turned
 from splitrun.kernels.gpu.shapes import Heads, History
 
@@ -313,8 +314,8 @@ def prompt_attention(projected: Tensor, heads: Heads, history: History, out: Ten
 
     Shape: projected (tokens, (heads + 2 * kv_heads) * width), turned; out (tokens, heads * width).
     """
-    queries = 64
-    rows = history.lengths.shape[0]
+    queries, rows = 64, history.lengths.shape[0]
+    width = max(16, triton.next_power_of_2(heads.width))
     _prompt[(triton.cdiv(history.longest, queries), heads.heads, rows)](
         projected,
         heads.keys,
@@ -331,10 +332,10 @@ def prompt_attention(projected: Tensor, heads: Heads, history: History, out: Ten
         heads.window or NO_WINDOW,
         heads.scaling,
         GROUP=heads.heads // heads.kv_heads,
-        WIDTH=max(16, triton.next_power_of_2(heads.width)),
+        WIDTH=width,
         QUERIES=queries,
         TILE=TILE,
         num_warps=4,
-        num_stages=2,
+        num_stages=2 if width <= USUAL_WIDTH else 1,  # of wider ones two keys and values have no room
     )
     return out

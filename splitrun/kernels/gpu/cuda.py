@@ -25,7 +25,7 @@ USUAL_SHARED_BYTES = 48 << 10
 """What every card has and every function may use."""
 
 
-class CudaUnavailable(Exception):
+class CudaUnavailable(RuntimeError):
     """NVRTC or the driver is not there, or refuses. What is compiled is tried at once: another way is left then."""
 
 
