@@ -35,6 +35,8 @@ _REFUSALS: dict[str, type[SplitrunError]] = {
     "InvalidRequest": InvalidRequest,
     "StageLost": StageLost,
 }
+AT_ONCE = 32
+"""Messages or events that are taken up before others have a turn: to take what is there already gives nobody one."""
 _Item = TokenEvent | bytes | SplitrunError
 """What waits for a reader: an event, one as its message, or the error that ends the request."""
 _LOST = "the engine does not answer; look at the server's log and restart it"
@@ -157,12 +159,14 @@ class EngineClient:
         await self._control.send(encode(message))
 
     async def _listen(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
+        for number in itertools.count(1):
             data = await socket.recv()
             try:
                 self._handle(decode(data), data)
             except MalformedMessage:
                 self.dropped_messages += 1
+            if number % AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     def _handle(self, message: Message, data: bytes) -> None:
         self._silent_beats = 0
@@ -233,7 +237,11 @@ class EventStream:
         await self._client.cancel([request_id])
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        while self._open:
+        for number in itertools.count(1):
+            if not self._open:
+                return
+            if number % AT_ONCE == 0:
+                await asyncio.sleep(0)
             item = await self._queue.get()
             if isinstance(item, SplitrunError):
                 raise item

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import stat
 import threading
+import time
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,9 @@ from fake_engine import FakeEngine, next_token
 
 from splitrun.errors import ContextTooLong, InvalidRequest, QueueFull, StageError, StageLost
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent, TokenLogprob
-from splitrun.serve.client import EngineClient
+from splitrun.serve.client import AT_ONCE, EngineClient
 from splitrun.serve.service import Address, EngineService
-from splitrun.serve.wire import Kind, Message, decode, encode, submit_message
+from splitrun.serve.wire import Kind, Message, decode, encode, event_message, submit_message
 
 T = TypeVar("T")
 GREEDY = SamplingParams(max_tokens=5, temperature=0, seed=0)
@@ -80,6 +81,14 @@ def test_events_that_wait_for_a_slow_reader_are_small_and_lose_nothing() -> None
     sampling = SamplingParams(max_tokens=count, temperature=0, seed=0, logprobs=3)
     engine = FakeEngine(context=count + 10)
 
+    had = 0
+
+    async def turns() -> None:
+        nonlocal had
+        while True:
+            had += 1
+            await asyncio.sleep(0)
+
     async def work(client: EngineClient) -> tuple[float, list[TokenEvent]]:
         async with client.submit([1, 2], [sampling], (4,)) as events:
             tracemalloc.start()
@@ -89,7 +98,10 @@ def test_events_that_wait_for_a_slow_reader_are_small_and_lose_nothing() -> None
                 taken = tracemalloc.get_traced_memory()[0]
             finally:
                 tracemalloc.stop()
-            return taken / count, [event async for event in events]
+            others = asyncio.create_task(turns())
+            found = [event async for event in events]
+            others.cancel()
+            return taken / count, found
 
     with bridge(engine) as service:
         engine.hold()
@@ -97,6 +109,7 @@ def test_events_that_wait_for_a_slow_reader_are_small_and_lose_nothing() -> None
         asker.start()
         each, events = talk(service.address, work)
     assert each < 400
+    assert had > count / AT_ONCE / 2  # whoever reads them leaves others their turns
     assert [event.token_ids[0] for event in events] == expected_tokens([1, 2], count)
     assert {len(event.logprobs[0].top) for event in events} == {3}
     assert [event.finish_reason for event in events[-2:]] == [None, "length"]
@@ -359,6 +372,25 @@ def test_a_silent_engine_fails_what_waits_for_it() -> None:
         assert not (await client.fresh_status(timeout_s=0.01)).healthy
 
     with_mute_engine(work, silence_s=0.1)
+
+
+def test_a_flood_of_events_leaves_others_their_turns() -> None:
+    """An answer, or the end of the process, would wait for the last of them."""
+    count = 2000
+
+    async def work(client: EngineClient, side: MuteEngineSide, peer: bytes) -> None:
+        event = encode(event_message(TokenEvent(1, (5,))))
+        for _ in range(count):
+            side.events.send_multipart([peer, event])
+        side.events.send_multipart([peer, encode(Message(Kind.STATUS, 0, {"healthy": False, "reason": "after"}))])
+        time.sleep(0.5)  # until they lie in the socket
+        turns = 0
+        while client.status.reason != "after":
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns > count / AT_ONCE / 2
+
+    with_mute_engine(work, silence_s=30)
 
 
 def test_garbage_does_not_stop_the_client() -> None:
