@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 
 import torch
-import transformers
 
 import splitrun
 from splitrun.measure.cache import Cache, Figures
 from splitrun.measure.code import code_digest
+from splitrun.measure.versions import versions
 from splitrun.planner.facts import Cluster, Device, Link
 
 SECONDS = ("step_s", "warm_step_s", "request_s", "next_request_s", "hop_s")
@@ -58,9 +58,18 @@ def known_cost(kept: Cache, card: str) -> EngineCost | None:
 
 
 def cost_key(card: str | None) -> str:
-    """Under which the cache has the figures: they are those of this code."""
-    versions = f"splitrun {splitrun.__version__} torch {torch.__version__} transformers {transformers.__version__}"
-    return f"engine with {card or 'no card'} {versions} code {code_digest(*RUNNING)}"
+    """Under which the cache has the figures: they are those of this code over these libraries and this driver, and of
+    such a card."""
+    below = " ".join((f"splitrun {splitrun.__version__}", *versions("cuda" if card else "cpu")))
+    return f"engine with {_described(card)} {below} code {code_digest(*RUNNING)}"
+
+
+def _described(card: str | None) -> str:
+    """Another card may have taken the name since."""
+    if card is None or not torch.cuda.is_available():
+        return card or "no card"
+    properties = torch.cuda.get_device_properties(card)
+    return f"{card} {properties.name} {properties.total_memory}"
 
 
 def cost_of(found: Figures) -> EngineCost:

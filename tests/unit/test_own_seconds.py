@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from planner_models import device
 
 from splitrun.engine import own_seconds, process_bytes
 from splitrun.engine.own_seconds import engine_cost
 from splitrun.engine.process_bytes import ProcessBytes
+from splitrun.measure import engine_cost as engine_cost_module
 from splitrun.measure.cache import Cache
-from splitrun.measure.engine_cost import EngineCost, known_cost, with_engine
+from splitrun.measure.engine_cost import EngineCost, cost_key, known_cost, with_engine
 from splitrun.planner.facts import Cluster, Link
 
 
@@ -35,6 +38,17 @@ def test_it_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (found.card_layers_bytes, found.card_layers_context_bytes) == (150 << 20, 30 << 20)
     monkeypatch.setattr(own_seconds, "process_bytes", lambda card: pytest.fail("measured twice"))
     assert engine_cost(Cache(tmp_path), "cuda:0") == found == known_cost(Cache(tmp_path), "cuda:0")
+
+
+def test_another_card_of_that_name_or_another_driver_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    keys = set()
+    for name, size, driver in (("A", 1, "1"), ("B", 1, "1"), ("A", 2, "1"), ("A", 1, "2")):
+        card = SimpleNamespace(name=name, total_memory=size)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, card=card: card)
+        monkeypatch.setattr(engine_cost_module, "versions", lambda kind, driver=driver: (f"driver {driver}",))
+        keys.add(cost_key("cuda:0"))
+    assert len(keys) == 4
 
 
 def test_where_it_goes() -> None:
