@@ -7,6 +7,7 @@ Status 0 is success, 2 bad input, 1 a failure at run time, 130 an interrupt. A t
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -27,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
     if not debug:
         sys.excepthook = _report_unexpected
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not None, which is a closed one's
+            stream.reconfigure(errors="replace")  # bars and signs are not in every encoding
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is first imported
     if os.environ.get("SPLITRUN_LOG") == "json":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Literal
 
 from splitrun.errors import DoesNotFit, InvalidPlacement
@@ -196,7 +197,7 @@ def read_facts_for(
     if found.profile.source != model:
         raise InvalidPlacement(
             f"{file} describes {found.profile.source}, not {model}; make it again with: "
-            f"splitrun profile {model} --facts {file}"
+            f"splitrun profile {quote(model)} --facts {quote(str(file))}"
         )
     timed = {name for name, _ in found.profile.seconds}
     kept = {device.kv_dtype for device in found.cluster.devices if device.kind == "cpu" and device.name in timed}
@@ -205,7 +206,7 @@ def read_facts_for(
         types = "int8, which --kv int8 plans with" if wanted is None else "16 bits"
         raise InvalidPlacement(
             f"{file} was measured with keys and values in {types}; for others make it again with: "
-            f"splitrun profile {model}{option} --facts {file}"
+            f"splitrun profile {quote(model)}{option} --facts {quote(str(file))}"
         )
     return found if memory is None else replace(found, cluster=with_budgets(found.cluster, memory, str(file)))
 
@@ -307,7 +308,7 @@ def check(
     if reasons:
         raise InvalidPlacement(f"{file}: {reasons[0]}")
     if verify:
-        command = f"splitrun plan {placement.model.source} --hash -o {file}"
+        command = f"splitrun plan {quote(placement.model.source)} --hash -o {quote(file)}"
         verify_payload(placement.model.fingerprint, files.path, command)
 
 

@@ -23,6 +23,8 @@ STYLES = (
 def show(words: str, err: bool = False) -> None:
     """Print an explanation, coloured where it is read on a terminal."""
     stream = sys.stderr if err else sys.stdout
+    if stream is None:  # it was closed by whoever started the command
+        return
     if not stream.isatty():
         print(words, file=stream)
         return

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -140,7 +141,7 @@ def refuse_placement(model: str) -> None:
     if is_placement(model):
         raise InvalidPlacement(
             f"{model} is named like a placement file, which is planned already: name its model, or compare it with "
-            f"this machine: splitrun check {model}"
+            f"this machine: splitrun check {quote(model)}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import typer
@@ -53,4 +54,4 @@ class Destination:
 
             typer.echo("\n" + "\n".join(derivation(placement)))
         if self.output is not None:
-            typer.echo(f"\nsaved to {self.output}; serve it with: splitrun serve {self.output}")
+            typer.echo(f"\nsaved to {self.output}; serve it with: splitrun serve {quote(str(self.output))}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import typer
@@ -43,7 +44,7 @@ def plan_or_load(
         return placement, False
     if verify:
         raise InvalidPlacement(
-            f"--verify needs a placement with hashes: splitrun plan {named} --hash -o FILE, then name FILE"
+            f"--verify needs a placement with hashes: splitrun plan {quote(named)} --hash -o FILE, then name FILE"
         )
     _prepare(named, {"int8", "nf4"} if planning.weights == "auto" else {planning.weights}, planning.load)
     return (

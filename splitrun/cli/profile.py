@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -60,4 +61,6 @@ def profile(
     typer.echo("\n".join(profile_lines(found.profile, found.cluster)))
     if facts is not None:
         option = " --kv int8" if kv == "int8" else ""
-        typer.echo(f"\nsaved to {facts}; plan with it: splitrun plan {model}{option} --facts {facts}")
+        typer.echo(
+            f"\nsaved to {facts}; plan with it: splitrun plan {quote(model)}{option} --facts {quote(str(facts))}"
+        )

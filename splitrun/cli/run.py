@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -61,7 +62,9 @@ def run(
 
 
 def _standard_input() -> str:
-    """All of standard input. Raises InvalidRequest when it is no text."""
+    """All of standard input. Raises InvalidRequest when it is no text, or closed."""
+    if sys.stdin is None:
+        raise InvalidRequest("standard input is closed: give the prompt as an argument")
     try:
         return typer.get_binary_stream("stdin").read().decode()
     except UnicodeDecodeError as error:

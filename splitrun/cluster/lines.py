@@ -33,10 +33,13 @@ class Parent:
         threading.Thread(target=self._listen, name="splitrun parent", daemon=True).start()
 
     def say(self, **message: Any) -> None:
-        """Send a line."""
+        """Send a line; without a parent to read it this process ends."""
         with self._lock:
-            self._writer.write(json.dumps(message) + "\n")
-            self._writer.flush()
+            try:
+                self._writer.write(json.dumps(message) + "\n")
+                self._writer.flush()
+            except BrokenPipeError:
+                os._exit(1)
 
     def answer(self, key: str) -> Any:
         """Wait for the parent's answer under that key; what it says beside stays for others."""

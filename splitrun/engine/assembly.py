@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from shlex import quote
 
 import torch
 
@@ -77,7 +78,7 @@ def _require_same_model(placement: Placement, files: ModelFiles) -> None:
     if headers_of(placement.model.fingerprint) not in (None, files.fingerprint):
         raise InvalidPlacement(
             f"{placement.model.source} changed since it was planned: plan again with "
-            f"splitrun plan {placement.model.source} --context {placement.workload.context} -o FILE"
+            f"splitrun plan {quote(placement.model.source)} --context {placement.workload.context} -o FILE"
         )
 
 

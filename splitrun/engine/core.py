@@ -7,6 +7,7 @@ were.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -56,6 +57,7 @@ class EngineCore:
         self._owed = False
         self._lost = ""
         self.closed = threading.Event()
+        self._process = os.getpid()
         self._prompt_tokens = self._completion_tokens = 0
         self._pipeline = self._pipeline_of(line)
         self._thread = threading.Thread(target=self._loop, name="splitrun engine", daemon=True)
@@ -83,6 +85,8 @@ class EngineCore:
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         """Queue a request; see TokenEngine."""
+        if os.getpid() != self._process:
+            raise StageLost(f"this engine belongs to process {self._process}, which forked this one: make another here")
         with self._lock:
             if self._lost:
                 raise StageLost(self._lost)
@@ -99,6 +103,8 @@ class EngineCore:
 
     def cancel(self, request_id: int) -> None:
         """Forget a request; see TokenEngine."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self._receivers.remove(request_id)
             self._scheduler.cancel(request_id)
@@ -153,12 +159,14 @@ class EngineCore:
             self._idle.wait_for(lambda: self._closed or not self._scheduler.has_work)
 
     def close(self) -> None:
-        """End every request, close the stages and free their memory."""
+        """End every request, close the stages and free their memory. In a forked process they are not its own."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            self._owe(self._scheduler.fail_all("the engine was closed"))
+            self._owe(self._scheduler.fail_all("the engine shut down and ended this request: send it again later"))
             self._idle.notify_all()
             self.closed.set()
             self._idle.wait_for(lambda: not self._replacing)

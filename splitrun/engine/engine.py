@@ -6,7 +6,8 @@ import operator
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -92,6 +93,9 @@ class Engine:
             rebalance=rebalance, trace=trace,
         )  # fmt: skip
         self._ids = count(1)
+        # In a thread of its own: a collection of garbage may come at any moment, in any thread, with any lock held.
+        self._dropped = weakref.finalize(self, _close_aside, self.core)
+        self._dropped.atexit = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -107,7 +111,8 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End all requests and free the memory."""
+        """End all requests and free the memory. An engine that is forgotten is closed too."""
+        self._dropped.detach()
         self.core.close()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Completion]:
@@ -118,13 +123,13 @@ class Engine:
         sampling = sampling or SamplingParams()
         if isinstance(prompts, str):
             raise InvalidRequest("generate takes a list of prompts, and this is one text: write it in brackets")
+        if not isinstance(prompts, Iterable):
+            raise InvalidRequest(f"generate takes a list of prompts, and this is of type {type(prompts).__name__}")
         jobs = [
             self._job(self._prompt_ids(prompt), sampling.completion(index))
             for prompt in prompts
             for index in range(sampling.n)
         ]
-        for job in jobs:
-            self.core.check(job.request)
         with ExitStack() as cancelling:
             completions = []
             for index, job in enumerate(jobs):
@@ -142,9 +147,7 @@ class Engine:
         sampling = sampling or SamplingParams()
         if sampling.n != 1:
             raise InvalidRequest(f"n is {sampling.n}: a stream is of one completion; use generate for several")
-        job = self._job(self._prompt_ids(prompt), sampling)
-        self.core.check(job.request)
-        return self._streamed(job)
+        return self._streamed(self._job(self._prompt_ids(prompt), sampling))
 
     def _streamed(self, job: _Job) -> Iterator[StreamEvent]:
         job.start(self.core)
@@ -163,8 +166,13 @@ class Engine:
 
     def _job(self, ids: tuple[int, ...], sampling: SamplingParams) -> _Job:
         request = Request(next(self._ids), ids, sampling, tuple(self.tokenizer.eos_token_ids))
+        self.core.check(request)  # before its ids are made text
         ends = frozenset(request.eos_token_ids + sampling.stop_token_ids)
         return _Job(request, TextStream(self.tokenizer, sampling.stop, ends, ids))
+
+
+def _close_aside(core: EngineCore) -> None:
+    threading.Thread(target=core.close, name="splitrun close", daemon=True).start()
 
 
 class _Job:

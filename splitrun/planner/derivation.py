@@ -5,6 +5,8 @@ Reads the placement and its stored estimate; computes nothing anew, so that what
 
 from __future__ import annotations
 
+from shlex import quote
+
 from splitrun.errors import InvalidPlacement
 from splitrun.planner.estimate import DeviceMemory, Estimate
 from splitrun.planner.memory import ALLOCATOR_SHARE, MARGIN_SHARE
@@ -19,7 +21,7 @@ def derivation(placement: Placement) -> list[str]:
     stored = placement.estimate
     if stored is None:
         raise InvalidPlacement(
-            f"the placement has no estimate to explain; plan again with: splitrun plan {placement.model.source}"
+            f"the placement has no estimate to explain; plan again with: splitrun plan {quote(placement.model.source)}"
         )
     return [
         *_decoding(stored),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
+from shlex import quote
 
 from splitrun.errors import InvalidPlacement
 from splitrun.planner.destination import write_whole
@@ -41,7 +42,8 @@ def draw(placement: Placement) -> str:
     stored = placement.estimate
     if stored is None:
         raise InvalidPlacement(
-            f"the placement has no estimate to draw; plan again with: splitrun plan {placement.model.source} --svg FILE"
+            "the placement has no estimate to draw; plan again with: "
+            f"splitrun plan {quote(placement.model.source)} --svg FILE"
         )
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(placement.device_names)}
     labels, rows = _labels(placement, stored, colours)

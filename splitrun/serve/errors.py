@@ -28,6 +28,14 @@ _TYPES: Mapping[int, tuple[str, str | None]] = {
 }
 
 
+_KINDS: Mapping[str, str] = {
+    "prompt": "a prompt is a text, a list of texts, a list of token ids, or a list of such lists, and none is empty",
+    "stop": "it is a text or a list of texts",
+    "content": "it is a text or a list of parts, each with a type and a text",
+}
+"""Fields that may be of several kinds, of which the first one's complaint says nothing."""
+
+
 class ModelNotFound(SplitrunError):
     """The request names a model that is not served here."""
 
@@ -83,8 +91,11 @@ def install_error_handlers(app: FastAPI) -> None:
             told = f"the body is of type {kind[:80]!r}" if kind else "the body's type is missing"
             return error_response(f"{told}: send Content-Type: application/json", 400)
         parts = [str(part) for part in first["loc"] if part != "body"]
-        where = ".".join(parts) or "the body"
         told = str(first["msg"]).removeprefix("Value error, ")
+        several = next((place for place, part in enumerate(parts[:-1]) if part in _KINDS), None)
+        if several is not None:
+            parts, told = parts[: several + 1], _KINDS[parts[several]]
+        where = ".".join(parts) or "the body"
         return _respond(error_body(f"{where[:200]}: {told}", 400, param=parts[0] if parts else None), 400)
 
     @app.exception_handler(StarletteHTTPException)

@@ -158,6 +158,7 @@ def deadline_protocol(receive_deadline_s: float) -> type[H11Protocol]:
         """Closes connections whose request does not arrive in time."""
 
         deadline: asyncio.TimerHandle | None = None
+        heard = False
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             assert isinstance(transport, asyncio.Transport)
@@ -165,6 +166,9 @@ def deadline_protocol(receive_deadline_s: float) -> type[H11Protocol]:
             self.deadline = self.loop.call_later(receive_deadline_s, self.expire)
 
         def data_received(self, data: bytes) -> None:
+            if not self.heard:
+                self.heard = True
+                self.disarm()  # the silence before a request is none of its time
             super().data_received(data)
             if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
                 self.disarm()
@@ -187,7 +191,7 @@ def deadline_protocol(receive_deadline_s: float) -> type[H11Protocol]:
             if self.transport.is_closing():
                 return
             if self.conn.their_state is h11.SEND_BODY:
-                self.loop.call_later(_GRACE_S, self.transport.abort)
+                self.deadline = self.loop.call_later(_GRACE_S, self.transport.abort)
                 return
             if self.conn.our_state is h11.IDLE:
                 self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")

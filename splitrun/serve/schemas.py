@@ -25,6 +25,8 @@ def _bounded(value: Any) -> Any:
     return value
 
 
+Flag = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
+"""Null is the default: clients send it for what their user has not set."""
 Finish = Literal["stop", "length"]
 
 
@@ -37,14 +39,14 @@ class _Strict(BaseModel):
 class StreamOptions(_Strict):
     """What a stream carries besides the text."""
 
-    include_usage: bool = False
+    include_usage: Flag = False
 
 
 class SamplingFields(_Strict):
     """What both kinds of completion can ask for. The last line is beyond OpenAI's own fields."""
 
     model: str | None = None
-    stream: bool = False
+    stream: Flag = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -58,9 +60,9 @@ class SamplingFields(_Strict):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    ignore_eos: bool = False
+    ignore_eos: Flag = False
     stop_token_ids: ListOf[int] | None = None
-    return_token_ids: bool = False
+    return_token_ids: Flag = False
 
     @property
     def include_usage(self) -> bool:
@@ -101,7 +103,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: str | NonEmpty[int] | NonEmpty[str] | NonEmpty[NonEmpty[int]]
     logprobs: int | None = None
-    echo: bool = False
+    echo: Flag = False
     suffix: str | None = None
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import queue
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -212,6 +215,56 @@ def test_a_bad_prompt_is_refused_before_it_costs_anything(
     with pytest.raises(error, match=words):
         engine.generate([prompt], greedy())
     assert engine.generate([chat(engine, QUESTIONS[0])], greedy())[0].text == ANSWERS[0]
+
+
+@pytest.mark.parametrize("token", [-1, 10**10, 2**63])
+def test_an_id_that_is_none_is_refused_before_it_is_made_text(token: int, engine: splitrun.Engine) -> None:
+    for ask in (lambda: engine.generate([[token]]), lambda: engine.stream([token])):
+        with pytest.raises(InvalidRequest, match=str(token)):
+            ask()
+
+
+def test_what_is_no_list_of_prompts_is_refused(engine: splitrun.Engine) -> None:
+    with pytest.raises(InvalidRequest, match="and this is of type NoneType"):
+        engine.generate(None)  # type: ignore[arg-type]
+
+
+def test_an_engine_that_is_forgotten_is_closed() -> None:
+    engine = splitrun.Engine(demo_placement())
+    core = engine.core
+    assert engine.generate([chat(engine, QUESTIONS[0])], greedy())[0].text == ANSWERS[0]
+    del engine
+    gc.collect()
+    assert core.closed.wait(20)
+    core._thread.join(20)
+    assert not core._thread.is_alive()
+
+
+def test_in_a_forked_process_an_engine_says_whose_it_is() -> None:
+    """Its threads are not there: whoever waited for them would wait for ever."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout.splitlines() == ["refused", "closed", "42"], done.stderr[-2000:]
+
+
+FORKED = """
+import os, signal, sys
+import splitrun
+from splitrun.errors import StageLost
+engine = splitrun.Engine(splitrun.plan("demo", memory={"cpu": "1GiB"}, weights="bf16"))
+if os.fork() == 0:
+    signal.alarm(20)
+    try:
+        engine.generate(["x"])
+    except StageLost as error:
+        print("refused" if "belongs to process" in str(error) else error, flush=True)
+    engine.close()
+    print("closed", flush=True)
+    os._exit(0)
+os.wait()
+with engine:
+    ids = engine.tokenizer.encode_chat([{"role": "user", "content": "What is 27 + 15?"}])
+    print(engine.generate([ids], splitrun.SamplingParams(max_tokens=8, temperature=0))[0].text)
+"""
 
 
 def test_one_text_is_no_list_of_prompts(engine: splitrun.Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -16,10 +17,12 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from fake_engine import FakeEngine
 
 from splitrun.child import child_command, child_environment
 from splitrun.errors import InvalidRequest
+from splitrun.serve import guard
 from splitrun.serve.launcher import CannotListen, HttpProcessLost, ServeOptions, Server, listen
 
 FAKE = Path(__file__).resolve().parent.parent / "fake_engine.py"
@@ -97,6 +100,9 @@ def test_bodies_that_are_no_json_are_refused_clearly(empty_model: Path) -> None:
             assert answer.status_code == 400
             assert told in answer.json()["error"]["message"]
             assert answer.json()["error"]["param"] is None
+        for prompt in ([], [1, "a"], [[]], ["a", [1]]):
+            answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": prompt})
+            assert answer.json()["error"]["message"].startswith("prompt: a prompt is a text, a list of texts, ")
         chat = {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 0}
         refused = httpx.post(f"{server.url}/v1/chat/completions", json=chat)
         assert refused.json()["error"]["message"] == "max_completion_tokens is 0: it must be at least 1"
@@ -127,6 +133,43 @@ def test_requests_that_trickle_in_are_cut_off(empty_model: Path) -> None:
                 answer = b"".join(iter(lambda: slow.recv(4096), b""))
             assert answer.startswith(b"HTTP/1.1 408")
         assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+async def read_whole(scope: Any, receive: Any, send: Any) -> None:
+    """An application that answers a second after the request has come, whatever that took."""
+    while (await receive()).get("more_body"):
+        pass
+    await asyncio.sleep(1.0)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@pytest.mark.parametrize(("silent_s", "between_s"), [(0.25, 0.2), (0.0, 0.4)])
+def test_a_request_that_has_come_is_answered_however_late_it_was(
+    silent_s: float, between_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a silence that is none of its time; or within the grace that the guard has to answer."""
+    monkeypatch.setattr(guard, "_GRACE_S", 0.3)
+    head = b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n\r\n"
+
+    async def talk() -> bytes:
+        settings = uvicorn.Config(read_whole, http=guard.deadline_protocol(0.3), lifespan="off", log_level="error")
+        server = uvicorn.Server(settings)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            serving_it = asyncio.create_task(server.serve(sockets=[listener]))
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            await asyncio.sleep(silent_s)
+            writer.write(head + b"ab")
+            await asyncio.sleep(between_s)
+            writer.write(b"cd")
+            try:
+                return await asyncio.wait_for(reader.read(4096), 20)
+            finally:
+                writer.close()
+                server.should_exit = True
+                await serving_it
+
+    assert asyncio.run(talk()).startswith(b"HTTP/1.1 200")
 
 
 def test_a_stopped_server_finishes_its_streams_and_refuses_new_connections(empty_model: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -196,6 +197,24 @@ def test_standard_input_that_is_no_text_is_one_line(
     assert capsys.readouterr().err == "splitrun: standard input is not UTF-8 text: byte 2 is 0xff\n"
 
 
+def test_standard_input_that_is_closed_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["run", "demo", "-"]) == 2
+    assert capsys.readouterr().err == "splitrun: standard input is closed: give the prompt as an argument\n"
+
+
+def test_signs_that_the_output_has_no_letters_for_are_replaced(
+    engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    output = io.TextIOWrapper(written, encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", output)
+    assert main(["plan", "demo", "--memory", "cpu=1GiB"]) == 0
+    assert b"Predicted" in written.getvalue()
+
+
 def test_an_interrupt_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -283,6 +302,10 @@ def test_plan_prints_saves_and_speaks_json(tmp_path: Path, engine: type[FakeEngi
         assert main(["plan", "demo", "--memory", "cpu=1GiB", "-o", str(file)]) == 0
         assert f"splitrun serve {file}" in capsys.readouterr().out
         assert Placement.load(file) == placement()
+        blank = tmp_path / "one of mine.yaml"
+        assert main(["plan", "demo", "--memory", "cpu=1GiB", "-o", str(blank)]) == 0
+        command = capsys.readouterr().out.splitlines()[-1].partition("serve it with: ")[2]
+        assert shlex.split(command) == ["splitrun", "serve", str(blank)]
         assert main(["plan", "demo", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["stages"][0]["device"] == "cpu"
     finally:

@@ -23,6 +23,11 @@ def test_piped_words_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == WORDS + "\n"
 
 
+def test_nothing_is_said_where_the_output_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of >&-
+    show(WORDS)
+
+
 def test_a_terminal_gets_the_same_words_in_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)

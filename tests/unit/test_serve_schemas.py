@@ -36,3 +36,11 @@ def test_a_list_is_left_at_its_first_fault(fields: dict[str, Any]) -> None:
 def test_lists_are_read_as_before() -> None:
     body = CompletionRequest.model_validate({"prompt": [[1, 2], [3]], "stop": ["a"], "logit_bias": {"5": 1}})
     assert (body.prompt, body.stop, body.logit_bias) == ([[1, 2], [3]], ["a"], {"5": 1.0})
+
+
+def test_null_is_the_default_of_what_is_yes_or_no() -> None:
+    fields = {"stream": None, "echo": None, "ignore_eos": None, "return_token_ids": None}
+    read = CompletionRequest.model_validate({"prompt": "x", "stream_options": {"include_usage": None}, **fields})
+    assert not any((read.stream, read.echo, read.ignore_eos, read.return_token_ids, read.include_usage))
+    with pytest.raises(ValidationError):
+        CompletionRequest.model_validate({"prompt": "x", "stream": "no"})
