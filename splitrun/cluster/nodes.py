@@ -86,11 +86,9 @@ class Nodes(Membership):
 
         Raises NodeLost when there is no such node now.
         """
-        import ray
+        from ray.exceptions import RaySystemError
 
         name = device.rpartition("/")[0]
-        if not ray.is_initialized():
-            raise NodeLost(f"{device}: this process has left the cluster")
         resource = next((node.resource for node in self.all() if node.name == name and node.alive), None)
         if resource is None:
             raise NodeLost(f"{device}: node {name} has left the cluster, or is out of reach")
@@ -100,7 +98,10 @@ class Nodes(Membership):
         def contacted(seconds: float) -> None:
             self._contact_s[name] = seconds
 
-        return NodeProcess(device, resource, module, job, limit_s, provider, contacted)
+        try:
+            return NodeProcess(device, resource, module, job, limit_s, provider, contacted)
+        except RaySystemError as left:
+            raise NodeLost(f"{device}: this process has left the cluster") from left
 
 
 class NodeProcess:

@@ -52,6 +52,8 @@ async def begin(context: ServeContext, body: ChatRequest) -> Generation:
     kind = (body.response_format or {}).get("type", "text")
     if kind != "text":
         raise InvalidRequest(f"response_format: {kind!r} is not supported: only 'text' is")
+    if body.tool_choice not in (None, "none", "auto"):
+        raise InvalidRequest("tool_choice: a call cannot be forced, 'auto' and 'none' are supported")
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true")
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens

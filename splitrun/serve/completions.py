@@ -76,6 +76,8 @@ class CompletionAnswer:
         """Check a request and prepare it; raises InvalidRequest or ContextTooLong."""
         if body.suffix:
             raise InvalidRequest("suffix is not supported: this model continues a prompt and cannot fill a gap")
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise InvalidRequest(f"best_of is {body.best_of}: choosing among more answers than n is not supported")
         limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         if limit == 0 and not body.echo:
             raise InvalidRequest("max_tokens is 0: it must be at least 1 unless echo is true")

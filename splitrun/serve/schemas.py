@@ -94,6 +94,7 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: ListOf[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -104,6 +105,7 @@ class CompletionRequest(SamplingFields):
     prompt: str | NonEmpty[int] | NonEmpty[str] | NonEmpty[NonEmpty[int]]
     logprobs: int | None = None
     echo: Flag = False
+    best_of: int | None = None
     suffix: str | None = None
 
 

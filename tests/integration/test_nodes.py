@@ -441,7 +441,7 @@ def test_what_is_said_late_is_not_lost(nodes: TestCluster, monkeypatch: pytest.M
 
 LEAVING = """
 from splitrun.cluster import links
-from splitrun.cluster.nodes import Nodes
+from splitrun.cluster.nodes import NodeLost, Nodes
 found = Nodes()
 job = {"session": 1, "own": "two", "host": "127.0.0.1", "ports": [49152, 65535]}
 processes = [found.start("two/cpu", job, links.MODULE) for _ in range(3)]
@@ -455,8 +455,11 @@ for process in processes:
     assert process.end
     process.tell({"peers": {}})
     process.kill()
+try:
+    found.start("two/cpu", job, links.MODULE)
+except NodeLost as error:
+    print(error)
 assert not ray.is_initialized()
-print("left")
 """
 
 
@@ -468,7 +471,7 @@ def test_leaving_the_cluster_ends_what_waits_for_it(nodes: TestCluster) -> None:
     outcome = subprocess.run(
         [sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=150, env=environment, check=False
     )
-    assert outcome.stdout == "left\n", outcome.stderr[-2000:]
+    assert outcome.stdout == "two/cpu: this process has left the cluster\n", outcome.stderr[-2000:]
 
 
 def test_without_the_token_no_job_runs(job_without_token: subprocess.Popen[str]) -> None:

@@ -1,7 +1,9 @@
-"""Compile every Triton kernel that a card's stage launches, for a card that is not here; print the bytes of shared
+"""Compile every Triton kernel that a card's stage launches, for cards that are not here; print the bytes of shared
 memory that each takes at most.
 
-    python compile_triton.py CAPABILITY TYPE HEAD_WIDTH FORMAT...
+    python compile_triton.py CAPABILITY,TYPE,HEAD_WIDTH,FORMAT... ...
+
+All kernels for the first card, those of attention for the others.
 
 Run by `test_triton_compiles.py` in a process of its own: the interpreter of `test_card.py` replaces the compiler.
 """
@@ -9,7 +11,7 @@ Run by `test_triton_compiles.py` in a process of its own: the interpreter of `te
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -18,18 +20,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+ATTENTION = ("_prompt", "_decode")
+
 
 class NoDevice:
     """What the compiler asks of a driver, without one."""
 
-    def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
+    capability = 80
 
     def get_current_target(self) -> GPUTarget:
-        return self._target
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # of each the compiler asks for the target once
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -38,31 +41,33 @@ class NoDevice:
         return torch.device("cpu")
 
 
-def compiling(seen: dict[str, int]) -> Callable[..., None]:
-    """A kernel's launch that ends with its compilation; name -> most bytes of shared memory."""
+def compiling(seen: dict[str, int], wanted: Collection[str]) -> Callable[..., None]:
+    """A launch that ends with the kernel's compilation, if it is wanted; name -> most bytes of shared memory."""
     launch = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        name = self.fn.__name__
+        if wanted and name not in wanted:
+            return
         for assembly in {bool(kwargs.get("ASSEMBLY")), "ASSEMBLY" in kwargs}:
             own = {**kwargs, "ASSEMBLY": assembly} if "ASSEMBLY" in kwargs else kwargs
             compiled = launch(self, *args, grid=grid, warmup=True, **own)
-            name = self.fn.__name__
             seen[name] = max(seen.get(name, 0), compiled.metadata.shared)
 
     return run
 
 
-def main() -> None:
-    capability, dtype, width, *formats = sys.argv[1:]
+def compiled(wanted: Collection[str], capability: str, dtype: str, width: str, *formats: str) -> dict[str, int]:
+    """Kernel -> the most bytes of shared memory that it takes; of those that are wanted, or all."""
     seen: dict[str, int] = {}
     with pytest.MonkeyPatch.context() as patch:
-        triton.runtime.driver.set_active(NoDevice(int(capability)))
-        patch.setattr(JITFunction, "run", compiling(seen))
+        patch.setattr(NoDevice, "capability", int(capability))
+        patch.setattr(JITFunction, "run", compiling(seen, wanted))
         from test_card import SIZES, make, tokens
 
         from splitrun.kernels.gpu import matrix, unpack
 
-        SIZES["head_dim"] = int(width)
+        patch.setitem(SIZES, "head_dim", int(width))
         for format in formats:
             run = make("qwen3", format, dtype, patch)
             run.feed({0: tokens(26, 1), 1: tokens(5, 2)})
@@ -72,7 +77,14 @@ def main() -> None:
             part = matrix.Part(torch.zeros((64, width), dtype=values), scales)
             tiled = matrix.GpuMatrix(kind, (part,), 64, matrix.nf4_table(torch.device("cpu")))
             unpack.unpacked(tiled, part, 0, 64, memory)
-    print(*(f"{name} {size}" for name, size in sorted(seen.items())), sep="\n")
+    return seen
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(NoDevice())
+    for number, card in enumerate(sys.argv[1:]):
+        for name, size in compiled(ATTENTION if number else (), *card.split(",")).items():
+            print(card, name, size)
 
 
 if __name__ == "__main__":
