@@ -47,7 +47,7 @@ class Detokenizer:
             return ""
         self._ids.append(token_id)
         text = self._decoder.decode(self._ids)
-        if text == self._shown_text and len(self._ids) > _WINDOW:
+        if text == self._shown_text and len(self._ids) > _WINDOW and not text.endswith(_BROKEN):
             self._ids.pop()  # an id that shows nothing, such as one beyond the vocabulary
             return ""
         if not text.endswith(_BROKEN):

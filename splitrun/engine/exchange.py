@@ -65,7 +65,8 @@ class Exchange:
     def send_step(self, mailbox: Mailbox, stage: int, step: Step, activation: Tensor | None) -> None:
         """Send a step to the process of ``stage``. ``activation`` is on the CPU. Shape: (tokens, hidden)."""
         first = self._begin(step.epoch, step.index)
-        self._rows[step.index] = step.rows
+        if self._own == COORDINATOR:  # where tokens come back to
+            self._rows[step.index] = step.rows
         mailbox.send(self.route.peers[stage], step_frame(self.route.session, stage, first, step, activation))
 
     def take_step(self, frame: Frame) -> Verdict:

@@ -56,6 +56,7 @@ class Pipeline:
         self._preparing = threading.Lock()
         self._begun = 0
         self._ended = 0
+        self._failed = (-1, 0)  # the newest epoch and the first step of it that failed here
         self._lock = threading.Lock()
         self.clocks = tuple(StageClock() for _ in self._links)
         self.record = Record()
@@ -171,6 +172,7 @@ class Pipeline:
         relief = link.relief if isinstance(link, Link) else LESS
 
         def failed(error: Exception) -> None:
+            self._note_failure(step)
             if memory_is_out(error):
                 torch.cuda.empty_cache()  # what is left in pieces may fit as a whole
             self._deliver(Failure(step.index, step.epoch, translated(error, link.name, relief)))
@@ -232,14 +234,27 @@ class Pipeline:
         """One stage's share of a step, on the stage's worker or a thread lent to it; returns what sends the step on."""
         result: Parcel | Tokens | None = None
         passed = bool(step.refill) and index not in step.refill
+        wanted = not self._closing.is_set() and not self._in_vain(step)
         try:
-            if not self._closing.is_set() and not passed:
+            if wanted and not passed:
                 result = self._compute(index, link, step, parcel)
         finally:
             self._count(index, ended=1)
-        if passed and not self._closing.is_set():
+        if wanted and passed:
             return partial(self._pass, index, step)
         return None if result is None else partial(self._hand_on, index, step, result)
+
+    def _note_failure(self, step: Step) -> None:
+        with self._lock:
+            epoch, first = self._failed
+            if step.epoch > epoch or (step.epoch == epoch and step.index < first):
+                self._failed = (step.epoch, step.index)
+
+    def _in_vain(self, step: Step) -> bool:
+        """Whether a step before it has failed here, which ends the epoch: sent on, it would be taken for one behind a
+        step that was lost on its way."""
+        epoch, first = self._failed
+        return step.epoch == epoch and step.index > first
 
     def _count(self, index: int, *, begun: int = 0, ended: int = 0) -> int:
         """Count shares of steps; returns how many are under way in this process."""

@@ -245,6 +245,8 @@ class RemoteStages:
                 attempts, self._losses = 0, 1
             ended = (name for name, process in self._processes.items() if process.end)
             faults = dict.fromkeys({*failures, *ended} - gone, "")
+        if self._stopping.is_set():  # whoever ends it brings other stages up, or none
+            return False
         while not self._reports.empty():
             self._reports.get()  # of the epoch that has ended
         self.outcome(Restarted(self._restoration.losses))

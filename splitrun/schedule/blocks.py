@@ -15,6 +15,8 @@ from splitrun.errors import InvalidPlacement
 
 REPLAY_TOKENS = 16
 """Generated tokens are recomputed in groups of at most this many, through the decode path."""
+SCORED_CHUNK_TOKENS = 32
+"""Prompts whose log-probabilities are wanted run in shorter chunks: every token of one has a row of logits."""
 
 ABSENT = -1
 """Entry of a block table where there is no block: not yet allocated, or out of the window."""
@@ -50,15 +52,16 @@ def blocks_per_session(window: int | None, context: int, chunk_tokens: int, bloc
     """The most blocks of a group that one sequence of up to ``context`` tokens holds at any moment.
 
     For a window this counts the window and the largest slice in flight: prompt chunks start at multiples of
-    ``chunk_tokens``, replayed groups of ``REPLAY_TOKENS`` anywhere.
+    ``chunk_tokens``, those of scored prompts of SCORED_CHUNK_TOKENS, replayed groups of ``REPLAY_TOKENS`` anywhere.
     """
     everything = -(-context // block_tokens)
     if window is None:
         return everything
     peak = 0
-    for start in range(0, context, chunk_tokens):
-        last = (min(start + chunk_tokens, context) - 1) // block_tokens
-        peak = max(peak, last + 1 - first_needed_block(start, window, block_tokens))
+    for chunk in {chunk_tokens, min(chunk_tokens, SCORED_CHUNK_TOKENS)}:
+        for start in range(0, context, chunk):
+            last = (min(start + chunk, context) - 1) // block_tokens
+            peak = max(peak, last + 1 - first_needed_block(start, window, block_tokens))
     reach = window - 1 + min(REPLAY_TOKENS, chunk_tokens)
     return min(everything, max(peak, (reach + block_tokens - 2) // block_tokens + 1))
 

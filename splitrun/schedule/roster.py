@@ -99,19 +99,20 @@ class Roster:
     def make_room(self, sequence: Sequence, end: int) -> bool:
         """Preempt the newest sequences behind this one until its blocks up to ``end`` are free; False if in vain.
 
-        Only sequences without a step in flight yield, the one being put together included. Where all of them together
-        hold too little, none is preempted: the sequence keeps what it has and waits.
+        Only sequences without a step in flight yield, the one being put together included; where the next in turn has
+        one, its tokens are waited for, so that none older yields in its place. Where all of them together hold too
+        little, none is preempted: the sequence keeps what it has and waits.
         """
         lacking = self.accounts.shortfall(sequence, end)
         if not lacking:
             return True
         victims: list[Sequence] = []
         candidates = sorted(
-            (other for other in self.running if other.arrival > sequence.arrival and other.in_flight == 0),
+            (other for other in self.running if other.arrival > sequence.arrival),
             key=lambda other: other.arrival,
         )
         while any(missing > 0 for missing in lacking.values()):
-            if not candidates:
+            if not candidates or candidates[-1].in_flight:
                 return False
             victims.append(candidates.pop())
             for name in lacking:

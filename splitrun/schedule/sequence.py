@@ -11,12 +11,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Literal
 
-from splitrun.schedule.blocks import REPLAY_TOKENS
+from splitrun.schedule.blocks import REPLAY_TOKENS, SCORED_CHUNK_TOKENS
 from splitrun.schedule.request import FinishReason, Request, TokenLogprob
 from splitrun.schedule.step import RowSampling
-
-SCORED_CHUNK_TOKENS = 32
-"""Prompts whose log-probabilities are wanted run in shorter chunks: every token of one has a row of logits."""
 
 
 class State(Enum):

@@ -10,7 +10,7 @@ import torch
 from splitrun.planner import memory
 from splitrun.planner.facts import KVGroup, UnitProfile, Workload
 from splitrun.planner.kv import blocks_per_sequence, unit_kv_bytes
-from splitrun.schedule import sequence
+from splitrun.schedule import blocks
 from splitrun.schedule.blocks import blocks_per_session
 from splitrun.stage.blocks import Int8BlockStore
 
@@ -32,4 +32,4 @@ def test_int8_blocks_take_what_is_planned() -> None:
 
 
 def test_the_logits_of_scored_prompts_are_planned_as_they_are_scheduled() -> None:
-    assert memory.SCORED_CHUNK_TOKENS == sequence.SCORED_CHUNK_TOKENS
+    assert memory.SCORED_CHUNK_TOKENS == blocks.SCORED_CHUNK_TOKENS

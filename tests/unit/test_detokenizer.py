@@ -98,6 +98,18 @@ def test_a_prompt_that_ends_inside_a_character_is_completed() -> None:
     assert "".join(pieces_of(tokenizer, ids[2:], ids[:2])) == "龘"
 
 
+def test_a_prompt_that_ends_long_before_its_character_does_is_completed() -> None:
+    """Behind enough other ids, and with more than one to come: those in between change nothing of the text."""
+    tokenizer = tokenizer_of("byte-level")
+    before = tokenizer.encode("The quick brown fox jumps over the lazy dog, and then again: ", add_special_tokens=False)
+    ids = tokenizer.encode("\U000e0041 fine", add_special_tokens=False)
+    cuts = [cut for cut in range(1, len(ids)) if tokenizer.decode(ids[:cut]) == "\ufffd"]
+    assert len(before) > 20
+    assert len(cuts) > 1
+    for cut in cuts:
+        assert "".join(pieces_of(tokenizer, ids[cut:], [*before, *ids[:cut]])).endswith("\U000e0041 fine")
+
+
 def test_special_tokens_are_hidden_and_keep_spaces_apart() -> None:
     tokenizer = tokenizer_of("byte-fallback")
     hello, end = tokenizer.encode("hello"), 4

@@ -205,6 +205,35 @@ def test_an_older_epoch_is_shut_out() -> None:
     assert two.here.waiting == 0
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_what_follows_a_step_that_failed_goes_nowhere_and_no_step_seems_lost(stage: int) -> None:
+    """Steps behind it were under way already; each process would take them for what follows a step that was lost."""
+    two = Two()
+    run, fails = two.stages[stage].run, [True]
+
+    def once(step: Step, incoming: Tensor | None) -> Tensor | Tokens:
+        if step.index == 1 and fails.pop():
+            raise StageError("planted")
+        return run(step, incoming)
+
+    two.stages[stage].run = once  # type: ignore[method-assign]
+    for index in range(4):
+        two.submit(index)
+    assert "gap" not in two.verdicts
+    assert two.stages[stage].ran == [0]
+    assert [type(outcome) for outcome in two.outcomes] == [Tokens, Failure]
+    two.submit(4, epoch=1)
+    assert two.outcomes[2:] == [Tokens(4, 1, (RowTokens((3,)),))]
+
+
+def test_a_process_to_which_no_tokens_come_back_notes_no_steps() -> None:
+    two = Two()
+    for index in range(50):
+        two.submit(index)
+    assert not two.there._rows
+    assert not two.here._rows
+
+
 def test_a_failure_settles_all_that_is_under_way() -> None:
     two = Two()
     two.network.tamper = lambda parts: []

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from splitrun.errors import ContextTooLong, InvalidPlacement, InvalidRequest, QueueFull, SplitrunError
+from splitrun.schedule.blocks import blocks_per_session
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent, TokenLogprob
 from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
 from splitrun.schedule.step import RowTokens, Step, Tokens
@@ -291,6 +292,24 @@ def test_several_accepted_tokens_stop_at_the_end_of_the_request() -> None:
     logprobs = tuple(TokenLogprob(token, -1.0) for token in (50, 99, 51))
     events = scheduler.commit(Tokens(step.index, step.epoch, (RowTokens((50, 99, 51), logprobs),)))
     assert events == [TokenEvent(0, (50, 99), logprobs[:2], finish_reason="stop")]
+
+
+def test_a_scored_prompt_has_room_in_the_smallest_pool_of_a_window() -> None:
+    """Its chunks are shorter than others' and end elsewhere: it may hold a block more."""
+    limits = Limits(context=64, sessions=1, vocabulary=100, chunk_tokens=40, block_tokens=8)
+    blocks = blocks_per_session(16, limits.context, limits.chunk_tokens, limits.block_tokens)
+    scheduler = Scheduler((GroupSpec("window", 16, blocks),), limits, random.Random(0))
+    scheduler.submit(request(0, 63, max_tokens=1, prompt_logprobs=0))
+    for _ in range(3):
+        if not scheduler.has_work:
+            break
+        step = scheduler.schedule()
+        assert step is not None, "nothing can be scheduled, and a request waits"
+        targets = (step.prompt_targets or {}).get(0, ())
+        scored = tuple(TokenLogprob(target, -1.0) for target in targets)
+        tokens = (50,) if step.sampling[0] is not None else ()
+        scheduler.commit(Tokens(step.index, step.epoch, (RowTokens(tokens, prompt_logprobs=scored),)))
+    assert not scheduler.has_work
 
 
 def test_prompt_logprobs_arrive_once_with_the_first_token() -> None:

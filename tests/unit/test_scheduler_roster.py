@@ -35,8 +35,9 @@ def place(lengths: list[int]) -> tuple[Roster, list[Sequence]]:
         ([4, 4, 8], 0, 8, [], True, [2]),  # the newest yields
         ([4, 4, 8], 0, 12, [], True, [2]),
         ([4, 4, 8], 0, 16, [], True, [1, 2]),
-        ([4, 4, 8], 0, 8, [2], True, [1]),  # the newest has a step in flight: the next newest yields
-        ([4, 4, 8], 0, 12, [2], False, []),  # too little together: nobody yields in vain
+        ([4, 4, 8], 0, 8, [2], False, []),  # the newest has a step in flight: no older one yields in its place
+        ([4, 4, 8], 0, 12, [1], True, [2]),
+        ([4, 4, 8], 0, 16, [1], False, []),  # too little without that one: nobody yields in vain
         ([4, 4, 8], 1, 12, [], True, [2]),
         ([4, 4, 8], 1, 16, [], False, []),  # the older one is never asked
         ([4, 4, 8], 2, 12, [], False, []),

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 import numpy
 import pytest
 
-from splitrun.schedule.blocks import blocks_per_session
+from splitrun.schedule.blocks import SCORED_CHUNK_TOKENS, blocks_per_session
 from splitrun.schedule.draft import Draft
 from splitrun.schedule.request import Request, SamplingParams, TokenEvent, TokenLogprob
 from splitrun.schedule.scheduler import GroupSpec, Limits, Scheduler
-from splitrun.schedule.sequence import SCORED_CHUNK_TOKENS
 from splitrun.schedule.step import RowTokens, Step, Tokens
 
 VOCABULARY = 97
